@@ -1,0 +1,5 @@
+"""`python -m extproc` is `lora-extproc`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,292 @@
+"""Settings: one YAML file for all processes, loaded once and checked once. Each process is handed the group it needs.
+
+Unknown keys are errors. Every complaint names its path and the bad value. The text below a field is its documentation: the README's table is
+made of it (`lora-extproc settings`).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .core.decision import ENGINE_ADMIN_PATHS, HashOn
+from .core.endpoint import Endpoint
+from .core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable, is_prime
+from .core.placement import Pool
+from .errors import ConfigError
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError("is not host:port")
+    return value
+
+
+def _optional_address(value: str) -> str:
+    return _address(value) if value else value
+
+
+def _prime(value: int) -> int:
+    if not is_prime(value) or value > MAX_TABLE_SIZE:
+        raise ValueError(f"is not a prime up to {MAX_TABLE_SIZE}")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
+Seconds = Annotated[float, Field(gt=0)]
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EndpointSettings(Group):
+    address: Address
+    """`ip:port` of the model server, as Envoy's cluster has it."""
+    stager: OptionalAddress = ""
+    """`host:port` of the stager that fills this server's directory. Empty: nothing is staged, the server is used for base models only."""
+    node: str = ""
+    """Name of the machine, for logs and `owner`. Empty: the address."""
+
+
+class PoolSettings(Group):
+    name: str = Field(min_length=1)
+    """Name of the pool and of its Envoy cluster."""
+    base_models: tuple[str, ...] = ()
+    """Model names that are the base model itself: passed through, nothing is staged."""
+    adapters: tuple[str, ...] = ("*",)
+    """Shell patterns of the adapter names that run on this pool; the first pool that matches wins."""
+    endpoints: tuple[EndpointSettings, ...] = ()
+    """The model servers of this pool."""
+
+    def members(self) -> tuple[Endpoint, ...]:
+        return tuple(Endpoint(e.address, e.node or e.address, e.stager) for e in self.endpoints)
+
+
+class RouterSettings(Group):
+    listen: Address = "127.0.0.1:9002"
+    """ext_proc and gRPC health, for Envoy."""
+    health_listen: OptionalAddress = "127.0.0.1:9003"
+    """gRPC health alone, for probes. Empty: off."""
+    http_listen: OptionalAddress = "127.0.0.1:9090"
+    """Control API, `/metrics`, `/healthz`, `/readyz`. Empty: off."""
+    hash_on: str = "model"
+    """What is hashed: `model`, `tenant`, `tenant/model`, `header:NAME` or `header:NAME/model`. A missing header falls back to the model."""
+    tenant_header: str = "x-tenant-id"
+    """The header that names the tenant."""
+    model_header: str = "x-gateway-model-name"
+    """The header that names the model where the processing mode shows no body (NONE). Ignored in the other modes: the body decides."""
+    forbidden_paths: tuple[str, ...] = ENGINE_ADMIN_PATHS
+    """Paths (and what is below them) that answer 403: the engines' own administration."""
+    table_size: Annotated[int, AfterValidator(_prime)] = DEFAULT_TABLE_SIZE
+    """Slots of the Maglev table; a prime of at least 100 times the endpoints. Equal on every replica."""
+    stage_deadline_s: Seconds = 120.0
+    """How long a request is held for its adapter before it is answered 503 `staging`; the fetch goes on."""
+    max_body_bytes: Bytes = 10 * 2**20
+    """Larger bodies are answered 413."""
+    max_retry_endpoints: Annotated[int, Field(ge=1, le=16)] = 3
+    """At most so many endpoints are named in the destination list. For an adapter, only those known to have it."""
+    steering: Literal["endpoint", "cluster"] = "endpoint"
+    """`endpoint`: the destination header and metadata. `cluster`: also the header below with the pool's name, and the route is chosen anew."""
+    cluster_header: str = "x-lora-extproc-cluster"
+    """The header that Envoy's `cluster_header` route reads, with steering by cluster."""
+    max_streams: Annotated[int, Field(ge=1)] = 10_000
+    """Concurrent ext_proc streams per connection; every held request is one."""
+    drain_s: Annotated[float, Field(ge=0)] = 25.0
+    """After SIGTERM, how long running exchanges may take to finish."""
+
+    @model_validator(mode="after")
+    def _check_hash_on(self) -> "RouterSettings":
+        self.parsed_hash_on()
+        return self
+
+    def parsed_hash_on(self) -> HashOn:
+        try:
+            return HashOn.parse(self.hash_on, self.tenant_header)
+        except ValueError as error:
+            raise ValueError(f"hash_on: {error}") from None
+
+
+class OriginSettings(Group):
+    """Where artifacts come from. `type` decides which of the others count."""
+
+    type: Literal["file", "huggingface", "s3", "http"]
+    """`file`, `huggingface`, `s3` or `http`. Origins are asked in the configured order."""
+    path: str = ""
+    """file: the directory that holds one directory per adapter."""
+    url: str = ""
+    """http: the base address, `URL/<adapter>/<file>`. huggingface: the hub's address; empty = `HF_ENDPOINT` or the public hub."""
+    bucket: str = ""
+    """s3: the bucket."""
+    prefix: str = ""
+    """s3: what stands before `<adapter>/<file>` in the keys."""
+    endpoint: str = ""
+    """s3: the server's address, for S3-compatible stores. Empty: AWS."""
+    region: str = ""
+    """s3: the region. Empty: from the environment."""
+    anonymous: bool = False
+    """s3: send no credentials. Otherwise the usual chain of environment, files and instance role."""
+    token_env: str = ""
+    """huggingface, http: the environment variable that holds the bearer token. Empty: `HF_TOKEN` for huggingface, none for http."""
+    timeout_s: Seconds = 30.0
+    """How long a connection or a silent transfer is waited for."""
+
+    @model_validator(mode="after")
+    def _check_needed(self) -> "OriginSettings":
+        needed = {"file": "path", "s3": "bucket", "http": "url"}.get(self.type)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"an origin of type {self.type} needs {needed}")
+        return self
+
+
+class EngineSettings(Group):
+    url: str = "http://127.0.0.1:8000"
+    """The local model server. It is asked to forget an adapter before its files go; while it cannot be asked, nothing is evicted. Empty: no
+    engine reads this directory."""
+    base_model: str = ""
+    """What adapters must name in `base_model_name_or_path`: the engine's `--model`. Empty: not checked."""
+    max_lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Adapters of a higher rank are refused. 0: not checked."""
+    api_key_env: str = ""
+    """The environment variable that holds the engine's API key."""
+    timeout_s: Seconds = 10.0
+    """How long one call to the engine may take."""
+
+
+class StagerSettings(Group):
+    listen: Address = "127.0.0.1:9102"
+    """gRPC for routers and the command line."""
+    http_listen: OptionalAddress = "127.0.0.1:9190"
+    """Control API, `/metrics`, `/healthz`, `/readyz`. Empty: off."""
+    dir: str = "/var/lib/lora-extproc"
+    """The node's NVMe directory; the engine's `VLLM_LORA_RESOLVER_CACHE_DIR`."""
+    max_bytes: Bytes = 100 * 2**30
+    """What the artifacts may take on disk. Least recently used ones that nobody holds go first."""
+    max_adapter_bytes: Bytes = 8 * 2**30
+    """A larger adapter is refused."""
+    lease_s: Seconds = 300.0
+    """How long a router may rely on an answer without asking again. Within it the adapter is not evicted."""
+    negative_ttl_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long \"no origin has it\" is remembered. 0: not at all."""
+    fetch_timeout_s: Seconds = 1800.0
+    """A flight that takes longer is given up."""
+    allow_pickle: bool = False
+    """Accept `.bin` weights. They can run code in the engine when loaded."""
+    origins: tuple[OriginSettings, ...] = ()
+    """Where adapters are looked for, in this order."""
+    engine: EngineSettings = EngineSettings()
+    """The model server on this node."""
+
+
+class EnvoySettings(Group):
+    listen: Address = "127.0.0.1:10000"
+    """Where clients come in."""
+    admin: OptionalAddress = "127.0.0.1:9901"
+    """Envoy's own administration. Empty: off."""
+    router: Address = "127.0.0.1:9002"
+    """The router, as Envoy reaches it."""
+    processing_mode: Literal["FULL_DUPLEX_STREAMED", "BUFFERED", "NONE"] = "FULL_DUPLEX_STREAMED"
+    """How Envoy shows bodies. FULL_DUPLEX_STREAMED holds without a timer and without a limit of Envoy's own; BUFFERED and NONE have both."""
+    hold_s: Seconds = 300.0
+    """The longest a request may be held; Envoy's timers are set above it. At least `router.stage_deadline_s`."""
+    health_interval_s: Seconds = 2.0
+    """How often Envoy asks each model server's `/health`."""
+    connect_timeout_s: Seconds = 1.0
+    """After this, the next endpoint of the list is tried."""
+
+
+class LogSettings(Group):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """One line per exchange at debug, one per stage at info."""
+
+
+class Settings(Group):
+    pools: tuple[PoolSettings, ...] = ()
+    """The pools, in the order in which an adapter's name is matched."""
+    router: RouterSettings = RouterSettings()
+    """The ext_proc service."""
+    stager: StagerSettings = StagerSettings()
+    """The process on each node."""
+    envoy: EnvoySettings = EnvoySettings()
+    """What `lora-extproc envoy-config` renders."""
+    log: LogSettings = LogSettings()
+    """Logging of every process."""
+
+    @model_validator(mode="after")
+    def _check_pools(self) -> "Settings":
+        for what, values in (
+            ("name", [p.name for p in self.pools]),
+            ("endpoint", [e.address for p in self.pools for e in p.endpoints]),
+            ("base model", [b for p in self.pools for b in p.base_models]),
+        ):
+            repeated = sorted({value for value in values if values.count(value) > 1})
+            if repeated:
+                raise ValueError(f"pools: {what} {repeated[0]!r} appears more than once")
+        if self.envoy.hold_s < self.router.stage_deadline_s:
+            raise ValueError(f"envoy.hold_s: {self.envoy.hold_s:g} is below router.stage_deadline_s ({self.router.stage_deadline_s:g})")
+        return self
+
+
+def load(path: Path) -> Settings:
+    """Read and check a settings file. Raises ConfigError with one line per complaint."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    return parse({} if raw is None else raw, source=str(path))
+
+
+def parse(raw: Any, *, source: str) -> Settings:
+    """Check settings given as plain values. Raises ConfigError with one line per complaint."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: the settings are not a mapping")
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_complaint(e, source) for e in error.errors())) from None
+
+
+def _complaint(error: Any, source: str) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{source}: {path}: no such setting"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    value = error["input"]
+    shown = f" {value!r}" if isinstance(value, str | int | float | bool) or value is None else ""
+    return f"{source}: {path + ':' if path else ''}{shown} {message}".replace("  ", " ")
+
+
+def build_pools(settings: Settings) -> tuple[Pool, ...]:
+    """The pools with their tables filled."""
+    size = settings.router.table_size
+    return tuple(Pool(p.name, frozenset(p.base_models), p.adapters, LookupTable(p.members(), size)) for p in settings.pools)
+
+
+def settings_table() -> str:
+    """Every setting as a Markdown table."""
+    rows = [f"| `{path}` | `{default}` | {meaning} |" for path, default, meaning in reference()]
+    return "\n".join(["| setting | default | meaning |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def reference(group: type[Group] = Settings, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every setting as (path, default, meaning), in the order of the file."""
+    for name, field in group.model_fields.items():
+        annotation = field.annotation
+        inner = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, Group)), None)
+        here = f"{path}.{name}" if path else name
+        if inner is not None:
+            yield from reference(inner, here if inner is annotation else f"{here}[]")
+        else:
+            default = "required" if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True, width=10_000).split("\n")[0]
+            yield here, default, " ".join((field.description or "").split())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,93 @@
+"""What the client names and what it resolves to: adapter names through one gate, and the manifest whose digest names a directory."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NewType
+
+from ..errors import InvalidRequest
+
+AdapterName = NewType("AdapterName", str)
+
+MAX_NAME_BYTES = 256  # longer than any org/name of a hub, short enough for logs
+MAX_PART_BYTES = 255  # NAME_MAX of every Linux file system: one part becomes one directory entry
+
+
+def adapter_name(raw: str) -> AdapterName:
+    """The one gate from text to a name that may reach a file system, a URL or a label.
+
+    A name is parts joined by `/`; what is refused would leave the directory (`..`, absolute), name one directory twice (empty part, `.`,
+    a backslash), hide among our own files (leading dot), or break a log line (anything not printable). Raises InvalidRequest.
+    """
+    if not raw:
+        raise InvalidRequest("model: the name is empty")
+    try:
+        size = len(raw.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest("model: the name holds an unpaired surrogate") from None
+    if size > MAX_NAME_BYTES:
+        raise InvalidRequest(f"model: the name has {size} bytes; the limit is {MAX_NAME_BYTES}")
+    if not raw.isprintable():
+        raise InvalidRequest(f"model: {raw!a} holds a control or non-printable character")
+    if raw.startswith("/"):
+        raise InvalidRequest(f"model: {raw!r} is absolute")
+    if "\\" in raw:
+        raise InvalidRequest(f"model: {raw!r} holds a backslash")
+    for part in raw.split("/"):
+        if not part:
+            raise InvalidRequest(f"model: {raw!r} has an empty part")
+        if part.startswith("."):
+            raise InvalidRequest(f"model: {raw!r} has a part that starts with a dot")
+        if part != part.strip():
+            raise InvalidRequest(f"model: {raw!r} has a part that starts or ends with a space")
+        if len(part.encode()) > MAX_PART_BYTES:
+            raise InvalidRequest(f"model: {raw[:40]!r}… has a part over {MAX_PART_BYTES} bytes")
+    return AdapterName(raw)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class File:
+    """One file of an artifact. `path` is relative to the artifact's directory; `size` in bytes; `sha256` in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What lies in an artifact's directory, and where it came from. `name` and `origin` do not count for the digest."""
+
+    files: tuple[File, ...]
+    name: str
+    origin: str
+    revision: str
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, over the files' paths, sizes and hashes: equal content has one digest, wherever it came from."""
+        return content_digest(self.files)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Manifest":
+        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in raw["files"])
+            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a manifest: {error}") from error
+
+
+def content_digest(files: Iterable[File]) -> str:
+    """The digest that names the directory of exactly these files."""
+    text = "".join(f"{file.path}\0{file.size}\0{file.sha256}\n" for file in sorted(files))
+    return hashlib.sha256(text.encode()).hexdigest()

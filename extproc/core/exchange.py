@@ -1,0 +1,416 @@
+"""One HTTP request and response as one ext_proc stream shows it: events in, replies and questions out. No transport, no clock, no waiting.
+
+Rules of the place:
+1. What may follow what is in REQUEST_STEPS, and nowhere else. What is not in the table is a violation and is answered as one.
+2. `receive`, `decided` and `failed` never raise; every one returns what to send next, in order.
+3. The mutation rides on the message that Envoy still holds: on the headers answer in FULL_DUPLEX_STREAMED and NONE, on the body answer in
+   BUFFERED, where the headers had to be continued before the body came.
+4. Nothing is forwarded before the whole body was judged. In FULL_DUPLEX_STREAMED Envoy has given the body away: it goes back in chunks.
+5. Only the first end of stream counts: Envoy up to 1.37.5 can send a second, empty one for bodies over 1 MB (envoy #46237).
+6. A full-duplex request that ends in trailers is marked and its route chosen anew: with a retry policy on its route, Envoy 1.36.4 and 1.40.0
+   send the body twice. envoyconfig.py has a route without retries for the mark.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from ..errors import BodyTooLarge, GatewayProtocolError, LoraExtprocError
+from . import scanner
+from .decision import Facts
+
+NO_RETRY_HEADER = "x-lora-extproc-no-retry"
+BODY_CHUNK_BYTES = 62_000  # below the 64 KiB that gateways accept in one streamed body message
+
+
+class Mode(Enum):
+    """Envoy's body send modes, as `protocol_config` of the first message names them."""
+
+    NONE = 0
+    STREAMED = 1
+    BUFFERED = 2
+    BUFFERED_PARTIAL = 3
+    FULL_DUPLEX_STREAMED = 4
+    GRPC = 5
+
+
+SPOKEN_MODES = (Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED, Mode.NONE)
+
+
+# ---- events: what the gateway shows -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHeaders:
+    headers: Mapping[str, str]  # names in lower case; of repeated ones the first
+    end_of_stream: bool
+    request_mode: Mode = Mode.FULL_DUPLEX_STREAMED
+    response_mode: Mode = Mode.NONE
+    subset: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBody:
+    chunk: bytes
+    end_of_stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTrailers:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHeaders:
+    end_of_stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseBody:
+    chunk: bytes
+    end_of_stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseTrailers:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A message that could not be decoded, or of a kind that does not exist."""
+
+    why: str
+
+
+Event = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers | Unreadable
+
+
+# ---- replies: what the gateway is told; and the one question to the caller -----------------------------------------------------------------
+
+
+class Direction(Enum):
+    REQUEST = "request"
+    RESPONSE = "response"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """What changes on the request: headers to set and to remove, dynamic metadata by namespace, and whether the route is chosen anew."""
+
+    set_headers: Mapping[str, str] = field(default_factory=dict)
+    remove_headers: tuple[str, ...] = ()
+    metadata: Mapping[str, Mapping[str, str | float]] = field(default_factory=dict)
+    clear_route_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeadersReply:
+    direction: Direction
+    mutation: Mutation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BodyReply:
+    """Without a chunk: let the body that Envoy holds go on. With one: this is (a part of) the body."""
+
+    direction: Direction
+    chunk: bytes | None = None
+    end_of_stream: bool = False
+    mutation: Mutation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrailersReply:
+    direction: Direction
+
+
+@dataclass(frozen=True, slots=True)
+class ImmediateReply:
+    error: LoraExtprocError
+
+
+Reply = HeadersReply | BodyReply | TrailersReply | ImmediateReply
+
+
+@dataclass(frozen=True, slots=True)
+class Decide:
+    """Where to? The caller answers with `decided` or `failed`, now or later; the body may still be arriving."""
+
+    facts: Facts
+
+
+Action = Reply | Decide
+
+# ---- the table -----------------------------------------------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    START = "nothing seen"
+    BODY = "the body is arriving and will be judged"
+    DECIDING = "all that is needed was seen, the decision is awaited"
+    ANSWERED = "the mutation was sent"
+    ENDED = "an immediate response was sent, or the response has begun: the request direction is over"
+
+
+class Kind(Enum):
+    HEADERS = "request headers"
+    HEADERS_END = "request headers without body"
+    BODY = "request body"
+    BODY_END = "last request body"
+    TRAILERS = "request trailers"
+
+
+_D, _B, _N = Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED, Mode.NONE
+
+# state, kind -> per mode the name of the step that handles it. "drop" is silence; what is missing is a violation.
+REQUEST_STEPS: dict[State, dict[Kind, dict[Mode, str]]] = {
+    State.START: {
+        Kind.HEADERS: {_D: "hold_headers", _B: "continue_headers", _N: "decide_on_headers"},
+        Kind.HEADERS_END: {_D: "decide_on_headers", _B: "decide_on_headers", _N: "decide_on_headers"},
+    },
+    State.BODY: {
+        Kind.BODY: {_D: "keep", _B: "judge_buffered"},  # BUFFERED shows the body once and whole; no end of stream if trailers follow
+        Kind.BODY_END: {_D: "keep_and_judge", _B: "judge_buffered"},
+        Kind.TRAILERS: {_D: "judge_before_trailers", _B: "judge_before_trailers"},
+    },
+    State.DECIDING: {
+        Kind.BODY: {_D: "keep", _B: "owe_body"},
+        Kind.BODY_END: {_D: "keep", _B: "owe_body", _N: "drop"},
+        Kind.TRAILERS: {_D: "owe_trailers", _B: "owe_trailers", _N: "owe_trailers"},
+    },
+    State.ANSWERED: {
+        Kind.BODY: {_D: "echo", _B: "continue_body"},
+        Kind.BODY_END: {_D: "echo", _B: "continue_body", _N: "drop"},
+        Kind.TRAILERS: {_D: "continue_trailers", _B: "continue_trailers", _N: "continue_trailers"},
+    },
+    State.ENDED: {
+        Kind.BODY: {_D: "drop", _B: "drop", _N: "drop"},
+        Kind.BODY_END: {_D: "drop", _B: "drop", _N: "drop"},
+        Kind.TRAILERS: {_D: "drop", _B: "drop", _N: "drop"},
+    },
+}
+
+
+class Exchange:
+    """The state of one stream. Feed it every event in order; when it asks `Decide`, answer once, whenever the answer is there."""
+
+    def __init__(self, *, max_body_bytes: int, model_header: str = "x-gateway-model-name") -> None:
+        self._max_body_bytes = max_body_bytes
+        self._model_header = model_header
+        self._scanner: scanner.Scanner | None = scanner.Scanner()
+        self.state = State.START
+        self.mode = Mode.NONE
+        self.response_mode = Mode.NONE
+        self._start: RequestHeaders | None = None
+        self._asked = False
+        self._mutation: Mutation | None = None
+        self._mutation_on_body = False  # rule 3
+        self._chunks: list[bytes] = []
+        self._held_bytes = 0
+        self._body_ended = False
+        self._body_owed = False
+        self._trailers_owed = False
+
+    def __repr__(self) -> str:
+        return f"<Exchange {self.mode.name} [{self.state.name}: {self.state.value}; holds {self._held_bytes} bytes]>"
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the request body held here."""
+        return self._held_bytes
+
+    def awaits_decision(self) -> bool:
+        """Nothing more is needed from the gateway: only the answer to Decide."""
+        return self.state is State.DECIDING
+
+    # -- events
+
+    def receive(self, event: Event) -> list[Action]:
+        """Take the next event; what to send and to ask, in order."""
+        match event:
+            case RequestHeaders():
+                if self._start is not None:
+                    return self._violation(Kind.HEADERS)
+                self._start, self.mode, self.response_mode = event, event.request_mode, event.response_mode
+                if self.mode not in SPOKEN_MODES and not event.end_of_stream:
+                    spoken = ", ".join(mode.name for mode in SPOKEN_MODES)
+                    return self.failed(GatewayProtocolError(f"request_body_mode {self.mode.name} is not spoken here; use one of {spoken}"))
+                return self._step(Kind.HEADERS_END if event.end_of_stream else Kind.HEADERS, b"")
+            case RequestBody():
+                return self._step(Kind.BODY_END if event.end_of_stream else Kind.BODY, event.chunk)
+            case RequestTrailers():
+                return self._step(Kind.TRAILERS, b"")
+            case ResponseHeaders():
+                if self.state is not State.ANSWERED:  # a response that begins before our answer is the gateway's own: it needs none
+                    self._end()
+                return [HeadersReply(Direction.RESPONSE)]
+            case ResponseBody():
+                if self.response_mode is Mode.FULL_DUPLEX_STREAMED:
+                    return [BodyReply(Direction.RESPONSE, event.chunk, event.end_of_stream)]
+                return [BodyReply(Direction.RESPONSE)]
+            case ResponseTrailers():
+                return [TrailersReply(Direction.RESPONSE)]
+            case Unreadable():
+                return self.failed(GatewayProtocolError(f"unreadable message: {event.why}"))
+
+    def decided(self, mutation: Mutation) -> list[Action]:
+        """The answer to Decide: where to. It is sent as soon as the body was judged. Too late for a request that has ended: nothing."""
+        if self.state is State.DECIDING:
+            return self._answer(mutation)
+        if self.state is State.BODY:
+            self._mutation = mutation
+        return []
+
+    def failed(self, error: LoraExtprocError) -> list[Action]:
+        """End the request with an immediate response, unless it has ended already."""
+        if self.state is State.ENDED:
+            return []
+        self._end()
+        return [ImmediateReply(error)]
+
+    # -- steps
+
+    def _step(self, kind: Kind, chunk: bytes) -> list[Action]:
+        mode = self.mode if self.mode in SPOKEN_MODES else Mode.NONE
+        name = REQUEST_STEPS[self.state].get(kind, {}).get(mode)
+        if name is None:
+            return self._violation(kind)
+        step: Callable[[bytes, bool], list[Action]] = getattr(self, f"_{name}")
+        try:
+            return step(chunk, kind in (Kind.BODY_END, Kind.HEADERS_END))
+        except LoraExtprocError as error:
+            return self.failed(error)
+
+    def _violation(self, kind: Kind) -> list[Action]:
+        return self.failed(GatewayProtocolError(f"{kind.value} may not come while: {self.state.value} ({self.mode.name})"))
+
+    def _drop(self, _chunk: bytes, _last: bool) -> list[Action]:
+        return []
+
+    def _hold_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
+        if not self._carries_json():
+            return self._decide_on_headers(b"", False)
+        self.state = State.BODY
+        return []
+
+    def _continue_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
+        if not self._carries_json():
+            return self._decide_on_headers(b"", False)
+        self._mutation_on_body = True
+        self.state = State.BODY
+        return [HeadersReply(Direction.REQUEST)]
+
+    def _decide_on_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
+        assert self._start is not None
+        self.state = State.DECIDING
+        named = self._start.headers.get(self._model_header) if self.mode is Mode.NONE else None
+        return self._ask(named or None)
+
+    def _keep(self, chunk: bytes, last: bool) -> list[Action]:
+        if self._body_ended:  # rule 5
+            return []
+        self._held_bytes += len(chunk)
+        if self._held_bytes > self._max_body_bytes and self._carries_json():
+            raise BodyTooLarge(f"the body has over {self._max_body_bytes} bytes")
+        self._chunks.append(chunk)
+        self._body_ended = last
+        if self._asked or self._scanner is None or self.state is not State.BODY:
+            return []
+        model = self._scanner.feed(chunk)
+        return [] if model is None else self._ask(model)
+
+    def _keep_and_judge(self, chunk: bytes, _last: bool) -> list[Action]:
+        if not self._chunks:
+            self._scanner = None  # one chunk: the verdict alone is quicker
+        return self._keep(chunk, True) + self._judge()
+
+    def _judge_buffered(self, chunk: bytes, _last: bool) -> list[Action]:
+        self._body_owed = True
+        return self._keep_and_judge(chunk, True)
+
+    def _judge_before_trailers(self, _chunk: bytes, _last: bool) -> list[Action]:
+        self._trailers_owed = True
+        self._body_ended = True
+        return self._judge()
+
+    def _judge(self) -> list[Action]:
+        self._scanner = None
+        body = b"".join(self._chunks)
+        self._chunks = [body] if self.mode is Mode.FULL_DUPLEX_STREAMED else []
+        model = scanner.judge(body)
+        self.state = State.DECIDING
+        if not self._asked:
+            return self._ask(model)
+        return [] if self._mutation is None else self._answer(self._mutation)
+
+    def _owe_body(self, _chunk: bytes, _last: bool) -> list[Action]:
+        self._body_owed = True
+        return []
+
+    def _owe_trailers(self, _chunk: bytes, _last: bool) -> list[Action]:
+        self._body_ended = True
+        self._trailers_owed = True
+        return []
+
+    def _echo(self, chunk: bytes, last: bool) -> list[Action]:
+        """A body that needs no verdict is given back as it comes."""
+        if self._body_ended:  # rule 5
+            return []
+        self._body_ended = last
+        return list(_in_chunks(chunk, end_of_stream=last))
+
+    def _continue_body(self, _chunk: bytes, _last: bool) -> list[Action]:
+        return [BodyReply(Direction.REQUEST)]
+
+    def _continue_trailers(self, _chunk: bytes, _last: bool) -> list[Action]:
+        return [TrailersReply(Direction.REQUEST)]
+
+    # -- asking and answering
+
+    def _carries_json(self) -> bool:
+        assert self._start is not None
+        media_type = self._start.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return media_type == "application/json" or media_type.endswith("+json")
+
+    def _ask(self, model: str | None) -> list[Action]:
+        assert self._start is not None
+        self._asked = True
+        headers = self._start.headers
+        return [Decide(Facts(headers.get(":method", ""), headers.get(":path", ""), headers, model, self._start.subset))]
+
+    def _answer(self, mutation: Mutation) -> list[Action]:
+        self.state = State.ANSWERED
+        if self._trailers_owed and self.mode is Mode.FULL_DUPLEX_STREAMED:  # rule 6
+            mutation = replace(mutation, set_headers={**mutation.set_headers, NO_RETRY_HEADER: "1"}, clear_route_cache=True)
+        actions: list[Action] = []
+        if not self._mutation_on_body:
+            actions.append(HeadersReply(Direction.REQUEST, mutation))
+        elif self._body_owed:
+            actions.append(BodyReply(Direction.REQUEST, mutation=mutation))
+            self._body_owed = False
+        if self.mode is Mode.FULL_DUPLEX_STREAMED:
+            if self._chunks or self._body_ended:
+                actions += _in_chunks(b"".join(self._chunks), end_of_stream=self._body_ended and not self._trailers_owed)
+            self._chunks = []
+            self._held_bytes = 0
+        elif self._body_owed:
+            actions.append(BodyReply(Direction.REQUEST))
+        if self._trailers_owed:
+            actions.append(TrailersReply(Direction.REQUEST))
+        return actions
+
+    def _end(self) -> None:
+        self.state = State.ENDED
+        self._scanner = None
+        self._chunks = []
+        self._held_bytes = 0
+
+
+def _in_chunks(body: bytes, *, end_of_stream: bool) -> Iterator[BodyReply]:
+    """The body as messages of at most BODY_CHUNK_BYTES; an empty one only where it carries the end of the stream."""
+    for start in range(0, len(body), BODY_CHUNK_BYTES):
+        last = start + BODY_CHUNK_BYTES >= len(body)
+        yield BodyReply(Direction.REQUEST, body[start : start + BODY_CHUNK_BYTES], end_of_stream and last)
+    if not body and end_of_stream:
+        yield BodyReply(Direction.REQUEST, b"", end_of_stream=True)

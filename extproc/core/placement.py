@@ -1,0 +1,59 @@
+"""Which pool a model belongs to and which endpoints may serve a key: the snapshot every decision is made on, replaced whole."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from .endpoint import Endpoint
+from .maglev import LookupTable
+
+_REMEMBERED_KEYS = 65_536  # orders kept per pool; at 100 endpoints one costs 50 us to compute and 1 KB to keep
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The endpoints that serve one base model: one Envoy cluster, one lookup table."""
+
+    name: str
+    base_models: frozenset[str]
+    adapters: tuple[str, ...]  # shell patterns of the adapter names that run on this base
+    table: LookupTable
+    _orders: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def serves(self, adapter: str) -> bool:
+        return any(fnmatchcase(adapter, pattern) for pattern in self.adapters)
+
+    def candidates(self, key: str) -> tuple[Endpoint, ...]:
+        """`LookupTable.candidates`, remembered: the table never changes."""
+        order = self._orders.get(key)
+        if order is None:
+            if len(self._orders) >= _REMEMBERED_KEYS:
+                self._orders.clear()
+            order = self._orders[key] = self.table.candidates(key)
+        return order
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Endpoints, tables and who is down, at one moment. Health is applied to the walk, not to the table: an endpoint that comes back has
+    its keys again, and while it is away each of them has one fixed substitute."""
+
+    pools: tuple[Pool, ...]
+    down: Mapping[str, str] = field(default_factory=dict)  # address -> why
+    version: int = 0
+
+    def base_pool(self, model: str) -> Pool | None:
+        """The pool that has `model` as a base model."""
+        return next((pool for pool in self.pools if model in pool.base_models), None)
+
+    def adapter_pool(self, adapter: str) -> Pool | None:
+        """The first pool, in the configured order, one of whose patterns matches `adapter`."""
+        return next((pool for pool in self.pools if pool.serves(adapter)), None)
+
+    def ready(self, order: Iterable[Endpoint], subset: Sequence[str] | None = None) -> tuple[Endpoint, ...]:
+        """`order` without the endpoints that are down, and within the gateway's subset hint (`ip:port` or `ip`) if it gave one."""
+        up = tuple(e for e in order if e.address not in self.down) if self.down else tuple(order)
+        if subset is None:
+            return up
+        allowed = frozenset(subset)
+        return tuple(e for e in up if e.address in allowed or e.address.rpartition(":")[0] in allowed)

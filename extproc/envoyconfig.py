@@ -1,0 +1,322 @@
+"""Settings to a complete Envoy bootstrap, typed with envoy-data-plane, as YAML whose bytes depend on the settings alone.
+
+What the configuration has to get right was measured on Envoy 1.36.4 and 1.40.0:
+- The destination is read from dynamic metadata only. With the header as a second source Envoy joins both lists and tries a dead endpoint twice.
+- A request that names no endpoint Envoy knows is answered 503: any other fallback would send it to an engine without the adapter.
+- override_host does not skip endpoints that fail their health check; the router leaves them out.
+- With a retry policy on the route, a full-duplex request that ends in trailers reaches the engine with its body doubled. Such requests are
+  marked by the router and take a route without retries.
+- `clear_route_cache` is not enough where the buffer limit is on the route: 1.36.4 answers 413 unless listener and cluster allow it too.
+
+Importing this module takes a second: import it where it is used.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from ipaddress import ip_address
+
+import betterproto2
+import yaml
+from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
+from envoy_data_plane.envoy.config.bootstrap import v3 as bootstrap
+from envoy_data_plane.envoy.config.cluster import v3 as cluster
+from envoy_data_plane.envoy.config.common.mutation_rules import v3 as rules
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.endpoint import v3 as endpoint
+from envoy_data_plane.envoy.config.listener import v3 as listener
+from envoy_data_plane.envoy.config.route import v3 as route
+from envoy_data_plane.envoy.extensions.access_loggers.filters.cel import v3 as cel
+from envoy_data_plane.envoy.extensions.access_loggers.stream import v3 as stream_log
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
+from envoy_data_plane.envoy.extensions.filters.http.router import v3 as router_filter
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation import v3 as early
+from envoy_data_plane.envoy.extensions.load_balancing_policies.override_host import v3 as override_host
+from envoy_data_plane.envoy.extensions.load_balancing_policies.round_robin import v3 as round_robin
+from envoy_data_plane.envoy.extensions.load_balancing_policies.subset import v3 as subset
+from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstream_http
+from envoy_data_plane.envoy.type import v3 as envoy_type
+from envoy_data_plane.envoy.type.metadata import v3 as metadata
+from envoy_data_plane.google.protobuf import Any, Struct
+
+from .config import PoolSettings, Settings
+from .core.exchange import NO_RETRY_HEADER
+from .core.steering import DESTINATION_HEADER, LB_NAMESPACE, OWN_NAMESPACE
+from .errors import BY_NAME, ConfigError
+
+LOGGED_NOTES = ("model", "key", "owner", "outcome", "origin", "waited_ms", "reason")
+ROUTER_CLUSTER = "lora_extproc_router"
+HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+UNLIMITED = 1_000_000  # for Envoy's circuit breakers; admission is the router's
+MAX_MESSAGE_TIMEOUT_S = 3600.0  # Envoy refuses more
+UPSTREAM_IDLE_S = 3.0  # below uvicorn's keep-alive of 5 s: never reuse a connection that the engine is closing
+HOLD_MARGIN_S = 60.0  # the router's own deadline must be first to fire
+CONNECT_FAILURES = "connect-failure,refused-stream,reset-before-request"  # never after the engine has read the request: it may have run
+RETRY_BACK_OFF_S = 0.005  # the next endpoint is another machine: nothing to wait for
+
+
+def render(settings: Settings) -> str:
+    """The bootstrap as YAML, in the field order of Envoy's definitions. Raises ConfigError for what Envoy could not serve."""
+    return yaml.safe_dump(build(settings).to_dict(casing=betterproto2.Casing.SNAKE), sort_keys=False, width=140)
+
+
+def build(s: Settings) -> bootstrap.Bootstrap:
+    """The bootstrap as a typed message."""
+    _check(s)
+    return bootstrap.Bootstrap(
+        admin=bootstrap.Admin(address=_socket(s.envoy.admin)) if s.envoy.admin else None,
+        static_resources=bootstrap.BootstrapStaticResources(
+            listeners=[_listener(s)],
+            clusters=[_router_cluster(s), *(_pool(s, pool) for pool in sorted(s.pools, key=lambda p: p.name))],
+        ),
+    )
+
+
+def _check(s: Settings) -> None:
+    if not s.pools:
+        raise ConfigError("pools: Envoy needs at least one")
+    if s.router.steering == "endpoint" and len(s.pools) != 1:
+        raise ConfigError(f"router.steering: 'endpoint' names one cluster in the route; with {len(s.pools)} pools use 'cluster'")
+    if s.envoy.processing_mode != "FULL_DUPLEX_STREAMED" and s.envoy.hold_s > MAX_MESSAGE_TIMEOUT_S:
+        raise ConfigError(f"envoy.hold_s: {s.envoy.hold_s:g} is over {MAX_MESSAGE_TIMEOUT_S:g}, Envoy's longest message_timeout")
+    for pool in s.pools:
+        for endpoint_settings in pool.endpoints:
+            host = endpoint_settings.address.rpartition(":")[0].strip("[]")
+            if not _is_ip(host):
+                raise ConfigError(f"pools: {endpoint_settings.address}: Envoy's override_host knows endpoints by IP address, not by name")
+
+
+def _listener(s: Settings) -> listener.Listener:
+    manager = listener.Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(_connection_manager(s)))
+    return listener.Listener(
+        name="lora_extproc",
+        address=_socket(s.envoy.listen),
+        per_connection_buffer_limit_bytes=s.router.max_body_bytes,  # what BUFFERED may hold (413 above it) and a retry can send again
+        filter_chains=[listener.FilterChain(filters=[manager])],
+    )
+
+
+def _connection_manager(s: Settings) -> hcm.HttpConnectionManager:
+    return hcm.HttpConnectionManager(
+        stat_prefix="lora_extproc",
+        codec_type=hcm.HttpConnectionManagerCodecType.AUTO,
+        http2_protocol_options=core.Http2ProtocolOptions(max_concurrent_streams=1024),
+        stream_idle_timeout=_seconds(s.envoy.hold_s + HOLD_MARGIN_S),
+        normalize_path=True,  # forbidden paths are compared as the engine will read them
+        merge_slashes=True,
+        early_header_mutation_extensions=[_strip_client_headers(s)],
+        access_log=[_access_log()],
+        local_reply_config=_local_replies(),
+        http_filters=[
+            hcm.HttpFilter(name="envoy.filters.http.ext_proc", typed_config=Any.pack(_ext_proc(s))),
+            hcm.HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(router_filter.Router())),
+        ],
+        route_config=route.RouteConfiguration(
+            name="lora_extproc",
+            virtual_hosts=[
+                route.VirtualHost(
+                    name="all",
+                    domains=["*"],
+                    include_attempt_count_in_response=True,
+                    routes=[_route(s, retries=False), _route(s, retries=True)],
+                )
+            ],
+        ),
+    )
+
+
+def _strip_client_headers(s: Settings) -> core.TypedExtensionConfig:
+    """Remove what only the router may set, before routing and before every filter."""
+    names = (DESTINATION_HEADER, s.router.cluster_header, NO_RETRY_HEADER)
+    return _extension(
+        "envoy.http.early_header_mutation.header_mutation",
+        early.HeaderMutation(mutations=[rules.HeaderMutation(remove=name) for name in names]),
+    )
+
+
+def _route(s: Settings, *, retries: bool) -> route.Route:
+    by_header = s.router.steering == "cluster"
+    marked = route.HeaderMatcher(name=NO_RETRY_HEADER, present_match=True)
+    return route.Route(
+        name="models" if retries else "models_without_retries",
+        match=route.RouteMatch(prefix="/", headers=[] if retries else [marked]),
+        request_body_buffer_limit=s.router.max_body_bytes,
+        route=route.RouteAction(
+            cluster=None if by_header else s.pools[0].name,
+            cluster_header=s.router.cluster_header if by_header else None,
+            timeout=timedelta(0),  # a generation has no upper bound; the idle timeout still ends dead streams
+            idle_timeout=_seconds(s.envoy.hold_s + HOLD_MARGIN_S),
+            retry_policy=_retries(s) if retries else None,
+        ),
+    )
+
+
+def _retries(s: Settings) -> route.RetryPolicy:
+    """Walk the router's list: each attempt takes the next endpoint of it."""
+    return route.RetryPolicy(
+        retry_on=CONNECT_FAILURES,
+        num_retries=max(1, s.router.max_retry_endpoints - 1),
+        retry_back_off=route.RetryPolicyRetryBackOff(
+            base_interval=_seconds(RETRY_BACK_OFF_S), max_interval=_seconds(RETRY_BACK_OFF_S * 10)
+        ),
+    )
+
+
+def _ext_proc(s: Settings) -> ext_proc.ExternalProcessor:
+    send, skip = ext_proc.ProcessingModeHeaderSendMode.SEND, ext_proc.ProcessingModeHeaderSendMode.SKIP
+    duplex = s.envoy.processing_mode == "FULL_DUPLEX_STREAMED"
+    timeout = None if duplex else _seconds(min(s.envoy.hold_s, MAX_MESSAGE_TIMEOUT_S))  # no timer runs in full duplex
+    return ext_proc.ExternalProcessor(
+        grpc_service=core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=ROUTER_CLUSTER)),
+        stat_prefix="router",
+        failure_mode_allow=False,
+        status_on_error=envoy_type.HttpStatus(code=envoy_type.StatusCode.ServiceUnavailable),
+        message_timeout=timeout,
+        max_message_timeout=timeout,
+        processing_mode=ext_proc.ProcessingMode(
+            request_header_mode=send,
+            response_header_mode=skip,
+            request_body_mode=ext_proc.ProcessingModeBodySendMode[s.envoy.processing_mode],
+            response_body_mode=ext_proc.ProcessingModeBodySendMode.NONE,
+            request_trailer_mode=send if duplex else skip,
+            response_trailer_mode=skip,
+        ),
+        metadata_options=ext_proc.MetadataOptions(
+            receiving_namespaces=ext_proc.MetadataOptionsMetadataNamespaces(untyped=[LB_NAMESPACE, OWN_NAMESPACE])
+        ),
+    )
+
+
+def _access_log() -> accesslog.AccessLog:
+    line = {
+        "time": "%START_TIME%",
+        "method": "%REQ(:METHOD)%",
+        "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",
+        "protocol": "%PROTOCOL%",
+        "status": "%RESPONSE_CODE%",
+        "details": "%RESPONSE_CODE_DETAILS%",
+        "flags": "%RESPONSE_FLAGS%",
+        "duration_ms": "%DURATION%",
+        "bytes_in": "%BYTES_RECEIVED%",
+        "bytes_out": "%BYTES_SENT%",
+        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        "cluster": "%UPSTREAM_CLUSTER%",
+        "upstream": "%UPSTREAM_HOST%",
+        "request_id": "%REQ(X-REQUEST-ID)%",
+    } | {note: f"%DYNAMIC_METADATA({OWN_NAMESPACE}:{note})%" for note in LOGGED_NOTES}
+    text = core.SubstitutionFormatString(json_format=Struct.from_dict(line))
+    return accesslog.AccessLog(name="envoy.access_loggers.stdout", typed_config=Any.pack(stream_log.StdoutAccessLog(log_format=text)))
+
+
+def _local_replies() -> hcm.LocalReplyConfig:
+    """Envoy's own errors worded like the router's. The router's are recognised by their reason word and left as they are."""
+    reasons = ", ".join(f"'{reason}'" for reason in sorted({error.reason for error in BY_NAME.values()}))
+    not_ours = cel.ExpressionFilter(expression=f"!(response.code_details in [{reasons}])")
+    error = {"message": "the gateway could not forward the request: %RESPONSE_CODE_DETAILS%", "type": "server_error", "param": None, "code": "gateway"}
+    return hcm.LocalReplyConfig(
+        mappers=[
+            hcm.ResponseMapper(
+                filter=accesslog.AccessLogFilter(
+                    extension_filter=accesslog.ExtensionFilter(name="envoy.access_loggers.extension_filters.cel", typed_config=Any.pack(not_ours))
+                ),
+                body_format_override=core.SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
+            )
+        ]
+    )
+
+
+def _router_cluster(s: Settings) -> cluster.Cluster:
+    # A dead router connection is noticed although every stream on it is held.
+    http2 = core.Http2ProtocolOptions(connection_keepalive=core.KeepaliveSettings(interval=_seconds(10), timeout=_seconds(5)))
+    options = upstream_http.HttpProtocolOptions(
+        explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2)
+    )
+    is_ip = _is_ip(s.envoy.router.rpartition(":")[0].strip("[]"))
+    return cluster.Cluster(
+        name=ROUTER_CLUSTER,
+        type=cluster.ClusterDiscoveryType.STATIC if is_ip else cluster.ClusterDiscoveryType.STRICT_DNS,
+        connect_timeout=_seconds(s.envoy.connect_timeout_s),
+        circuit_breakers=_no_limits(),
+        load_assignment=_assignment(ROUTER_CLUSTER, [s.envoy.router]),
+        typed_extension_protocol_options={HTTP_OPTIONS: Any.pack(options)},
+    )
+
+
+def _pool(s: Settings, pool: PoolSettings) -> cluster.Cluster:
+    options = upstream_http.HttpProtocolOptions(
+        common_http_protocol_options=core.HttpProtocolOptions(idle_timeout=_seconds(UPSTREAM_IDLE_S)),
+        explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions()),
+    )
+    return cluster.Cluster(
+        name=pool.name,
+        type=cluster.ClusterDiscoveryType.STATIC,
+        connect_timeout=_seconds(s.envoy.connect_timeout_s),
+        per_connection_buffer_limit_bytes=s.router.max_body_bytes,
+        circuit_breakers=_no_limits(),
+        health_checks=[_health_check(s)],
+        load_assignment=_assignment(pool.name, [e.address for e in pool.endpoints]),
+        load_balancing_policy=_policy("envoy.load_balancing_policies.override_host", _override_host()),
+        typed_extension_protocol_options={HTTP_OPTIONS: Any.pack(options)},
+    )
+
+
+def _override_host() -> override_host.OverrideHost:
+    key = metadata.MetadataKey(key=LB_NAMESPACE, path=[metadata.MetadataKeyPathSegment(key=DESTINATION_HEADER)])
+    nowhere = subset.Subset(  # no endpoint carries this key, and there is no fallback: 503 no_healthy_upstream
+        fallback_policy=subset.SubsetLbSubsetFallbackPolicy.NO_FALLBACK,
+        subset_selectors=[subset.SubsetLbSubsetSelector(keys=["lora_extproc_nowhere"])],
+        subset_lb_policy=_policy("envoy.load_balancing_policies.round_robin", round_robin.RoundRobin()),
+    )
+    return override_host.OverrideHost(
+        override_host_sources=[override_host.OverrideHostOverrideHostSource(metadata=key)],
+        fallback_policy=_policy("envoy.load_balancing_policies.subset", nowhere),
+    )
+
+
+def _health_check(s: Settings) -> core.HealthCheck:
+    interval = _seconds(s.envoy.health_interval_s)
+    return core.HealthCheck(
+        timeout=_seconds(1),
+        interval=interval,
+        no_traffic_interval=interval,  # Envoy's default for a cluster without traffic is 60 s
+        unhealthy_threshold=2,
+        healthy_threshold=1,
+        http_health_check=core.HealthCheckHttpHealthCheck(path="/health"),
+    )
+
+
+def _no_limits() -> cluster.CircuitBreakers:
+    most = cluster.CircuitBreakersThresholds(
+        max_connections=UNLIMITED, max_pending_requests=UNLIMITED, max_requests=UNLIMITED, max_retries=UNLIMITED
+    )
+    return cluster.CircuitBreakers(thresholds=[most])
+
+
+def _assignment(name: str, addresses: Sequence[str]) -> endpoint.ClusterLoadAssignment:
+    members = [endpoint.LbEndpoint(endpoint=endpoint.Endpoint(address=_socket(address))) for address in addresses]
+    return endpoint.ClusterLoadAssignment(cluster_name=name, endpoints=[endpoint.LocalityLbEndpoints(lb_endpoints=members)])
+
+
+def _policy(name: str, config: betterproto2.Message) -> cluster.LoadBalancingPolicy:
+    return cluster.LoadBalancingPolicy(policies=[cluster.LoadBalancingPolicyPolicy(typed_extension_config=_extension(name, config))])
+
+
+def _extension(name: str, config: betterproto2.Message) -> core.TypedExtensionConfig:
+    return core.TypedExtensionConfig(name=name, typed_config=Any.pack(config))
+
+
+def _socket(address: str) -> core.Address:
+    host, _, port = address.rpartition(":")
+    return core.Address(socket_address=core.SocketAddress(address=host.strip("[]"), port_value=int(port)))
+
+
+def _seconds(value: float) -> timedelta:
+    return timedelta(seconds=value)
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True

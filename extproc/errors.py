@@ -1,0 +1,165 @@
+"""Every failure this project names, with the HTTP answer it becomes. The tree:
+
+    LoraExtprocError
+    ├── RequestError                 what the client sent cannot be served
+    │   ├── InvalidRequest           400 invalid_request
+    │   ├── Forbidden                403 forbidden
+    │   ├── BodyTooLarge             413 body_too_large
+    │   └── Overloaded               429 overloaded           retryable
+    ├── StageError                   the adapter could not be put in place
+    │   ├── ModelNotFound            404 model_not_found
+    │   ├── InvalidAdapter           422 invalid_adapter
+    │   ├── OriginFailed             502 origin_failed        retryable
+    │   │   └── OriginRefused        502 origin_failed        the origin wants other credentials: repeating is useless
+    │   ├── StageDeadline            503 staging              retryable
+    │   ├── NoSpace                  503 no_space             retryable
+    │   └── AdapterTooLarge          422 invalid_adapter
+    ├── NoEndpoint                   503 no_endpoint          retryable
+    │   └── StagerUnavailable        503 no_endpoint          retryable
+    ├── GatewayProtocolError         500 protocol             the gateway sent what ext_proc does not allow, or a mode we do not speak
+    ├── AdapterInUse                 409 in_use               retryable   (an operator's evict, never a client's request)
+    └── StartError                   exit code 2: the process cannot start as asked
+        └── ConfigError              exit code 2: a setting is wrong
+
+`reason` is the one word that answers, logs, metrics and Envoy's `details` share.
+"""
+
+import json
+from typing import ClassVar
+
+
+class LoraExtprocError(Exception):
+    """Base of the tree. The message names the thing and the limit; it is shown to clients, so it holds no path, address or secret."""
+
+    status: ClassVar[int] = 500
+    reason: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+    retry_after_s: ClassVar[int | None] = None
+    shared: ClassVar[bool] = True  # True: another node would fail the same way, so trying one is useless
+
+    @property
+    def message(self) -> str:
+        return str(self) or self.reason
+
+    def openai_body(self) -> bytes:
+        """The error as the OpenAI API words it, so that client libraries raise their own typed exception."""
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error" if self.status < 500 else "server_error"
+        param = "model" if self.status in (403, 404, 422) else None
+        return json.dumps({"error": {"message": self.message, "type": kind, "param": param, "code": self.reason}}).encode()
+
+
+class RequestError(LoraExtprocError):
+    """What the client sent cannot be served."""
+
+
+class InvalidRequest(RequestError):
+    """The body is not JSON, lacks `model`, carries it twice, or names it unusably; or the gateway speaks a mode we do not."""
+
+    status, reason = 400, "invalid_request"
+
+
+class Forbidden(RequestError):
+    """Policy does not permit this."""
+
+    status, reason = 403, "forbidden"
+
+
+class BodyTooLarge(RequestError):
+    """The body is over `router.max_body_bytes`."""
+
+    status, reason = 413, "body_too_large"
+
+
+class Overloaded(RequestError):
+    """Too many requests are held already."""
+
+    status, reason, retryable, retry_after_s = 429, "overloaded", True, 1
+
+
+class StageError(LoraExtprocError):
+    """The adapter could not be put in place."""
+
+
+class ModelNotFound(StageError):
+    """No origin has it. Remembered for a short time."""
+
+    status, reason = 404, "model_not_found"
+
+
+class InvalidAdapter(StageError):
+    """Fetched, but not servable: pickle, broken safetensors, rank, base model, digest."""
+
+    status, reason = 422, "invalid_adapter"
+
+
+class AdapterTooLarge(InvalidAdapter):
+    """Larger than the disk budget or the size limit: it never fits, whatever is evicted."""
+
+
+class OriginFailed(StageError):
+    """An origin answered 5xx, refused the credentials or could not be reached."""
+
+    status, reason, retryable = 502, "origin_failed", True
+    retry_after_s: ClassVar[int | None] = 5
+
+
+class OriginRefused(OriginFailed):
+    """The origin does not accept our credentials, or the artifact is gated."""
+
+    retryable: ClassVar[bool] = False
+    retry_after_s: ClassVar[int | None] = None
+
+
+class StageDeadline(StageError):
+    """The wait is over, the flight is not: the next request is likely to find the adapter."""
+
+    status, reason, retryable, retry_after_s = 503, "staging", True, 2
+
+
+class NoSpace(StageError):
+    """Everything evictable is gone and the rest is leased, pinned or loaded."""
+
+    status, reason, retryable, retry_after_s, shared = 503, "no_space", True, 10, False
+
+
+class NoEndpoint(LoraExtprocError):
+    """No endpoint of the pool is ready."""
+
+    status, reason, retryable, retry_after_s = 503, "no_endpoint", True, 2
+
+
+class StagerUnavailable(NoEndpoint):
+    """The node's stager does not answer."""
+
+    shared = False
+
+
+class GatewayProtocolError(LoraExtprocError):
+    """The gateway sent a message out of order, or asks for a processing mode that is not spoken here. Its configuration is wrong, not the client."""
+
+    status, reason = 500, "protocol"
+
+
+class AdapterInUse(LoraExtprocError):
+    """An operator asked to evict what is leased, pinned or still loaded."""
+
+    status, reason, retryable = 409, "in_use", True
+
+
+class StartError(LoraExtprocError):
+    """The process cannot start as asked: a busy port, a missing program, an unwritable directory."""
+
+    reason = "start"
+
+
+class ConfigError(StartError):
+    """A setting is wrong. The message lists each with its path: `router.placement.table_size: 100 is not prime`."""
+
+    reason = "config"
+
+
+def _subclasses(cls: type[LoraExtprocError]) -> list[type[LoraExtprocError]]:
+    return [cls, *(below for sub in cls.__subclasses__() for below in _subclasses(sub))]
+
+
+BY_NAME: dict[str, type[LoraExtprocError]] = {cls.__name__: cls for cls in _subclasses(LoraExtprocError)}  # how an error crosses a process boundary

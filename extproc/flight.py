@@ -1,0 +1,62 @@
+"""The one task in progress that all callers of a key wait for, owned by none of them.
+
+The order of events this guards against: A calls and starts the fetch; B calls and waits for A's; A's client hangs up; the fetch is cancelled
+with A; B gets A's CancelledError and the bytes are lost. So the task belongs to the flight, and callers wait shielded.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any, Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+class SingleFlight(Generic[K, T]):
+    """Flights by key. A key whose flight has landed, well or not, may fly again."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[K, asyncio.Task[T]] = {}
+        self._waiters: dict[K, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._tasks
+
+    def waiters(self, key: K) -> int:
+        """How many callers wait for `key` now."""
+        return self._waiters.get(key, 0)
+
+    def start(self, key: K, fly: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        """The task in flight for `key`; starts `fly()` if there is none."""
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(fly(), name=f"flight {key}")
+            task.add_done_callback(lambda done: self._landed(key, done))
+        return task
+
+    async def join(self, key: K, fly: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Wait for the flight of `key`. Cancelling the wait leaves the flight alone; its error is raised in every waiter."""
+        task = self.start(key, fly)
+        self._waiters[key] = self._waiters.get(key, 0) + 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._waiters[key] -= 1
+            if not self._waiters[key]:
+                del self._waiters[key]
+
+    async def close(self) -> None:
+        """Cancel what is in flight and wait until it has cleaned up."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _landed(self, key: K, task: asyncio.Task[T]) -> None:
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
+        if not task.cancelled():
+            task.exception()  # seen: with no waiter left, asyncio would log it as never retrieved

@@ -1,0 +1,67 @@
+"""Every instrument of every process. A help text is the metric's definition; labels come from our enums and settings, never from a client."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+
+from . import __version__
+
+_WAIT_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """A registry of its own, so that two processes' worth of instruments can live in one test."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        Info("lora_extproc_build", "Version of this process.", registry=self.registry).info({"version": __version__})
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+class RouterMetrics(Metrics):
+    """Instruments of the router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        r = self.registry
+        self.requests = Counter(
+            "lora_extproc_requests",
+            "Requests answered, by outcome (hit, staged, pass, rejected, abandoned) and, for rejected ones, the reason of the error table.",
+            ["outcome", "reason"],
+            registry=r,
+        )
+        self.held = Gauge("lora_extproc_held_requests", "Requests that wait for an adapter now.", registry=r)
+        self.wait = Histogram(
+            "lora_extproc_wait_seconds",
+            "From the moment the model was known to the answer, for requests that had to wait for a stager.",
+            registry=r,
+            buckets=_WAIT_BUCKETS,
+        )
+        self.streams = Gauge("lora_extproc_streams", "ext_proc streams open now.", registry=r)
+        self.failovers = Counter("lora_extproc_failovers", "Candidates skipped because their stager could not serve, then the next was asked.", registry=r)
+        self.leases = Gauge("lora_extproc_leases", "Adapters, per endpoint, that are known to be on disk.", registry=r)
+        self.endpoints = Gauge("lora_extproc_endpoints", "Endpoints by state (ready, down).", ["state"], registry=r)
+
+
+class StagerMetrics(Metrics):
+    """Instruments of the stager."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        r = self.registry
+        self.ensures = Counter("lora_extproc_ensures", "Ensure calls by result: hit, staged, or the reason of the error table.", ["result"], registry=r)
+        self.stages = Counter("lora_extproc_stages", "Flights that landed, by origin and result.", ["origin", "result"], registry=r)
+        self.stage_seconds = Histogram(
+            "lora_extproc_stage_seconds",
+            "Duration of one phase of a flight: resolve, reserve, fetch, verify, publish.",
+            ["phase"],
+            registry=r,
+            buckets=_WAIT_BUCKETS,
+        )
+        self.fetched_bytes = Counter("lora_extproc_fetched_bytes", "Bytes fetched, by origin.", ["origin"], registry=r)
+        self.flights = Gauge("lora_extproc_flights", "Fetches in progress.", registry=r)
+        self.negative_hits = Counter("lora_extproc_negative_hits", "Ensure calls answered from the memory of what no origin has.", registry=r)
+        self.evictions = Counter("lora_extproc_evictions", "Artifacts removed, by cause (room, asked) and result (removed, kept).", ["cause", "result"], registry=r)
+        self.disk = Gauge("lora_extproc_disk_bytes", "Bytes on disk by kind: used, reserved, limit; used + reserved <= limit.", ["kind"], registry=r)
+        self.adapters = Gauge("lora_extproc_adapters", "Adapter names that are on disk.", registry=r)

@@ -1,0 +1,1 @@
+"""Generated from protos/ by the command in protos/README.md; never edited."""

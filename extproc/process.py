@@ -1,0 +1,120 @@
+"""What every long-running process of ours does alike: logs, an event loop, a stop on SIGTERM or SIGINT, and a small HTTP server beside it."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import grpc.aio
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Response
+
+from .errors import StartError
+from .metrics import Metrics
+
+
+def set_up_logging(level: str) -> None:
+    """One line per event on standard error."""
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s %(message)s", force=True)
+    for chatty in ("httpx", "botocore", "aiobotocore", "huggingface_hub", "filelock", "asyncio"):
+        logging.getLogger(chatty).setLevel("WARNING")
+
+
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run `main(stop)` until it returns; SIGTERM and SIGINT set `stop`."""
+
+    async def guarded() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await main(stop)
+
+    uvloop.run(guarded())
+
+
+def listen(address: str) -> socket.socket:
+    """A listening TCP socket. Raises StartError, naming the address, if it cannot be had."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        return socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except OSError as error:
+        raise StartError(f"cannot listen on {address}: {error.strerror}") from None
+
+
+MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC's default of 4 MiB would cut bodies off; router.max_body_bytes is the limit that answers
+
+
+def grpc_server(max_concurrent_streams: int = 10_000) -> grpc.aio.Server:
+    """A grpc.aio server with our transport limits, not bound yet."""
+    return grpc.aio.server(
+        options=(
+            ("grpc.so_reuseport", 0),  # a second process on a busy port must fail, not share it
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_concurrent_streams", max_concurrent_streams),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        )
+    )
+
+
+def listen_grpc(server: grpc.aio.Server, address: str) -> None:
+    """Bind `server`. Raises StartError, naming the address, if it cannot be had."""
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise StartError(f"cannot listen on {address}: it is in use or not an address of this machine")
+
+
+class HttpServer:
+    """A FastAPI application on uvicorn, inside a process that handles its own signals."""
+
+    class _Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    def __init__(self, app: FastAPI, address: str) -> None:
+        self._socket = listen(address)
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+        self._server = self._Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http server")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+        self._socket.close()
+
+
+def control_app(title: str, metrics: Metrics, why_not_ready: Callable[[], str | None]) -> FastAPI:
+    """The endpoints every process has. `why_not_ready` returns None when ready."""
+    app = FastAPI(title=title, docs_url="/docs", redoc_url=None)
+
+    @app.get("/healthz", summary="The process lives.")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="The process may be sent work; 503 and the reason if not.")
+    async def readyz(response: Response) -> dict[str, str]:
+        why = why_not_ready()
+        if why is not None:
+            response.status_code = 503
+            return {"status": "not ready", "why": why}
+        return {"status": "ready"}
+
+    @app.get("/metrics", summary="Prometheus text format.")
+    async def render() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app

@@ -1,0 +1,72 @@
+"""Where a forwarded request goes: the first candidate that has the adapter or can get it, within the deadline."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..core.decision import Forward
+from ..core.endpoint import Endpoint
+from ..errors import LoraExtprocError, NoEndpoint, StageDeadline
+from ..metrics import RouterMetrics
+from .residency import Residency
+
+MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where the adapter is. `endpoints`: the chosen one, then others known to have it, for Envoy's retries."""
+
+    endpoints: tuple[Endpoint, ...]
+    outcome: str  # "hit" or "staged"
+    origin: str
+    waited_s: float
+
+
+class Staging:
+    """Waits for stagers. Every wait is bounded by the deadline and can be cancelled; the fetch it waits for goes on."""
+
+    def __init__(self, residency: Residency, metrics: RouterMetrics, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._residency = residency
+        self._metrics = metrics
+        self._deadline_s = deadline_s
+        self._clock = clock
+
+    def now(self, forward: Forward) -> Placed | None:
+        """The answer, if no wait is needed."""
+        if self._residency.holds(forward.candidates[0], forward.adapter):
+            return Placed(self._having(forward, forward.candidates[0]), "hit", "", 0.0)
+        return None
+
+    async def wait(self, forward: Forward) -> Placed:
+        """Walk the candidates. A failure that another node would share ends the walk; one that it may not share goes on to the next.
+
+        Raises the first kind at once, the last of the second kind, or StageDeadline.
+        """
+        began = self._clock()
+        failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate has a stager")
+        with self._metrics.held.track_inprogress():
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    for endpoint in [e for e in forward.candidates if e.stager][:MAX_CANDIDATES]:
+                        try:
+                            staged = await self._residency.ensure(endpoint, forward.adapter)
+                        except LoraExtprocError as error:
+                            if error.shared:
+                                raise
+                            self._metrics.failovers.inc()
+                            failure = error
+                            continue
+                        waited = self._clock() - began
+                        outcome = "staged" if staged.staged else "hit"
+                        return Placed(self._having(forward, endpoint), outcome, staged.origin if staged.staged else "", waited)
+            except TimeoutError:
+                failure = StageDeadline(f"{forward.adapter} is still being fetched after {self._deadline_s:g} s")
+            finally:
+                self._metrics.wait.observe(self._clock() - began)
+        raise failure
+
+    def _having(self, forward: Forward, chosen: Endpoint) -> tuple[Endpoint, ...]:
+        """`chosen`, then the other candidates that have the adapter. One that lacks it would answer a retry with 404, which no client repeats."""
+        return (chosen, *(e for e in forward.candidates if e is not chosen and self._residency.holds(e, forward.adapter)))

@@ -1,0 +1,184 @@
+"""The simulated engine's HTTP side: vLLM's paths, statuses and metric names. An answer tells which weights, by SHA-256, it was made with."""
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from .adapters import Adapters, EngineDeadError, SimError
+
+log = logging.getLogger(__name__)
+
+BASE_SHA256 = "base"
+DEFAULT_TOKENS = 16
+DEATH_S = 0.05  # a dying vLLM still answers what it has begun with 500, then exits
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class SimEngine:
+    """One engine. `token_s` is the time one token takes, in seconds."""
+
+    def __init__(self, adapters: Adapters, *, token_s: float = 0.0, die: Callable[[], None] = lambda: os._exit(1)) -> None:
+        self._adapters = adapters
+        self._token_s = token_s
+        self._die = die
+        self.dead = False
+        self._started = int(time.time())
+        self.served = 0
+
+    def app(self) -> web.Application:
+        """The application, to be served on the engine's address."""
+        app = web.Application(middlewares=[self._errors], client_max_size=256 * 2**20)
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/completions", self._completion),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
+                web.get("/version", self._version),
+                web.post("/v1/load_lora_adapter", self._load),
+                web.post("/v1/unload_lora_adapter", self._unload),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except SimError as error:
+            return _error(error.status, error.kind, str(error), error.param)
+        except EngineDeadError as error:
+            log.error("engine core died: %s", error)
+            self.dead = True
+            asyncio.get_running_loop().call_later(DEATH_S, self._die)
+            return _error(500, "InternalServerError", "EngineCore encountered an issue. See stack trace (above) for the root cause.")
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = await _json(request)
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise SimError(400, "BadRequestError", "messages: a non-empty list is needed")
+        return await self._generate(request, body, chat=True)
+
+    async def _completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, await _json(request), chat=False)
+
+    async def _generate(self, request: web.Request, body: dict[str, Any], *, chat: bool) -> web.StreamResponse:
+        model = body.get("model") or self._adapters.base_model
+        if self.dead:
+            raise EngineDeadError("dead already")
+        if model == self._adapters.base_model:
+            return await self._answer(request, body, model, BASE_SHA256, chat=chat)
+        if model not in self._adapters.registry:
+            await self._adapters.resolve(model)
+        async with self._adapters.use(model) as loaded:
+            return await self._answer(request, body, model, loaded.sha256, chat=chat)
+
+    async def _answer(self, request: web.Request, body: dict[str, Any], model: str, sha256: str, *, chat: bool) -> web.StreamResponse:
+        count = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_TOKENS
+        words = [model, "answers", "with", "weights", sha256]
+        tokens = [f"{words[i % len(words)]} " for i in range(max(int(count), len(words)))]
+        self.served += 1
+        head = {"id": f"sim-{self.served}", "created": int(time.time()), "model": model, "system_fingerprint": sha256}
+        if body.get("stream"):
+            return await self._stream(request, head, tokens, chat=chat)
+        if self._token_s:
+            await asyncio.sleep(self._token_s * len(tokens))
+        text = "".join(tokens)
+        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        usage = {"prompt_tokens": 1, "completion_tokens": len(tokens), "total_tokens": 1 + len(tokens)}
+        kind = "chat.completion" if chat else "text_completion"
+        return web.json_response({**head, "object": kind, "choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": usage})
+
+    async def _stream(self, request: web.Request, head: dict[str, Any], tokens: list[str], *, chat: bool) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        async for line in self._events(head, tokens, chat=chat):
+            await response.write(line)
+        await response.write_eof()
+        return response
+
+    async def _events(self, head: dict[str, Any], tokens: list[str], *, chat: bool) -> AsyncIterator[bytes]:
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        for i, token in enumerate(tokens):
+            if self._token_s:
+                await asyncio.sleep(self._token_s)
+            choice: dict[str, Any] = {"delta": {"content": token}} if chat else {"text": token}
+            last = i == len(tokens) - 1
+            data = {**head, "object": kind, "choices": [{"index": 0, "finish_reason": "stop" if last else None, **choice}]}
+            yield b"data: " + json.dumps(data).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        """Names that were asked for, never what lies on disk nor what is in memory."""
+        a = self._adapters
+        common = {"object": "model", "created": self._started, "owned_by": "vllm"}
+        data = [{"id": a.base_model, "root": a.root or a.base_model, "parent": None, "max_model_len": 4096, **common}]
+        data += [{"id": name, "root": path, "parent": a.base_model, "max_model_len": None, **common} for name, path in a.registry.items()]
+        return web.json_response({"object": "list", "data": data})
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.dead else 200)
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return web.json_response({"version": "sim"})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        a = self._adapters
+        names = ",".join(a.running)  # vLLM puts the same names into both labels
+        labels = f'max_lora="{a.max_loras}",running_lora_adapters="{names}",waiting_lora_adapters="{names}"'
+        lines = [
+            f"vllm:lora_requests_info{{{labels}}} {time.time()}",
+            f'vllm:num_requests_running{{model_name="{a.base_model}"}} {float(a.running.total())}',
+            f'vllm:num_requests_waiting{{model_name="{a.base_model}"}} 0.0',
+            f'vllm:request_success_total{{model_name="{a.base_model}"}} {float(self.served)}',
+        ]
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def _load(self, request: web.Request) -> web.Response:
+        body = await _json(request)
+        name = body.get("lora_name", "")
+        await self._adapters.load(name, body.get("lora_path", ""), in_place=bool(body.get("load_inplace")))
+        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        name = (await _json(request)).get("lora_name", "")
+        if not name:
+            raise SimError(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
+        self._adapters.unload(name)
+        return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    if request.content_type != "application/json":
+        raise SimError(400, "Bad Request", "Unsupported Media Type: Only 'application/json' is allowed")
+    try:
+        body = json.loads(await request.read())
+    except ValueError as error:
+        raise SimError(400, "Bad Request", str(error)) from None
+    if not isinstance(body, dict):
+        raise SimError(400, "Bad Request", "the body is not an object")
+    return body
+
+
+def _error(status: int, kind: str, message: str, param: str | None = None) -> web.Response:
+    return web.json_response({"error": {"message": message, "type": kind, "param": param, "code": status}}, status=status)
+
+
+async def serve(engine: SimEngine, address: str, stop: asyncio.Event) -> None:
+    """Run the engine until `stop` is set."""
+    host, _, port = address.rpartition(":")
+    runner = web.AppRunner(engine.app(), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.TCPSite(runner, host, int(port), backlog=1024).start()
+    try:
+        await stop.wait()
+    finally:
+        await runner.cleanup()

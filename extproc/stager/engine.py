@@ -1,0 +1,81 @@
+"""The model server on this node, as far as the stager needs it: is it well, which adapters may it still read, forget this one."""
+
+import logging
+import os
+import re
+
+import aiohttp
+
+from ..config import EngineSettings
+from ..errors import LoraExtprocError
+
+log = logging.getLogger(__name__)
+
+_INFO = re.compile(r'^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$', re.MULTILINE)
+_RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="([^"]*)"')
+
+
+class EngineUnreachable(LoraExtprocError):
+    """The engine did not answer, or not as a vLLM does. Nothing may be concluded, so nothing may be deleted."""
+
+    status, reason = 503, "engine"
+
+
+class Engine:
+    """vLLM's HTTP API. Every method raises EngineUnreachable when the answer is not certain."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._url = settings.url.rstrip("/")
+        key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether any engine reads this directory."""
+        return bool(self._url)
+
+    async def is_healthy(self) -> bool:
+        try:
+            return (await self._call("GET", "/health"))[0] == 200
+        except EngineUnreachable:
+            return False
+
+    async def registered(self) -> set[str]:
+        """Names the engine resolves without looking at the disk first; it may read their files at any time."""
+        status, body = await self._call("GET", "/v1/models")
+        if status != 200 or not isinstance(body, dict) or not isinstance(body.get("data"), list):
+            raise EngineUnreachable(f"the engine answers {status} to /v1/models")
+        return {str(model.get("id")) for model in body["data"]}
+
+    async def running(self) -> set[str]:
+        """Names with requests at work: of the series of vllm:lora_requests_info the newest, since old ones are never removed."""
+        status, body = await self._call("GET", "/metrics")
+        if status != 200 or not isinstance(body, str):
+            raise EngineUnreachable(f"the engine answers {status} to /metrics")
+        newest = max(_INFO.finditer(body), key=lambda m: float(m["time"]), default=None)
+        if newest is None:
+            return set()
+        return {name for label in _RUNNING.findall(newest["labels"]) for name in label.split(",") if name}
+
+    async def unload(self, name: str) -> None:
+        """Make the engine forget a name; one that it does not know is fine."""
+        status, _ = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        if status not in (200, 404):
+            raise EngineUnreachable(f"the engine answers {status} to unload")
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _call(self, method: str, path: str, body: object = None) -> tuple[int, object]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout)
+        try:
+            async with self._session.request(method, self._url + path, json=body) as response:
+                if response.content_type == "application/json":
+                    return response.status, await response.json()
+                return response.status, await response.text()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise EngineUnreachable(f"the engine cannot be asked: {type(error).__name__}") from error

@@ -1,0 +1,100 @@
+"""Child processes that cannot outlive their parent: the kernel kills them when it dies, however it dies."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import StartError
+
+_PR_SET_PDEATHSIG = 1  # prctl(2): "Set the parent-death signal of the calling process"; kept across execve
+_LOG_LINES = 5
+
+
+@dataclass(slots=True)
+class Child:
+    """One running program with its log file."""
+
+    name: str
+    process: Process
+    log: Path
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        return "\n".join(lines[-_LOG_LINES:])
+
+
+async def spawn(name: str, command: Sequence[str], log_directory: Path, *, pipe_output: bool = False) -> Child:
+    """Start a program. Its standard error goes to `<log_directory>/<name>.log`; its output too, unless it is wanted as a pipe."""
+    log = log_directory / f"{name}.log"
+    with log.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=PIPE if pipe_output else file,
+            stderr=file,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the children in order
+            preexec_fn=_die_with_parent(),
+            limit=2**20,
+        )
+    return Child(name, process, log)
+
+
+def python(*arguments: str) -> list[str]:
+    """A command that runs this package's own command line."""
+    return [sys.executable, "-m", "extproc", *arguments]
+
+
+async def stop(children: Sequence[Child], grace_s: float) -> None:
+    """SIGTERM to all, SIGKILL to those still there after `grace_s` seconds."""
+    alive = [child for child in children if child.process.returncode is None]
+    for child in alive:
+        with contextlib.suppress(ProcessLookupError):
+            child.process.terminate()
+    waits = [asyncio.create_task(child.process.wait()) for child in alive]
+    if waits:
+        await asyncio.wait(waits, timeout=grace_s)
+    for child in alive:
+        if child.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.process.kill()
+    await asyncio.gather(*waits)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on now, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raises StartError if somebody listens on `port` already."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise StartError(f"port {port} cannot be used: {error.strerror}; choose another with --port") from None
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork: the child may not import
+    parent = os.getpid()
+
+    def in_child() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died between the fork and the call above
+            os._exit(1)
+
+    return in_child
