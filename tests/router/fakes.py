@@ -1,0 +1,134 @@
+"""A stager that answers on cue and a stream that is a list: what the router's parts are tested with."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from extproc.client import NodeState, Staged, StagerClient, WatchEvent
+from extproc.core.decision import Policy
+from extproc.core.endpoint import Endpoint
+from extproc.core.maglev import LookupTable
+from extproc.core.placement import Pool
+from extproc.core.steering import Steering
+from extproc.errors import LoraExtprocError
+from extproc.metrics import RouterMetrics
+from extproc.pb import ext_proc_pb2 as pb
+from extproc.router.membership import Membership
+from extproc.router.processor import Processor
+from extproc.router.residency import Residency
+from extproc.router.staging import Staging
+
+
+class ScriptedStager(StagerClient):
+    """Answers every Ensure with `error`, or with a lease once `gate` is open."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.asked: list[str] = []
+        self.cancelled = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.error: LoraExtprocError | None = None
+        self.lease_s = 100.0
+        self.known: set[str] = set()
+        self.events: asyncio.Queue[WatchEvent | LoraExtprocError] = asyncio.Queue()
+
+    async def ensure(self, adapter: str) -> Staged:
+        self.asked.append(adapter)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        staged = adapter not in self.known
+        self.known.add(adapter)
+        return Staged("d" * 64, staged, "file", self.lease_s, 0.1, 1000)
+
+    async def watch(self) -> AsyncIterator[WatchEvent]:
+        yield NodeState(True, "", "first")
+        while True:
+            event = await self.events.get()
+            if isinstance(event, LoraExtprocError):
+                raise event
+            yield event
+
+    async def close(self) -> None:
+        pass
+
+
+class Router:
+    """The router's parts around scripted stagers: one pool, one endpoint per stager."""
+
+    def __init__(self, count: int = 3, *, deadline_s: float = 60.0, max_body_bytes: int = 2**20, steering: Steering | None = None) -> None:
+        self.now = 0.0
+        self.stagers = {f"10.0.0.{i}:9102": ScriptedStager(f"10.0.0.{i}:9102") for i in range(1, count + 1)}
+        endpoints = [Endpoint(f"10.0.0.{i}:8000", f"node-{i}", f"10.0.0.{i}:9102") for i in range(1, count + 1)]
+        self.pool = Pool("models", frozenset({"base"}), ("*",), LookupTable(endpoints, 251))
+        self.metrics = RouterMetrics()
+        self.residency = Residency(self.stagers, self.metrics, clock=lambda: self.now)
+        self.membership = Membership([self.pool], self.residency, self.metrics)
+        self.staging = Staging(self.residency, self.metrics, deadline_s, clock=lambda: self.now)
+        self.processor = Processor(self.membership, self.staging, steering or Steering(), Policy(), self.metrics, max_body_bytes)
+
+    def owner(self, adapter: str) -> Endpoint:
+        return self.pool.candidates(adapter)[0]
+
+    def stager_of(self, endpoint: Endpoint) -> ScriptedStager:
+        return self.stagers[endpoint.stager]
+
+    def count(self, outcome: str, reason: str = "") -> float:
+        return self.metrics.registry.get_sample_value("lora_extproc_requests_total", {"outcome": outcome, "reason": reason}) or 0.0
+
+
+class ListStream:
+    """Events as the gateway would send them; what is written is kept."""
+
+    def __init__(self, messages: Sequence[pb.ProcessingRequest] = ()) -> None:
+        self._incoming: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.written: list[pb.ProcessingResponse] = []
+        for message in messages:
+            self.send(message)
+
+    def send(self, message: pb.ProcessingRequest) -> None:
+        self._incoming.put_nowait(message.SerializeToString())
+
+    def send_raw(self, message: bytes) -> None:
+        self._incoming.put_nowait(message)
+
+    def half_close(self) -> None:
+        self._incoming.put_nowait(None)
+
+    async def read(self) -> bytes | None:
+        return await self._incoming.get()
+
+    async def write(self, message: bytes) -> None:
+        self.written.append(pb.ProcessingResponse.FromString(message))
+
+    def immediate(self) -> pb.ImmediateResponse:
+        assert len(self.written) == 1
+        assert self.written[0].WhichOneof("response") == "immediate_response"
+        return self.written[0].immediate_response
+
+    def destination(self) -> str:
+        """The destination header of the first reply, checked against the metadata."""
+        first = self.written[0]
+        headers = {o.header.key: o.header.raw_value.decode() for o in first.request_headers.response.header_mutation.set_headers}
+        destination = headers["x-gateway-destination-endpoint"]
+        assert first.dynamic_metadata.fields["envoy.lb"].struct_value.fields["x-gateway-destination-endpoint"].string_value == destination
+        return destination
+
+
+def headers(*, end: bool = False, mode: int = pb.FULL_DUPLEX_STREAMED, **values: str) -> pb.ProcessingRequest:
+    pairs = {":method": "POST", ":path": "/v1/chat/completions", "content-type": "application/json"}
+    pairs |= {name.replace("_", "-"): value for name, value in values.items()}
+    message = pb.HttpHeaders(headers=pb.HeaderMap(headers=[pb.HeaderValue(key=k, raw_value=v.encode()) for k, v in pairs.items()]), end_of_stream=end)
+    return pb.ProcessingRequest(request_headers=message, protocol_config=pb.ProtocolConfiguration(request_body_mode=mode))
+
+
+def body(data: bytes, *, end: bool = True) -> pb.ProcessingRequest:
+    return pb.ProcessingRequest(request_body=pb.HttpBody(body=data, end_of_stream=end))
+
+
+def chat(model: str) -> list[pb.ProcessingRequest]:
+    return [headers(), body(b'{"messages":[],"model":"%s"}' % model.encode())]

@@ -1,0 +1,209 @@
+"""ext_proc messages, read and written by an independent full set: envoy-data-plane's."""
+
+from typing import Any
+
+import pytest
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc_filter
+from envoy_data_plane.envoy.service.ext_proc import v3 as ext_proc
+from envoy_data_plane.google.protobuf import Struct
+
+from extproc.core.exchange import (
+    BodyReply,
+    Direction,
+    HeadersReply,
+    ImmediateReply,
+    Mode,
+    Mutation,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    TrailersReply,
+    Unreadable,
+)
+from extproc.errors import ModelNotFound, NoSpace
+from extproc.router import wire
+
+BodySendMode = ext_proc_filter.ProcessingModeBodySendMode
+MUTATION = Mutation({"x-a": "1", "x-b": "é"}, ("x-c",), {"envoy.lb": {"x-a": "1"}, "lora_extproc": {"waited_ms": 1.5}}, clear_route_cache=True)
+
+
+def _headers(**values: str) -> core.HeaderMap:
+    return core.HeaderMap(headers=[core.HeaderValue(key=k.replace("_", "-"), raw_value=v.encode()) for k, v in values.items()])
+
+
+def _response(message: bytes) -> ext_proc.ProcessingResponse:
+    return ext_proc.ProcessingResponse.parse(message)
+
+
+def _set_headers(mutation: ext_proc.HeaderMutation | None) -> dict[str, bytes]:
+    assert mutation is not None
+    assert all(option.append_action is core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD for option in mutation.set_headers)
+    return {option.header.key: option.header.raw_value for option in mutation.set_headers if option.header}
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_request_headers_carry_modes_and_headers(mode: Mode) -> None:
+    """The first message: headers, end of stream, and the modes of protocol_config."""
+    message = ext_proc.ProcessingRequest(
+        request_headers=ext_proc.HttpHeaders(headers=_headers(content_type="application/json", x_name="ü"), end_of_stream=True),
+        protocol_config=ext_proc.ProtocolConfiguration(
+            request_body_mode=BodySendMode(mode.value), response_body_mode=BodySendMode.FULL_DUPLEX_STREAMED
+        ),
+    )
+    event = wire.decode(bytes(message))
+    assert event == RequestHeaders({"content-type": "application/json", "x-name": "ü"}, True, mode, Mode.FULL_DUPLEX_STREAMED)
+
+
+def test_absent_protocol_config_means_none() -> None:
+    """Envoy leaves it out where no direction shows a body."""
+    event = wire.decode(bytes(ext_proc.ProcessingRequest(request_headers=ext_proc.HttpHeaders(headers=_headers(a="b")))))
+    assert isinstance(event, RequestHeaders)
+    assert event.request_mode is Mode.NONE
+
+
+def test_values_that_are_not_utf8_do_not_raise() -> None:
+    """Header bytes are the client's; what is not UTF-8 becomes surrogates, which no adapter name may hold."""
+    headers = core.HeaderMap(headers=[core.HeaderValue(key="a", raw_value=b"\xff\xfe"), core.HeaderValue(key="b", value="plain")])
+    event = wire.decode(bytes(ext_proc.ProcessingRequest(request_headers=ext_proc.HttpHeaders(headers=headers))))
+    assert isinstance(event, RequestHeaders)
+    assert event.headers == {"a": "\udcff\udcfe", "b": "plain"}
+
+
+def test_repeated_headers_keep_the_first() -> None:
+    """As the engine's framework and Envoy's matchers do."""
+    headers = core.HeaderMap(headers=[core.HeaderValue(key="a", raw_value=b"1"), core.HeaderValue(key="a", raw_value=b"2")])
+    event = wire.decode(bytes(ext_proc.ProcessingRequest(request_headers=ext_proc.HttpHeaders(headers=headers))))
+    assert isinstance(event, RequestHeaders)
+    assert event.headers == {"a": "1"}
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        (["10.0.0.1:8000", "10.0.0.2:8000"], ("10.0.0.1:8000", "10.0.0.2:8000")),
+        ("10.0.0.1:8000, 10.0.0.2", ("10.0.0.1:8000", "10.0.0.2")),
+        ([], ()),
+        ("", ()),
+    ],
+)
+def test_the_subset_hint_is_a_list_or_a_comma_string(hint: Any, expected: tuple[str, ...]) -> None:
+    """Present but empty means that nothing is eligible, which is not the same as absent."""
+    struct = Struct.from_dict({"x-gateway-destination-endpoint-subset": hint})
+    message = ext_proc.ProcessingRequest(
+        request_headers=ext_proc.HttpHeaders(headers=_headers(a="b")),
+        metadata_context=core.Metadata(filter_metadata={"envoy.lb.subset_hint": struct, "other": Struct.from_dict({"k": 1})}),
+    )
+    event = wire.decode(bytes(message))
+    assert isinstance(event, RequestHeaders)
+    assert event.subset == expected
+
+
+def test_other_metadata_is_no_hint() -> None:
+    """Without the hint's namespace or key every endpoint is eligible."""
+    metadata = core.Metadata(filter_metadata={"envoy.lb.subset_hint": Struct.from_dict({"other": "x"})})
+    event = wire.decode(bytes(ext_proc.ProcessingRequest(request_headers=ext_proc.HttpHeaders(headers=_headers(a="b")), metadata_context=metadata)))
+    assert isinstance(event, RequestHeaders)
+    assert event.subset is None
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (ext_proc.ProcessingRequest(request_body=ext_proc.HttpBody(body=b"x", end_of_stream=True)), RequestBody(b"x", True)),
+        (ext_proc.ProcessingRequest(request_body=ext_proc.HttpBody(body=b"", end_of_stream=False)), RequestBody(b"", False)),
+        (ext_proc.ProcessingRequest(request_trailers=ext_proc.HttpTrailers()), RequestTrailers()),
+        (ext_proc.ProcessingRequest(response_headers=ext_proc.HttpHeaders(end_of_stream=True)), ResponseHeaders(True)),
+        (ext_proc.ProcessingRequest(response_body=ext_proc.HttpBody(body=b"y")), ResponseBody(b"y", False)),
+        (ext_proc.ProcessingRequest(response_trailers=ext_proc.HttpTrailers()), ResponseTrailers()),
+    ],
+)
+def test_every_other_message_becomes_its_event(message: ext_proc.ProcessingRequest, event: object) -> None:
+    """One message, one event."""
+    assert wire.decode(bytes(message)) == event
+
+
+@pytest.mark.parametrize("message", [b"", b"\xff\xff\xff", b"\x0a\xff"])
+def test_garbage_is_an_event_not_an_exception(message: bytes) -> None:
+    """The exchange answers it."""
+    assert isinstance(wire.decode(message), Unreadable)
+
+
+def test_a_headers_reply_carries_mutation_and_metadata() -> None:
+    """Header values and metadata values are equal, as the Endpoint Picker protocol demands."""
+    response = _response(wire.encode(HeadersReply(Direction.REQUEST, MUTATION)))
+    assert response.request_headers is not None
+    common = response.request_headers.response
+    assert common is not None
+    assert common.clear_route_cache
+    assert _set_headers(common.header_mutation) == {"x-a": b"1", "x-b": "é".encode()}
+    assert common.header_mutation is not None
+    assert common.header_mutation.remove_headers == ["x-c"]
+    assert response.dynamic_metadata is not None
+    assert response.dynamic_metadata.to_dict() == {"envoy.lb": {"x-a": "1"}, "lora_extproc": {"waited_ms": 1.5}}
+
+
+def test_a_body_reply_with_a_chunk_is_streamed() -> None:
+    """An empty last chunk still carries the end of the stream."""
+    for chunk, end in ((b"abc", False), (b"", True)):
+        response = _response(wire.encode(BodyReply(Direction.REQUEST, chunk, end)))
+        assert response.request_body is not None
+        assert response.request_body.response is not None
+        mutation = response.request_body.response.body_mutation
+        assert mutation is not None
+        assert mutation.streamed_response is not None
+        assert (mutation.streamed_response.body, mutation.streamed_response.end_of_stream) == (chunk, end)
+
+
+def test_a_body_reply_without_a_chunk_lets_envoys_body_go_on() -> None:
+    """In BUFFERED the mutation rides on it."""
+    response = _response(wire.encode(BodyReply(Direction.REQUEST, mutation=MUTATION)))
+    assert response.request_body is not None
+    common = response.request_body.response
+    assert common is not None
+    assert common.body_mutation is None
+    assert common.clear_route_cache
+    assert "x-a" in _set_headers(common.header_mutation)
+
+
+@pytest.mark.parametrize(
+    ("reply", "field"),
+    [
+        (HeadersReply(Direction.REQUEST), "request_headers"),
+        (HeadersReply(Direction.RESPONSE), "response_headers"),
+        (BodyReply(Direction.REQUEST), "request_body"),
+        (BodyReply(Direction.RESPONSE, b"x", True), "response_body"),
+        (TrailersReply(Direction.REQUEST), "request_trailers"),
+        (TrailersReply(Direction.RESPONSE), "response_trailers"),
+    ],
+)
+def test_a_reply_answers_its_own_message(reply: Any, field: str) -> None:
+    """Direction and kind choose the one field that is set."""
+    response = _response(wire.encode(reply))
+    fields = ("request_headers", "response_headers", "request_body", "response_body", "request_trailers", "response_trailers", "immediate_response")
+    assert [name for name in fields if getattr(response, name) is not None] == [field]
+
+
+def test_an_immediate_reply_is_the_error_table() -> None:
+    """Status, JSON, Retry-After, the reason as a header, as details and for the access log."""
+    response = _response(wire.encode(ImmediateReply(NoSpace("the disk is full"))))
+    immediate = response.immediate_response
+    assert immediate is not None
+    assert immediate.status is not None
+    assert immediate.status.code == 503
+    assert immediate.details == "no_space"
+    assert immediate.body == NoSpace("the disk is full").openai_body()
+    headers = _set_headers(immediate.headers)
+    assert headers == {"content-type": b"application/json", "x-lora-extproc-reason": b"no_space", "retry-after": b"10"}
+    assert response.dynamic_metadata is not None
+    assert response.dynamic_metadata.to_dict() == {"lora_extproc": {"reason": "no_space"}}
+
+
+def test_what_is_not_retryable_has_no_retry_after() -> None:
+    """A client must not be told to repeat what cannot succeed."""
+    immediate = _response(wire.encode(ImmediateReply(ModelNotFound("no origin has x")))).immediate_response
+    assert immediate is not None
+    assert "retry-after" not in _set_headers(immediate.headers)

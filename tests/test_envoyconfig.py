@@ -1,0 +1,84 @@
+"""The rendered bootstraps: as kept in envoy/, and accepted by the oldest and the newest Envoy."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from extproc.config import Settings, parse
+from extproc.envoyconfig import build, render
+from extproc.errors import ConfigError
+
+KEPT = Path(__file__).parents[1] / "envoy"
+
+_ONE_POOL = [
+    {
+        "name": "models",
+        "base_models": ["meta-llama/Llama-3.1-8B"],
+        "endpoints": [
+            {"address": "10.0.0.11:8000", "stager": "10.0.0.11:9102", "node": "gpu-1"},
+            {"address": "10.0.0.12:8000", "stager": "10.0.0.12:9102", "node": "gpu-2"},
+        ],
+    }
+]
+_TWO_POOLS = [
+    {**_ONE_POOL[0], "adapters": ["llama/*"]},
+    {"name": "qwen", "base_models": ["Qwen/Qwen3-8B"], "endpoints": [{"address": "10.0.1.11:8000", "stager": "10.0.1.11:9102"}]},
+]
+RENDERED: dict[str, dict[str, object]] = {
+    "full-duplex": {"pools": _ONE_POOL},
+    "buffered": {"pools": _ONE_POOL, "envoy": {"processing_mode": "BUFFERED"}},
+    "none": {"pools": _ONE_POOL, "envoy": {"processing_mode": "NONE"}},
+    "full-duplex-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}},
+    "buffered-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}, "envoy": {"processing_mode": "BUFFERED"}},
+    "none-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}, "envoy": {"processing_mode": "NONE"}},
+}
+
+
+def _settings(name: str) -> Settings:
+    return parse(RENDERED[name], source=name)
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_kept_files_are_what_the_code_renders(name: str, update_golden: bool) -> None:
+    """envoy/<name>.yaml is the rendering of the settings above it; --update-golden rewrites it."""
+    text = render(_settings(name))
+    kept = KEPT / f"{name}.yaml"
+    if update_golden:
+        kept.write_text(text)
+    assert kept.read_text() == text
+
+
+def test_every_kept_file_is_rendered() -> None:
+    """No file in envoy/ is without its settings."""
+    assert {path.stem for path in KEPT.glob("*.yaml")} == set(RENDERED)
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_envoy_accepts_it(name: str, envoy: Path) -> None:
+    """`envoy --mode validate` on the oldest and the newest version."""
+    done = subprocess.run([str(envoy), "--mode", "validate", "-c", str(KEPT / f"{name}.yaml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_typed_message_reads_back() -> None:
+    """The YAML, read by the typed definitions, is the same message."""
+    message = build(_settings("full-duplex"))
+    again = type(message).from_dict(yaml.safe_load(render(_settings("full-duplex"))))
+    assert again == message
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        ({}, "at least one"),
+        ({"pools": _TWO_POOLS}, "use 'cluster'"),
+        ({"pools": _ONE_POOL, "envoy": {"processing_mode": "NONE", "hold_s": 4000}}, "over 3600"),
+        ({"pools": [{"name": "p", "endpoints": [{"address": "vllm-1:8000"}]}]}, "by IP address"),
+    ],
+)
+def test_what_envoy_could_not_serve_is_refused(raw: dict[str, object], complaint: str) -> None:
+    """A configuration that would only fail at run time is a ConfigError now."""
+    with pytest.raises(ConfigError, match=complaint):
+        render(parse(raw, source="test"))
