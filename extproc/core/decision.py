@@ -92,6 +92,14 @@ class Reject:
 Decision = Forward | PassThrough | Reject
 
 
+def check_path(path: str, forbidden_paths: tuple[str, ...]) -> None:
+    """Raises Forbidden if `path` is one of the forbidden ones or below one. The gateway has normalised it."""
+    path = path.partition("?")[0]
+    for forbidden in forbidden_paths:
+        if path == forbidden or path.startswith(forbidden + "/"):
+            raise Forbidden(f"{forbidden} is not for clients")
+
+
 def decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     """The whole routing policy. Raises nothing."""
     try:
@@ -101,10 +109,7 @@ def decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
 
 
 def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
-    path = facts.path.partition("?")[0]
-    for forbidden in policy.forbidden_paths:
-        if path == forbidden or path.startswith(forbidden + "/"):
-            raise Forbidden(f"{forbidden} is not for clients")
+    check_path(facts.path, policy.forbidden_paths)
     if not snapshot.pools:
         raise NoEndpoint("no pool is configured")
     if facts.model is None:

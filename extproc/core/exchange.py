@@ -17,7 +17,7 @@ from enum import Enum
 
 from ..errors import BodyTooLarge, GatewayProtocolError, LoraExtprocError
 from . import scanner
-from .decision import Facts
+from .decision import Facts, check_path
 
 NO_RETRY_HEADER = "x-lora-extproc-no-retry"
 BODY_CHUNK_BYTES = 62_000  # below the 64 KiB that gateways accept in one streamed body message
@@ -195,9 +195,10 @@ REQUEST_STEPS: dict[State, dict[Kind, dict[Mode, str]]] = {
 class Exchange:
     """The state of one stream. Feed it every event in order; when it asks `Decide`, answer once, whenever the answer is there."""
 
-    def __init__(self, *, max_body_bytes: int, model_header: str = "x-gateway-model-name") -> None:
+    def __init__(self, *, max_body_bytes: int, model_header: str = "x-gateway-model-name", forbidden_paths: tuple[str, ...] = ()) -> None:
         self._max_body_bytes = max_body_bytes
         self._model_header = model_header
+        self._forbidden_paths = forbidden_paths  # refused on the headers: their bodies name no model, and must not be read as if they should
         self._scanner: scanner.Scanner | None = scanner.Scanner()
         self.state = State.START
         self.mode = Mode.NONE
@@ -278,6 +279,8 @@ class Exchange:
             return self._violation(kind)
         step: Callable[[bytes, bool], list[Action]] = getattr(self, f"_{name}")
         try:
+            if self.state is State.START and self._start is not None:
+                check_path(self._start.headers.get(":path", ""), self._forbidden_paths)
             return step(chunk, kind in (Kind.BODY_END, Kind.HEADERS_END))
         except LoraExtprocError as error:
             return self.failed(error)

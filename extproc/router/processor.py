@@ -51,7 +51,8 @@ class _Run:
     def __init__(self, processor: Processor, stream: Stream) -> None:
         self._p = processor
         self._stream = stream
-        self._exchange = Exchange(max_body_bytes=processor.max_body_bytes, model_header=processor.policy.model_header)
+        policy = processor.policy
+        self._exchange = Exchange(max_body_bytes=processor.max_body_bytes, model_header=policy.model_header, forbidden_paths=policy.forbidden_paths)
         self._forward: Forward | None = None
         self._wait: asyncio.Task[Placed] | None = None  # staging, while the body still arrives or after it
         self._endpoint: Endpoint | None = None
