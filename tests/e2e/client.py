@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ class Client:
     async def post(self, data: bytes, **headers: str) -> Answer:
         return await self.send("POST", "/v1/chat/completions", data, **{"content_type": "application/json", **headers})
 
-    async def chat(self, model: str, *, padding: int = 0, stream: bool = False, **headers: str) -> Answer:
+    async def chat(self, model: str, headers: Mapping[str, str] | None = None, *, padding: int = 0, stream: bool = False) -> Answer:
         messages = [{"role": "user", "content": "x" * padding}]
-        return await self.post(json.dumps({"messages": messages, "stream": stream, "model": model}).encode(), **headers)
+        return await self.post(json.dumps({"messages": messages, "stream": stream, "model": model}).encode(), **(headers or {}))
 
 
 def weights_of(origin: Path, name: str) -> str:

@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
-import pytest
 
 from extproc.config import OriginSettings
 from extproc.up.stack import Stack
 from tests.fakes.origin_server import OriginServer
 
-from .client import Client, weights_of
+from .client import Answer, Client, weights_of
 from .conftest import StackFactory
 
 HEAVY = "team/a"
@@ -101,7 +100,7 @@ async def test_a_dead_node_costs_its_clients_a_retry_at_most(start: StackFactory
             owner = (await response.json())["candidates"][0]["node"]
         for part in ("engine", "stager"):
             stack.process(f"{owner}-{part}").process.send_signal(signal.SIGKILL)
-        answers = []
+        answers: list[Answer] = []
         while not answers or answers[-1].status != 200:
             answers.append(await client.chat(HEAVY))
         assert {answer.status for answer in answers[:-1]} <= {503}

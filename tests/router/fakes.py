@@ -1,7 +1,7 @@
 """A stager that answers on cue and a stream that is a list: what the router's parts are tested with."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from extproc.client import NodeState, Staged, StagerClient, WatchEvent
 from extproc.core.decision import Policy
@@ -119,9 +119,9 @@ class ListStream:
         return destination
 
 
-def headers(*, end: bool = False, mode: int = pb.FULL_DUPLEX_STREAMED, **values: str) -> pb.ProcessingRequest:
+def headers(values: Mapping[str, str] | None = None, *, end: bool = False, mode: pb.BodySendMode = pb.FULL_DUPLEX_STREAMED) -> pb.ProcessingRequest:
     pairs = {":method": "POST", ":path": "/v1/chat/completions", "content-type": "application/json"}
-    pairs |= {name.replace("_", "-"): value for name, value in values.items()}
+    pairs |= values or {}
     message = pb.HttpHeaders(headers=pb.HeaderMap(headers=[pb.HeaderValue(key=k, raw_value=v.encode()) for k, v in pairs.items()]), end_of_stream=end)
     return pb.ProcessingRequest(request_headers=message, protocol_config=pb.ProtocolConfiguration(request_body_mode=mode))
 

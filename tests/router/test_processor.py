@@ -147,7 +147,7 @@ async def test_base_models_and_bodyless_requests_pass_with_every_endpoint_named(
     run = asyncio.create_task(router.processor.run(held))
     await until(lambda: held.written)
     first = held.destination().split(",")[0]
-    models = ListStream([headers(end=True, mode=pb.NONE, **{":method": "GET", ":path": "/v1/models"})])
+    models = ListStream([headers({":method": "GET", ":path": "/v1/models"}, end=True, mode=pb.NONE)])
     for _ in range(4):
         await serve(router, models)
         assert first not in models.destination().split(",")[0]
@@ -172,7 +172,7 @@ async def test_a_duplicate_model_is_refused_though_staging_had_begun() -> None:
 async def test_engine_administration_is_forbidden() -> None:
     """A client that may ask for tokens may not load or unload adapters."""
     router = Router()
-    stream = ListStream([headers(end=True, **{":path": "/v1/unload_lora_adapter"})])
+    stream = ListStream([headers({":path": "/v1/unload_lora_adapter"}, end=True)])
     await serve(router, stream)
     assert stream.immediate().status.code == 403
 

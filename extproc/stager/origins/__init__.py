@@ -2,22 +2,26 @@
 
 from ...config import OriginSettings
 from .base import Listing, Origin, RemoteFile
-from .file import FileOrigin
-from .http import HttpOrigin
-from .huggingface import HuggingFaceOrigin
-from .s3 import S3Origin
 
 __all__ = ["Listing", "Origin", "RemoteFile", "build_origin"]
 
 
 def build_origin(settings: OriginSettings) -> Origin:
-    """The origin that `settings` describe."""
+    """The origin that `settings` describe. Its client is imported here: half a second that a stager without it need not spend."""
     match settings.type:
         case "file":
+            from .file import FileOrigin
+
             return FileOrigin(settings)
         case "huggingface":
+            from .huggingface import HuggingFaceOrigin
+
             return HuggingFaceOrigin(settings)
         case "s3":
+            from .s3 import S3Origin
+
             return S3Origin(settings)
         case "http":
+            from .http import HttpOrigin
+
             return HttpOrigin(settings)
