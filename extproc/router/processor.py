@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..core.decision import Facts, Forward, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
@@ -12,25 +11,16 @@ from ..core.steering import Steering
 from ..errors import LoraExtprocError
 from ..metrics import RouterMetrics
 from . import wire
+from .http2 import Sender
 from .membership import Membership
 from .staging import Placed, Staging
 
 log = logging.getLogger(__name__)
 
 
-class Stream(Protocol):
-    """What carries the messages of one exchange: grpc.aio today, anything that moves bytes in order tomorrow."""
-
-    async def read(self) -> bytes | None:
-        """The next ProcessingRequest; None when the gateway has closed its side."""
-
-    async def write(self, message: bytes) -> None:
-        """Send a ProcessingResponse; waits while the gateway does not take more."""
-
-
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """Serves streams. Everything here is shared by all of them; what belongs to one lives in `_Run`."""
+    """What all streams share."""
 
     membership: Membership
     staging: Staging
@@ -39,55 +29,64 @@ class Processor:
     metrics: RouterMetrics
     max_body_bytes: int
 
-    async def run(self, stream: Stream) -> None:
-        """Serve one stream to its end. Cancelled when the client goes away: its wait ends, the fetch it waits for does not."""
-        with self.metrics.streams.track_inprogress():
-            await _Run(self, stream).run()
 
+class Conversation:
+    """One stream, as the transport drives it: a message in, at once or later messages out. A warm request is served without a task.
 
-class _Run:
-    """The walk of one request: receive, decide, wait, answer."""
+    When the gateway goes away, the wait of its request ends; the fetch that it waits for does not.
+    """
 
-    def __init__(self, processor: Processor, stream: Stream) -> None:
+    __slots__ = ("_endpoint", "_exchange", "_forward", "_half_closed", "_outcome", "_over", "_p", "_reason", "_sender", "_wait")
+
+    def __init__(self, processor: Processor, sender: Sender) -> None:
         self._p = processor
-        self._stream = stream
+        self._sender = sender
         policy = processor.policy
         self._exchange = Exchange(max_body_bytes=processor.max_body_bytes, model_header=policy.model_header, forbidden_paths=policy.forbidden_paths)
         self._forward: Forward | None = None
         self._wait: asyncio.Task[Placed] | None = None  # staging, while the body still arrives or after it
         self._endpoint: Endpoint | None = None
-        self._outcome = "abandoned"  # what the request is counted as when the stream ends
-        self._reason = ""
+        self._outcome, self._reason = "abandoned", ""  # what the request is counted as when the stream ends
+        self._half_closed = False
+        self._over = False
+        processor.metrics.streams.inc()
 
-    async def run(self) -> None:
+    # -- the transport's side
+
+    def receive(self, message: bytes) -> None:
+        """The next ProcessingRequest."""
         try:
-            while True:
-                if self._wait is not None and (self._exchange.awaits_decision() or self._wait.done()):
-                    actions = await self._settle()
-                else:
-                    message = await self._stream.read()
-                    if message is None:
-                        return
-                    actions = self._exchange.receive(wire.decode(message))
-                await self._carry_out(actions)
-        finally:
-            if self._wait is not None:
-                self._wait.cancel()
-            if self._endpoint is not None:
-                self._p.membership.end(self._endpoint)
-            if self._exchange.state is not State.START:
-                self._p.metrics.requests.labels(self._outcome, self._reason).inc()
+            self._carry_out(self._exchange.receive(wire.decode(message)))
+        except Exception:
+            log.exception("a request failed in the router itself")
+            self._carry_out(self._exchange.failed(LoraExtprocError("the router failed; its log says why")))
 
-    async def _carry_out(self, actions: list[Action]) -> None:
-        while actions:
-            action = actions.pop(0)
+    def half_close(self) -> None:
+        """The gateway sends no more. What it waits for is still answered."""
+        self._half_closed = True
+        if self._wait is None:
+            self._sender.finish()
+            self._end()
+
+    def abandon(self) -> None:
+        """The gateway has gone."""
+        if self._wait is not None:
+            self._wait.cancel()
+        self._end()
+
+    # -- the walk of one request: receive, decide, wait, answer
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
             if isinstance(action, Decide):
-                actions += self._decide(action.facts)
+                self._carry_out(self._decide(action.facts))
                 continue
             if isinstance(action, ImmediateReply):
                 self._outcome, self._reason = "rejected", action.error.reason
                 log.debug("rejected: %s: %s", action.error.reason, action.error.message)
-            await self._stream.write(wire.encode(action))
+                if self._wait is not None:
+                    self._wait.cancel()
+            self._sender.send(wire.encode(action))
 
     def _decide(self, facts: Facts) -> list[Action]:
         match decide(facts, self._p.membership.snapshot, self._p.policy):
@@ -102,20 +101,26 @@ class _Run:
                 if placed is not None:
                     return self._exchange.decided(self._place(forward, placed))
                 self._wait = asyncio.create_task(self._p.staging.wait(forward), name=f"wait {forward.adapter}")
+                self._wait.add_done_callback(self._settled)
                 return []
 
-    async def _settle(self) -> list[Action]:
+    def _settled(self, wait: asyncio.Task[Placed]) -> None:
         """The end of the wait, as the exchange's next step."""
-        assert self._wait is not None
-        assert self._forward is not None
-        wait, self._wait = self._wait, None
-        try:
-            placed = await wait
-        except LoraExtprocError as error:
-            return self._exchange.failed(error)
-        finally:
-            wait.cancel()  # does nothing unless this stream was cancelled first
-        return self._exchange.decided(self._place(self._forward, placed))
+        self._wait = None
+        if self._over:
+            return
+        if not wait.cancelled():
+            error = wait.exception()
+            if error is None:
+                assert self._forward is not None
+                self._carry_out(self._exchange.decided(self._place(self._forward, wait.result())))
+            elif isinstance(error, LoraExtprocError):
+                self._carry_out(self._exchange.failed(error))
+            else:
+                log.error("a wait failed in the router itself", exc_info=error)
+                self._carry_out(self._exchange.failed(LoraExtprocError("the router failed; its log says why")))
+        if self._half_closed:
+            self.half_close()
 
     def _place(self, forward: Forward, placed: Placed) -> Mutation:
         waited_ms = round(placed.waited_s * 1000, 1)
@@ -129,3 +134,13 @@ class _Run:
         self._endpoint = endpoints[0]
         self._p.membership.begin(self._endpoint)
         return self._p.steering.mutation(pool, endpoints, {"owner": self._endpoint.node, "outcome": outcome, **notes})
+
+    def _end(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._p.metrics.streams.dec()
+        if self._endpoint is not None:
+            self._p.membership.end(self._endpoint)
+        if self._exchange.state is not State.START:
+            self._p.metrics.requests.labels(self._outcome, self._reason).inc()

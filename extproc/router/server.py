@@ -1,43 +1,26 @@
-"""The router process: ext_proc and health on grpc.aio, the control API on HTTP, and the order in which they start and stop."""
+"""The router process: ext_proc and health over gRPC, the control API over HTTP, and the order in which they start and stop."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-
-import grpc
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..client import StagerClient
 from ..config import Settings, build_pools
 from ..core.decision import Policy
 from ..core.steering import Steering
 from ..metrics import RouterMetrics
-from ..process import HttpServer, grpc_server, listen_grpc
+from ..process import HttpServer
 from .control import router_app
+from .health import EXT_PROC_SERVICE, Health
+from .http2 import Methods
+from .listener import Listener
 from .membership import Membership
-from .processor import Processor
+from .processor import Conversation, Processor
 from .residency import Residency
 from .staging import Staging
 
 log = logging.getLogger(__name__)
 
-EXT_PROC_SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
-HEALTH_NAMES = ("", "liveness", "readiness", "inference-extension", EXT_PROC_SERVICE)
-
-
-class _GrpcStream:
-    """grpc.aio as the processor's Stream. Messages stay bytes: decoding is wire.py's."""
-
-    def __init__(self, context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
-        self._context = context
-
-    async def read(self) -> bytes | None:
-        message = await self._context.read()
-        return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]  # missing in the stubs
-
-    async def write(self, message: bytes) -> None:
-        await self._context.write(message)
+PROCESS_METHOD = f"/{EXT_PROC_SERVICE}/Process"
 
 
 class Server:
@@ -61,8 +44,8 @@ class Server:
             metrics=self.metrics,
             max_body_bytes=self._settings.max_body_bytes,
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
-        self._grpc: list[grpc.aio.Server] = []
+        self._health = Health()
+        self._listeners: list[Listener] = []
         self._http: HttpServer | None = None
         self._draining = False
 
@@ -71,22 +54,23 @@ class Server:
         if self._settings.http_listen:
             app = router_app(self.metrics, self.membership, self.processor.policy, self._why_not_ready)
             self._http = HttpServer(app, self._settings.http_listen)
-        self._grpc.append(self._serve(self._settings.listen, ext_proc=True))
+        methods: Methods = {PROCESS_METHOD: lambda sender: Conversation(self.processor, sender), **self._health.methods()}
+        self._listeners.append(Listener(self._settings.listen, methods, self._settings.max_streams))
         if self._settings.health_listen:
-            self._grpc.append(self._serve(self._settings.health_listen, ext_proc=False))
-        for server in self._grpc:
-            await server.start()
+            self._listeners.append(Listener(self._settings.health_listen, self._health.methods(), self._settings.max_streams))
+        for listener in self._listeners:
+            await listener.start()
         if self._http is not None:
             self._http.start()
         self.membership.start(self._clients)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set_serving(True)
         log.info("router serves ext_proc on %s", self._settings.listen)
 
     async def stop(self) -> None:
         """Turn NOT_SERVING, let running exchanges finish for `drain_s`, then close."""
         self._draining = True
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await asyncio.gather(*(server.stop(self._settings.drain_s) for server in self._grpc))
+        self._health.set_serving(False)
+        await asyncio.gather(*(listener.stop(self._settings.drain_s) for listener in self._listeners))
         await self.membership.stop()
         await self._residency.close()
         await asyncio.gather(*(client.close() for client in self._clients.values()))
@@ -95,23 +79,6 @@ class Server:
 
     def _why_not_ready(self) -> str | None:
         return "draining" if self._draining else None
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in HEALTH_NAMES:
-            if not (self._draining and name == "liveness"):  # a draining process lives
-                await self._health.set(name, status)
-
-    def _serve(self, address: str, *, ext_proc: bool) -> grpc.aio.Server:
-        server = grpc_server(self._settings.max_streams)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if ext_proc:
-            handler = grpc.stream_stream_rpc_method_handler(self._process)
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(EXT_PROC_SERVICE, {"Process": handler}),))
-        listen_grpc(server, address)
-        return server
-
-    async def _process(self, _requests: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
-        await self.processor.run(_GrpcStream(context))
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:

@@ -13,7 +13,7 @@ from extproc.errors import LoraExtprocError
 from extproc.metrics import RouterMetrics
 from extproc.pb import ext_proc_pb2 as pb
 from extproc.router.membership import Membership
-from extproc.router.processor import Processor
+from extproc.router.processor import Conversation, Processor
 from extproc.router.residency import Residency
 from extproc.router.staging import Staging
 
@@ -81,29 +81,31 @@ class Router:
         return self.metrics.registry.get_sample_value("lora_extproc_requests_total", {"outcome": outcome, "reason": reason}) or 0.0
 
 
-class ListStream:
-    """Events as the gateway would send them; what is written is kept."""
+class Gateway:
+    """One stream: what is sent goes to the conversation at once, what it answers is kept."""
 
-    def __init__(self, messages: Sequence[pb.ProcessingRequest] = ()) -> None:
-        self._incoming: asyncio.Queue[bytes | None] = asyncio.Queue()
+    def __init__(self, router: Router, messages: Sequence[pb.ProcessingRequest] = ()) -> None:
+        self.conversation = Conversation(router.processor, self)
         self.written: list[pb.ProcessingResponse] = []
+        self.finished = asyncio.Event()
         for message in messages:
-            self.send(message)
+            self.show(message)
 
-    def send(self, message: pb.ProcessingRequest) -> None:
-        self._incoming.put_nowait(message.SerializeToString())
+    def show(self, message: pb.ProcessingRequest) -> None:
+        self.conversation.receive(message.SerializeToString())
 
-    def send_raw(self, message: bytes) -> None:
-        self._incoming.put_nowait(message)
-
-    def half_close(self) -> None:
-        self._incoming.put_nowait(None)
-
-    async def read(self) -> bytes | None:
-        return await self._incoming.get()
-
-    async def write(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
+        assert not self.finished.is_set()
         self.written.append(pb.ProcessingResponse.FromString(message))
+
+    def finish(self, status: int = 0, text: str = "") -> None:
+        assert (status, text) == (0, "")
+        self.finished.set()
+
+    async def end(self) -> None:
+        """Close the sending side and wait for the rest."""
+        self.conversation.half_close()
+        await self.finished.wait()
 
     def immediate(self) -> pb.ImmediateResponse:
         assert len(self.written) == 1

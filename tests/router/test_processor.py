@@ -2,18 +2,21 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 
 import pytest
 
 from extproc.errors import InvalidAdapter, ModelNotFound, NoSpace, OriginFailed, StagerUnavailable
 from extproc.pb import ext_proc_pb2 as pb
 
-from .fakes import ListStream, Router, body, chat, headers
+from .fakes import Gateway, Router, body, chat, headers
 
 
-async def serve(router: Router, stream: ListStream) -> None:
-    stream.half_close()
-    await router.processor.run(stream)
+async def serve(router: Router, messages: Sequence[pb.ProcessingRequest]) -> Gateway:
+    """A whole stream, to its end."""
+    stream = Gateway(router, messages)
+    await stream.end()
+    return stream
 
 
 async def until(condition: object) -> None:
@@ -24,8 +27,7 @@ async def until(condition: object) -> None:
 async def test_a_cold_request_waits_for_the_owner_and_goes_there() -> None:
     """Headers answer with the destination, then the whole body."""
     router = Router()
-    stream = ListStream(chat("demo/sql"))
-    await serve(router, stream)
+    stream = await serve(router, chat("demo/sql"))
     assert stream.destination() == router.owner("demo/sql").address
     assert [m.WhichOneof("response") for m in stream.written] == ["request_headers", "request_body"]
     streamed = stream.written[1].request_body.response.body_mutation.streamed_response
@@ -38,7 +40,7 @@ async def test_a_warm_request_makes_no_call() -> None:
     """The lease of the first answers the second."""
     router = Router()
     for _ in range(3):
-        await serve(router, ListStream(chat("demo/sql")))
+        await serve(router, chat("demo/sql"))
     assert router.stager_of(router.owner("demo/sql")).asked == ["demo/sql"]
     assert (router.count("staged"), router.count("hit")) == (1, 2)
 
@@ -46,17 +48,14 @@ async def test_a_warm_request_makes_no_call() -> None:
 async def test_staging_begins_while_the_body_arrives() -> None:
     """The stager is asked as soon as `model` is known; nothing is answered before the body has ended."""
     router = Router()
-    stream = ListStream([headers(), body(b'{"model":"demo/sql","messages":[', end=False)])
-    run = asyncio.create_task(router.processor.run(stream))
+    stream = Gateway(router, [headers(), body(b'{"model":"demo/sql","messages":[', end=False)])
     await until(lambda: router.stager_of(router.owner("demo/sql")).asked)
     for _ in range(20):
         await asyncio.sleep(0)
     assert stream.written == []
-    stream.send(body(b"]}"))
-    await until(lambda: len(stream.written) == 2)
+    stream.show(body(b"]}"))
+    assert len(stream.written) == 2
     assert stream.destination() == router.owner("demo/sql").address
-    stream.half_close()
-    await run
 
 
 async def test_a_client_that_hangs_up_changes_nothing_for_others() -> None:
@@ -64,14 +63,13 @@ async def test_a_client_that_hangs_up_changes_nothing_for_others() -> None:
     router = Router()
     stager = router.stager_of(router.owner("demo/sql"))
     stager.gate.clear()
-    first, second = ListStream(chat("demo/sql")), ListStream(chat("demo/sql"))
-    runs = [asyncio.create_task(router.processor.run(stream)) for stream in (first, second)]
+    first, second = Gateway(router, chat("demo/sql")), Gateway(router, chat("demo/sql"))
     await until(lambda: router.residency.waiting(router.owner("demo/sql"), "demo/sql") == 2)
-    runs[0].cancel()
-    await asyncio.gather(runs[0], return_exceptions=True)
+    first.conversation.abandon()
+    await until(lambda: router.residency.waiting(router.owner("demo/sql"), "demo/sql") == 1)
     stager.gate.set()
-    second.half_close()
-    await runs[1]
+    await second.end()
+    assert first.written == []
     assert second.destination() == router.owner("demo/sql").address
     assert (stager.asked, stager.cancelled) == (["demo/sql"], 0)
     assert router.count("abandoned") == 1
@@ -83,8 +81,7 @@ async def test_a_failure_every_node_shares_is_answered_at_once(error: Exception)
     router = Router()
     for stager in router.stagers.values():
         stager.error = error  # type: ignore[assignment]
-    stream = ListStream(chat("demo/x"))
-    await serve(router, stream)
+    stream = await serve(router, chat("demo/x"))
     assert stream.immediate().status.code == error.status  # type: ignore[attr-defined]
     assert sum(len(stager.asked) for stager in router.stagers.values()) == 1
 
@@ -95,8 +92,7 @@ async def test_a_failure_of_one_node_goes_to_the_next_candidate(error: Exception
     router = Router()
     order = router.pool.candidates("demo/sql")
     router.stager_of(order[0]).error = error  # type: ignore[assignment]
-    stream = ListStream(chat("demo/sql"))
-    await serve(router, stream)
+    stream = await serve(router, chat("demo/sql"))
     assert stream.destination() == order[1].address
 
 
@@ -105,8 +101,7 @@ async def test_when_every_candidate_fails_the_last_failure_is_the_answer() -> No
     router = Router()
     for stager in router.stagers.values():
         stager.error = NoSpace("full")
-    stream = ListStream(chat("demo/sql"))
-    await serve(router, stream)
+    stream = await serve(router, chat("demo/sql"))
     assert stream.immediate().details == "no_space"
     assert router.count("rejected", "no_space") == 1
 
@@ -116,15 +111,13 @@ async def test_the_deadline_ends_the_wait_not_the_flight() -> None:
     router = Router(deadline_s=0.01)
     stager = router.stager_of(router.owner("demo/sql"))
     stager.gate.clear()
-    stream = ListStream(chat("demo/sql"))
-    await serve(router, stream)
+    stream = await serve(router, chat("demo/sql"))
     answer = stream.immediate()
     assert (answer.status.code, answer.details) == (503, "staging")
     assert any(option.header.key == "retry-after" for option in answer.headers.set_headers)
     stager.gate.set()
     await until(lambda: router.residency.holds(router.owner("demo/sql"), "demo/sql"))
-    again = ListStream(chat("demo/sql"))
-    await serve(router, again)
+    again = await serve(router, chat("demo/sql"))
     assert again.destination() == router.owner("demo/sql").address
     assert stager.asked == ["demo/sql"]
 
@@ -135,26 +128,20 @@ async def test_retries_name_only_nodes_that_have_the_adapter() -> None:
     order = router.pool.candidates("demo/sql")
     await router.residency.ensure(order[2], "demo/sql")
     await router.residency.ensure(order[0], "demo/sql")
-    stream = ListStream(chat("demo/sql"))
-    await serve(router, stream)
+    stream = await serve(router, chat("demo/sql"))
     assert stream.destination() == f"{order[0].address},{order[2].address}"
 
 
 async def test_base_models_and_bodyless_requests_pass_with_every_endpoint_named() -> None:
     """Any node can serve them; requests in flight decide who comes first."""
     router = Router()
-    held = ListStream(chat("base"))
-    run = asyncio.create_task(router.processor.run(held))
-    await until(lambda: held.written)
+    held = Gateway(router, chat("base"))
     first = held.destination().split(",")[0]
-    models = ListStream([headers({":method": "GET", ":path": "/v1/models"}, end=True, mode=pb.NONE)])
     for _ in range(4):
-        await serve(router, models)
-        assert first not in models.destination().split(",")[0]
+        models = await serve(router, [headers({":method": "GET", ":path": "/v1/models"}, end=True, mode=pb.NONE)])
+        assert models.destination().split(",")[0] != first
         assert len(models.destination().split(",")) == 3
-        models = ListStream([headers(end=True, mode=pb.NONE)])
-    held.half_close()
-    await run
+    await held.end()
 
 
 async def test_a_duplicate_model_is_refused_though_staging_had_begun() -> None:
@@ -162,8 +149,7 @@ async def test_a_duplicate_model_is_refused_though_staging_had_begun() -> None:
     router = Router()
     stager = router.stager_of(router.owner("demo/sql"))
     stager.gate.clear()
-    stream = ListStream([headers(), body(b'{"model":"demo/sql",', end=False), body(b'"model":"demo/other"}')])
-    await serve(router, stream)
+    stream = await serve(router, [headers(), body(b'{"model":"demo/sql",', end=False), body(b'"model":"demo/other"}')])
     assert json.loads(stream.immediate().body)["error"]["code"] == "invalid_request"
     assert router.count("rejected", "invalid_request") == 1
     stager.gate.set()
@@ -172,17 +158,16 @@ async def test_a_duplicate_model_is_refused_though_staging_had_begun() -> None:
 async def test_engine_administration_is_forbidden() -> None:
     """A client that may ask for tokens may not load or unload adapters."""
     router = Router()
-    stream = ListStream([headers({":path": "/v1/unload_lora_adapter"}, end=True)])
-    await serve(router, stream)
+    stream = await serve(router, [headers({":path": "/v1/unload_lora_adapter"}, end=True)])
     assert stream.immediate().status.code == 403
 
 
 async def test_garbage_gets_an_answer() -> None:
     """Never a stream that just ends."""
     router = Router()
-    stream = ListStream()
-    stream.send_raw(b"\xff\xff\xff")
-    await serve(router, stream)
+    stream = Gateway(router)
+    stream.conversation.receive(b"\xff\xff\xff")
+    await stream.end()
     assert stream.immediate().details == "protocol"
 
 
@@ -191,6 +176,14 @@ async def test_everybody_down_is_no_endpoint() -> None:
     router = Router()
     for endpoint in router.pool.table.endpoints:
         router.membership.set_down(endpoint, "test")
-    stream = ListStream(chat("demo/sql"))
-    await serve(router, stream)
+    stream = await serve(router, chat("demo/sql"))
     assert stream.immediate().details == "no_endpoint"
+
+
+async def test_a_fault_of_the_router_is_an_answer_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Envoy would let a request through unprocessed if the stream just ended."""
+    router = Router()
+    monkeypatch.setattr(router.membership, "least_loaded", None)
+    stream = await serve(router, chat("base"))
+    assert (stream.immediate().status.code, stream.immediate().details) == (500, "internal")
+    assert "a request failed in the router itself" in caplog.text

@@ -1,0 +1,523 @@
+"""A small HTTP/2 server for gRPC calls, on asyncio: the transport of the hot path.
+
+grpc.aio costs ten times what the router itself does per request: a task, two event loops and several context switches for every message. Here a
+frame that arrives is a method call, and what is answered leaves in one write. It speaks what a gRPC client needs (RFC 9113, and gRPC over
+HTTP/2) and nothing else: no priorities, no push, no compression of messages.
+
+Header blocks are decoded by the `hpack` library. The peer is told to keep no dynamic table; from then on equal blocks mean equal headers, and a
+gateway sends the same block for every stream, so it is decoded once.
+
+Flow control: bytes of a stream are given back to its sender when its call has taken them, unless the call's own answers pile up: a slow
+exchange then stops its own sender and nobody else's. The connection's window is given back at once; what all calls together may hold is the
+caller's to limit.
+"""
+
+import asyncio
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import hpack
+
+log = logging.getLogger(__name__)
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY_FLAG = 0x1, 0x1, 0x4, 0x8, 0x20
+NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR, REFUSED_STREAM = 0x0, 0x1, 0x3, 0x5, 0x6, 0x7
+CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 0x8, 0x9, 0xB
+HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 0x1, 0x3, 0x4, 0x5
+
+DEFAULT_WINDOW = 65_535  # RFC 9113, 6.9.2: of a connection, and of streams until SETTINGS say otherwise
+MAX_WINDOW = 2**31 - 1
+STREAM_WINDOW = 2**20  # a 1 MB prompt needs no round trip of window updates
+OUR_MAX_FRAME = 2**20  # fewer, larger frames; a peer that ignores it sends 16 KiB ones
+MAX_HEADER_BLOCK = 64 * 1024  # a gateway's has some hundred bytes
+MAX_UNSENT_BYTES = 256 * 1024  # of one stream, above which it is not given window
+MAX_CONTROL_BACKLOG = 4 * 2**20  # unsent bytes of a connection above which a peer that keeps asking is cut off
+MAX_REMEMBERED_BLOCKS = 256
+
+# gRPC status codes (grpc/status.h) used here
+OK, UNIMPLEMENTED, INTERNAL, RESOURCE_EXHAUSTED = 0, 12, 13, 8
+
+# HPACK without a dynamic table: 0x88 is ":status: 200" of the static table; then literals that are not to be indexed (RFC 7541, 6.2.2)
+_RESPONSE_HEADERS = b"\x88\x0f\x10\x10application/grpc"
+
+
+class Call(Protocol):
+    """One gRPC call, as the transport drives it. Its methods return at once and raise nothing."""
+
+    def receive(self, message: bytes) -> None:
+        """The next message of the client."""
+
+    def half_close(self) -> None:
+        """The client sends no more."""
+
+    def abandon(self) -> None:
+        """The client, or its connection, has gone: nothing can be sent any more."""
+
+
+class Sender(Protocol):
+    """What a call answers with."""
+
+    def send(self, message: bytes) -> None:
+        """Send one message, when the client's window allows."""
+
+    def finish(self, status: int = OK, text: str = "") -> None:
+        """End the call with a gRPC status."""
+
+
+Methods = dict[str, Callable[[Sender], Call]]  # by ":path"
+
+
+class _ConnectionError(Exception):
+    """The peer broke the protocol; the connection ends."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+class _Stream:
+    """One call's two directions."""
+
+    __slots__ = ("_connection", "call", "consumed", "ended_here", "ended_there", "id", "incoming", "send_window", "started", "unsent", "unsent_bytes", "window")
+
+    def __init__(self, connection: "Connection", id_: int, send_window: int) -> None:
+        self._connection = connection
+        self.id = id_
+        self.call: Call | None = None
+        self.send_window = send_window
+        self.window = STREAM_WINDOW  # what the client may still send
+        self.consumed = 0  # taken by the call, not given back yet
+        self.incoming = b""  # the beginning of a message
+        self.unsent: deque[tuple[bytes, bool]] = deque()  # payload and whether it is the trailers
+        self.unsent_bytes = 0
+        self.started = False  # the response headers have been sent
+        self.ended_there = False
+        self.ended_here = False
+
+    def send(self, message: bytes) -> None:
+        if not self.ended_here:
+            self._connection.send_message(self, message)
+
+    def finish(self, status: int = OK, text: str = "") -> None:
+        if not self.ended_here:
+            self.ended_here = True
+            self._connection.send_trailers(self, status, text)
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection."""
+
+    def __init__(
+        self, methods: Methods, max_streams: int, on_closed: Callable[["Connection"], None] = lambda _: None, on_idle: Callable[[], None] = lambda: None
+    ) -> None:
+        self._methods = methods
+        self._max_streams = max_streams
+        self._on_closed = on_closed
+        self._on_idle = on_idle  # no call is open any more
+        self._transport: asyncio.Transport | None = None
+        self._buffer = b""
+        self._awaits_preface = True
+        self._decoder = hpack.Decoder()
+        self._remembered: dict[bytes, str] = {}  # header block -> path
+        self._block: tuple[int, bytearray, bool] | None = None  # a header block that continues: stream, bytes, end of stream
+        self._streams: dict[int, _Stream] = {}
+        self._last_id = 0
+        self._send_window = DEFAULT_WINDOW
+        self._initial_window = DEFAULT_WINDOW
+        self._max_frame = 16_384
+        self._uncredited = 0
+        self._out: list[bytes] = []
+        self._flush_is_due = False
+        self._in_read = False
+        self._going_away = False
+        self._paused = False  # the socket takes no more
+
+    def __repr__(self) -> str:
+        return f"<Connection [{len(self._streams)} streams, last {self._last_id}, window {self._send_window}]>"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is open."""
+        return not self._streams
+
+    # -- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        settings = ((HEADER_TABLE_SIZE, 0), (MAX_CONCURRENT_STREAMS, self._max_streams), (INITIAL_WINDOW_SIZE, STREAM_WINDOW), (MAX_FRAME_SIZE, OUR_MAX_FRAME))
+        self._frame(SETTINGS, 0, 0, b"".join(struct.pack(">HI", name, value) for name, value in settings))
+        self._frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", MAX_WINDOW - DEFAULT_WINDOW))
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        self._in_read = True
+        try:
+            self._read(self._buffer + data if self._buffer else data)
+        except _ConnectionError as error:
+            log.info("closing %r: %s", self, error)
+            self._frame(GOAWAY, 0, 0, struct.pack(">II", self._last_id, error.code) + str(error).encode())
+            self._flush()
+            self.close()
+        finally:
+            self._in_read = False
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        self._transport = None
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            self._abandon(stream)
+        self._on_closed(self)
+
+    def eof_received(self) -> None:
+        self.close()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._send_more()
+        self._flush()
+
+    # -- for the server
+
+    def go_away(self) -> None:
+        """Take no new streams; those that run go on."""
+        if not self._going_away:
+            self._going_away = True
+            self._frame(GOAWAY, 0, 0, struct.pack(">II", self._last_id, NO_ERROR))
+            self._flush()
+
+    def close(self) -> None:
+        """End the connection when what was written is sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # -- reading
+
+    def _read(self, data: bytes) -> None:
+        position, size = 0, len(data)
+        if self._awaits_preface:
+            if not PREFACE.startswith(data[: len(PREFACE)]):
+                raise _ConnectionError(PROTOCOL_ERROR, "not an HTTP/2 client")
+            if size < len(PREFACE):
+                self._buffer = data
+                return
+            self._awaits_preface = False
+            position = len(PREFACE)
+        while size - position >= 9:
+            length = int.from_bytes(data[position : position + 3], "big")
+            if length > OUR_MAX_FRAME:
+                raise _ConnectionError(FRAME_SIZE_ERROR, f"a frame of {length} bytes; the limit is {OUR_MAX_FRAME}")
+            end = position + 9 + length
+            if end > size:
+                break
+            kind, flags = data[position + 3], data[position + 4]
+            stream_id = int.from_bytes(data[position + 5 : position + 9], "big") & MAX_WINDOW
+            payload = data[position + 9 : end]
+            position = end
+            if self._block is not None and kind != CONTINUATION:
+                raise _ConnectionError(PROTOCOL_ERROR, "a header block was not continued")
+            self._handle(kind, flags, stream_id, payload)
+        self._buffer = data[position:]
+
+    def _handle(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        if kind == DATA:
+            self._on_data(flags, stream_id, payload)
+        elif kind == HEADERS:
+            block = _unpad(payload, flags)
+            if flags & PRIORITY_FLAG:
+                block = block[5:]
+            self._on_header_block(stream_id, bytearray(block), bool(flags & END_STREAM), bool(flags & END_HEADERS))
+        elif kind == CONTINUATION:
+            if self._block is None or self._block[0] != stream_id:
+                raise _ConnectionError(PROTOCOL_ERROR, "a continuation of nothing")
+            _, begun, end_stream = self._block
+            begun += payload
+            self._on_header_block(stream_id, begun, end_stream, bool(flags & END_HEADERS))
+        elif kind == WINDOW_UPDATE:
+            self._on_window_update(stream_id, payload)
+        elif kind == RST_STREAM:
+            self._on_reset(stream_id, payload)
+        elif kind == SETTINGS:
+            self._on_settings(flags, stream_id, payload)
+        elif kind == PING:
+            if len(payload) != 8 or stream_id:
+                raise _ConnectionError(FRAME_SIZE_ERROR, "a ping of another size than 8")
+            if not flags & ACK:
+                self._frame(PING, ACK, 0, payload)
+                self._check_backlog()
+        elif kind == PUSH_PROMISE:
+            raise _ConnectionError(PROTOCOL_ERROR, "a client cannot push")
+        # GOAWAY: the client takes no streams of ours, and there are none. PRIORITY and unknown kinds: "MUST be ignored" (4.1).
+
+    def _on_header_block(self, stream_id: int, block: bytearray, end_stream: bool, end_headers: bool) -> None:
+        if len(block) > MAX_HEADER_BLOCK:
+            raise _ConnectionError(ENHANCE_YOUR_CALM, f"a header block over {MAX_HEADER_BLOCK} bytes")
+        if not end_headers:
+            self._block = (stream_id, block, end_stream)
+            return
+        self._block = None
+        path = self._path(bytes(block))
+        stream = self._streams.get(stream_id)
+        if stream is not None:  # trailers of the request: gRPC clients send none, and they can only end the stream
+            if not end_stream or stream.ended_there:
+                raise _ConnectionError(PROTOCOL_ERROR, "headers in the middle of a stream")
+            self._end_of_client(stream)
+            return
+        if not stream_id % 2:
+            raise _ConnectionError(PROTOCOL_ERROR, f"stream {stream_id} is not a client's to open")
+        if stream_id <= self._last_id:
+            return  # of a stream that was reset here, while this was on its way
+        self._last_id = stream_id
+        if len(self._streams) >= self._max_streams or self._going_away:
+            self._reset(stream_id, REFUSED_STREAM)
+            return
+        stream = self._streams[stream_id] = _Stream(self, stream_id, self._initial_window)
+        method = self._methods.get(path)
+        if method is None:
+            stream.finish(UNIMPLEMENTED, f"no method {path}")
+            return
+        stream.call = method(stream)
+        if end_stream:
+            self._end_of_client(stream)
+
+    def _path(self, block: bytes) -> str:
+        path = self._remembered.get(block)
+        if path is not None:
+            return path
+        try:
+            headers = self._decoder.decode(block, raw=True)
+            path = next((value.decode("latin-1") for name, value in headers if name == b":path"), "")
+        except hpack.HPACKError as error:
+            raise _ConnectionError(COMPRESSION_ERROR, f"a header block that cannot be decoded: {error}") from error
+        if self._decoder.header_table_size == 0 and len(self._remembered) < MAX_REMEMBERED_BLOCKS:
+            self._remembered[block] = path
+        return path
+
+    def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+        size = len(payload)
+        self._uncredited += size
+        if self._uncredited >= STREAM_WINDOW:
+            self._frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", self._uncredited))
+            self._uncredited = 0
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            if stream_id > self._last_id or not stream_id:
+                raise _ConnectionError(PROTOCOL_ERROR, f"data of stream {stream_id}, which is not open")
+            return  # it was reset here, while this was on its way
+        stream.window -= size
+        if stream.window < 0:
+            raise _ConnectionError(FLOW_CONTROL_ERROR, f"stream {stream_id} sent more than its window")
+        if stream.ended_there:
+            raise _ConnectionError(STREAM_CLOSED, f"data of stream {stream_id} after its end")
+        data = _unpad(payload, flags)
+        if stream.call is not None and not self._take_messages(stream, data):
+            return
+        stream.consumed += size
+        self._give_window(stream)
+        if flags & END_STREAM:
+            self._end_of_client(stream)
+
+    def _take_messages(self, stream: _Stream, data: bytes) -> bool:
+        """Cut the stream's bytes into gRPC messages: a flag byte, a length, the message. False if that ended the stream."""
+        call = stream.call
+        assert call is not None
+        if stream.incoming:
+            data = stream.incoming + data
+        position, size = 0, len(data)
+        while size - position >= 5:
+            if data[position]:
+                return self._refuse(stream, UNIMPLEMENTED, "compressed messages are not understood")
+            length = int.from_bytes(data[position + 1 : position + 5], "big")
+            if length > MAX_WINDOW // 32:
+                return self._refuse(stream, RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {MAX_WINDOW // 32}")
+            end = position + 5 + length
+            if end > size:
+                break
+            call.receive(data[position + 5 : end])
+            position = end
+            if stream.id not in self._streams:
+                return False
+        stream.incoming = data[position:]
+        return True
+
+    def _refuse(self, stream: _Stream, status: int, text: str) -> bool:
+        self._abandon(stream)
+        stream.finish(status, text)
+        return False
+
+    def _end_of_client(self, stream: _Stream) -> None:
+        stream.ended_there = True
+        if stream.call is not None:
+            stream.call.half_close()
+        self._forget_if_done(stream)
+
+    def _on_reset(self, stream_id: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise _ConnectionError(FRAME_SIZE_ERROR, "a reset of another size than 4")
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            self._abandon(stream)
+            if not self._streams:
+                self._on_idle()
+
+    def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id or len(payload) % 6:
+            raise _ConnectionError(FRAME_SIZE_ERROR, "broken settings")
+        if flags & ACK:
+            self._decoder.max_allowed_table_size = 0
+            return
+        for name, value in struct.iter_unpack(">HI", payload):
+            if name == INITIAL_WINDOW_SIZE:
+                if value > MAX_WINDOW:
+                    raise _ConnectionError(FLOW_CONTROL_ERROR, "an initial window over 2^31-1")
+                change, self._initial_window = value - self._initial_window, value
+                for stream in self._streams.values():
+                    stream.send_window += change
+            elif name == MAX_FRAME_SIZE:
+                self._max_frame = min(max(value, 16_384), OUR_MAX_FRAME)
+        self._frame(SETTINGS, ACK, 0, b"")
+        self._check_backlog()
+        self._send_more()
+
+    def _on_window_update(self, stream_id: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise _ConnectionError(FRAME_SIZE_ERROR, "a window update of another size than 4")
+        increment = int.from_bytes(payload, "big") & MAX_WINDOW
+        if stream_id:
+            stream = self._streams.get(stream_id)
+            if stream is None:
+                return
+            stream.send_window += increment
+            if not increment or stream.send_window > MAX_WINDOW:
+                self._streams.pop(stream_id)
+                self._abandon(stream)
+                self._reset(stream_id, FLOW_CONTROL_ERROR if increment else PROTOCOL_ERROR)
+                return
+            self._send_unsent(stream)
+            return
+        self._send_window += increment
+        if not increment or self._send_window > MAX_WINDOW:
+            raise _ConnectionError(FLOW_CONTROL_ERROR if increment else PROTOCOL_ERROR, "a connection window out of range")
+        self._send_more()
+
+    # -- writing
+
+    def send_message(self, stream: _Stream, message: bytes) -> None:
+        """One gRPC message: as much as the windows allow now, the rest when they open."""
+        if not stream.started:
+            stream.started = True
+            self._frame(HEADERS, END_HEADERS, stream.id, _RESPONSE_HEADERS)
+        data = b"\x00" + len(message).to_bytes(4, "big") + message
+        if not (stream.unsent or self._paused) and len(data) <= self._max_frame and len(data) <= stream.send_window and len(data) <= self._send_window:
+            stream.send_window -= len(data)
+            self._send_window -= len(data)
+            self._frame(DATA, 0, stream.id, data)
+        else:
+            stream.unsent.append((data, False))
+            stream.unsent_bytes += len(data)
+            self._send_unsent(stream)
+        self._flush_soon()
+
+    def send_trailers(self, stream: _Stream, status: int, text: str) -> None:
+        """The end of the call, after all that was sent before."""
+        fields = b"" if stream.started else _RESPONSE_HEADERS
+        fields += _literal(b"grpc-status", str(status).encode())
+        if text:
+            fields += _literal(b"grpc-message", text.encode("ascii", "replace").replace(b"%", b"%25")[:120])
+        stream.started = True
+        stream.unsent.append((fields, True))
+        self._send_unsent(stream)
+        self._flush_soon()
+
+    def _send_more(self) -> None:
+        for stream in [stream for stream in self._streams.values() if stream.unsent]:
+            self._send_unsent(stream)
+
+    def _send_unsent(self, stream: _Stream) -> None:
+        while stream.unsent:
+            data, is_trailers = stream.unsent[0]
+            if is_trailers:
+                stream.unsent.popleft()
+                self._frame(HEADERS, END_HEADERS | END_STREAM, stream.id, data)
+                self._forget_if_done(stream)
+                return
+            room = min(stream.send_window, self._send_window, self._max_frame)
+            if room <= 0 or self._paused:
+                return
+            part = data[:room]
+            self._frame(DATA, 0, stream.id, part)
+            stream.send_window -= len(part)
+            self._send_window -= len(part)
+            stream.unsent_bytes -= len(part)
+            if len(part) < len(data):
+                stream.unsent[0] = (data[room:], False)
+            else:
+                stream.unsent.popleft()
+        self._give_window(stream)
+
+    def _give_window(self, stream: _Stream) -> None:
+        """Let the client send more, once half of its window was taken and what it is answered does not pile up."""
+        if stream.consumed >= STREAM_WINDOW // 2 and stream.unsent_bytes <= MAX_UNSENT_BYTES and not stream.ended_there:
+            self._frame(WINDOW_UPDATE, 0, stream.id, struct.pack(">I", stream.consumed))
+            stream.window += stream.consumed
+            stream.consumed = 0
+
+    def _forget_if_done(self, stream: _Stream) -> None:
+        if not stream.ended_here or stream.unsent or self._streams.pop(stream.id, None) is None:
+            return
+        if not self._streams:
+            self._on_idle()
+        if not stream.ended_there:  # "the server can RST_STREAM with NO_ERROR after a complete response" (RFC 9113, 8.1)
+            self._reset(stream.id, NO_ERROR)
+
+    def _abandon(self, stream: _Stream) -> None:
+        call, stream.call = stream.call, None
+        if call is not None:
+            call.abandon()
+
+    def _reset(self, stream_id: int, code: int) -> None:
+        self._frame(RST_STREAM, 0, stream_id, struct.pack(">I", code))
+        self._check_backlog()
+
+    def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        self._out.append(struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream_id))
+        self._out.append(payload)
+
+    def _check_backlog(self) -> None:
+        """A peer that makes us answer and does not read is cut off before its answers fill the memory."""
+        if self._transport is not None and self._transport.get_write_buffer_size() > MAX_CONTROL_BACKLOG:
+            raise _ConnectionError(ENHANCE_YOUR_CALM, "answers are not read")
+
+    def _flush_soon(self) -> None:
+        """Frames that are made outside of a read leave together at the end of this turn of the loop."""
+        if not self._in_read and not self._flush_is_due:
+            self._flush_is_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        if self._out and self._transport is not None:
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+
+def _unpad(payload: bytes, flags: int) -> bytes:
+    if not flags & PADDED:
+        return payload
+    if not payload or payload[0] >= len(payload):
+        raise _ConnectionError(PROTOCOL_ERROR, "padding longer than the frame")
+    return payload[1 : len(payload) - payload[0]]
+
+
+def _literal(name: bytes, value: bytes) -> bytes:
+    """A header that is not to be indexed, with a new name; both shorter than 127 bytes."""
+    return b"\x00" + bytes((len(name),)) + name + bytes((len(value),)) + value
