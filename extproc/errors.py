@@ -13,6 +13,7 @@
     │   │   └── OriginRefused        502 origin_failed        the origin wants other credentials: repeating is useless
     │   ├── StageDeadline            503 staging              retryable
     │   ├── NoSpace                  503 no_space             retryable
+    │   ├── DiskFailed               503 no_space             retryable
     │   └── AdapterTooLarge          422 invalid_adapter
     ├── NoEndpoint                   503 no_endpoint          retryable
     │   └── StagerUnavailable        503 no_endpoint          retryable
@@ -120,6 +121,12 @@ class NoSpace(StageError):
     """Everything evictable is gone and the rest is leased, pinned or loaded."""
 
     status, reason, retryable, retry_after_s, shared = 503, "no_space", True, 10, False
+
+
+class DiskFailed(StageError):
+    """The node's disk cannot be written."""
+
+    status, reason, retryable, shared = 503, "no_space", True, False
 
 
 class NoEndpoint(LoraExtprocError):

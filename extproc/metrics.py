@@ -38,7 +38,8 @@ class RouterMetrics(Metrics):
             registry=r,
             buckets=_WAIT_BUCKETS,
         )
-        self.streams = Gauge("lora_extproc_streams", "ext_proc streams open now.", registry=r)
+        self.open_streams = 0  # counted without the client library's lock: it changes twice per request
+        Gauge("lora_extproc_streams", "ext_proc streams open now.", registry=r).set_function(lambda: self.open_streams)
         self.failovers = Counter("lora_extproc_failovers", "Candidates skipped because their stager could not serve, then the next was asked.", registry=r)
         self.leases = Gauge("lora_extproc_leases", "Adapters, per endpoint, that are known to be on disk.", registry=r)
         self.endpoints = Gauge("lora_extproc_endpoints", "Endpoints by state (ready, down).", ["state"], registry=r)

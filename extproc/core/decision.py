@@ -94,6 +94,8 @@ Decision = Forward | PassThrough | Reject
 
 def check_path(path: str, forbidden_paths: tuple[str, ...]) -> None:
     """Raises Forbidden if `path` is one of the forbidden ones or below one. The gateway has normalised it."""
+    if not path.startswith(forbidden_paths):
+        return
     path = path.partition("?")[0]
     for forbidden in forbidden_paths:
         if path == forbidden or path.startswith(forbidden + "/"):

@@ -20,6 +20,7 @@ from . import scanner
 from .decision import Facts, check_path
 
 NO_RETRY_HEADER = "x-lora-extproc-no-retry"
+EARLY_SCAN_BYTES = 16 * 1024  # a body this small is complete before a fetch could have begun: it is only judged
 BODY_CHUNK_BYTES = 62_000  # below the 64 KiB that gateways accept in one streamed body message
 
 
@@ -195,11 +196,12 @@ REQUEST_STEPS: dict[State, dict[Kind, dict[Mode, str]]] = {
 class Exchange:
     """The state of one stream. Feed it every event in order; when it asks `Decide`, answer once, whenever the answer is there."""
 
-    def __init__(self, *, max_body_bytes: int, model_header: str = "x-gateway-model-name", forbidden_paths: tuple[str, ...] = ()) -> None:
+    def __init__(self, *, max_body_bytes: int, model_header: str = "x-gateway-model-name", forbidden_paths: tuple[str, ...] = (), early_scan_bytes: int = EARLY_SCAN_BYTES) -> None:
         self._max_body_bytes = max_body_bytes
         self._model_header = model_header
+        self._early_scan_bytes = early_scan_bytes
         self._forbidden_paths = forbidden_paths  # refused on the headers: their bodies name no model, and must not be read as if they should
-        self._scanner: scanner.Scanner | None = scanner.Scanner()
+        self._scanner: scanner.Scanner | None = None
         self.state = State.START
         self.mode = Mode.NONE
         self.response_mode = Mode.NONE
@@ -318,14 +320,15 @@ class Exchange:
             raise BodyTooLarge(f"the body has over {self._max_body_bytes} bytes")
         self._chunks.append(chunk)
         self._body_ended = last
-        if self._asked or self._scanner is None or self.state is not State.BODY:
+        if last or self._asked or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
             return []
+        if self._scanner is None:
+            self._scanner = scanner.Scanner()
+            chunk = b"".join(self._chunks)
         model = self._scanner.feed(chunk)
         return [] if model is None else self._ask(model)
 
     def _keep_and_judge(self, chunk: bytes, _last: bool) -> list[Action]:
-        if not self._chunks:
-            self._scanner = None  # one chunk: the verdict alone is quicker
         return self._keep(chunk, True) + self._judge()
 
     def _judge_buffered(self, chunk: bytes, _last: bool) -> list[Action]:

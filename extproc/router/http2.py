@@ -37,7 +37,7 @@ STREAM_WINDOW = 2**20  # a 1 MB prompt needs no round trip of window updates
 OUR_MAX_FRAME = 2**20  # fewer, larger frames; a peer that ignores it sends 16 KiB ones
 MAX_HEADER_BLOCK = 64 * 1024  # a gateway's has some hundred bytes
 MAX_UNSENT_BYTES = 256 * 1024  # of one stream, above which it is not given window
-MAX_CONTROL_BACKLOG = 4 * 2**20  # unsent bytes of a connection above which a peer that keeps asking is cut off
+MAX_UNREAD_ANSWERS = 10_000  # control frames that a peer may cause while it reads nothing, before it is cut off
 MAX_REMEMBERED_BLOCKS = 256
 
 # gRPC status codes (grpc/status.h) used here
@@ -137,6 +137,7 @@ class Connection(asyncio.Protocol):
         self._in_read = False
         self._going_away = False
         self._paused = False  # the socket takes no more
+        self._unread_answers = 0  # control frames made since then
 
     def __repr__(self) -> str:
         return f"<Connection [{len(self._streams)} streams, last {self._last_id}, window {self._send_window}]>"
@@ -183,6 +184,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
+        self._unread_answers = 0
         self._send_more()
         self._flush()
 
@@ -494,7 +496,9 @@ class Connection(asyncio.Protocol):
 
     def _check_backlog(self) -> None:
         """A peer that makes us answer and does not read is cut off before its answers fill the memory."""
-        if self._transport is not None and self._transport.get_write_buffer_size() > MAX_CONTROL_BACKLOG:
+        self._unread_answers += self._paused
+        if self._unread_answers > MAX_UNREAD_ANSWERS:
+            self._out.clear()
             raise _ConnectionError(ENHANCE_YOUR_CALM, "answers are not read")
 
     def _flush_soon(self) -> None:

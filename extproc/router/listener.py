@@ -17,6 +17,12 @@ class Listener:
         self._connections: set[Connection] = set()
         self._idle = asyncio.Event()
 
+    @property
+    def address(self) -> str:
+        """host:port as it was bound: with port 0, the one that was given."""
+        host, port, *_ = self._socket.getsockname()
+        return f"{host}:{port}"
+
     async def start(self) -> None:
         """Accept connections."""
         self._server = await asyncio.get_running_loop().create_server(self._connection, sock=self._socket)

@@ -49,7 +49,7 @@ class Conversation:
         self._outcome, self._reason = "abandoned", ""  # what the request is counted as when the stream ends
         self._half_closed = False
         self._over = False
-        processor.metrics.streams.inc()
+        processor.metrics.open_streams += 1
 
     # -- the transport's side
 
@@ -139,7 +139,7 @@ class Conversation:
         if self._over:
             return
         self._over = True
-        self._p.metrics.streams.dec()
+        self._p.metrics.open_streams -= 1
         if self._endpoint is not None:
             self._p.membership.end(self._endpoint)
         if self._exchange.state is not State.START:

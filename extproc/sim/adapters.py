@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 class SimError(Exception):
@@ -52,6 +53,13 @@ def read_adapter(name: str, path: str, max_lora_rank: int) -> Loaded:
         raise LoadError(f"LoRA rank {rank} is greater than max_lora_rank {max_lora_rank}.")
     if not os.path.exists(weights_path):
         raise LoadError("<path> doesn't contain tensors")
+    try:
+        return _read_weights(name, path, weights_path, config)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise LoadError(f"Error while deserializing header: {error}") from error
+
+
+def _read_weights(name: str, path: str, weights_path: str, config: dict[str, Any]) -> Loaded:
     with open(weights_path, "rb") as file:
         prefix = file.read(8)
         size = os.fstat(file.fileno()).st_size
@@ -86,6 +94,7 @@ class Adapters:
         self.running: Counter[str] = Counter()
         self._slots = asyncio.Condition()
         self.loads = 0
+        self.waiting = 0
 
     async def resolve(self, name: str) -> None:
         """Make `name` known, as the filesystem resolver does. Raises SimError."""
@@ -142,7 +151,11 @@ class Adapters:
         """Run a request: wait for a slot, read the adapter again if it fell out of memory. Raises EngineDeadError if its files are gone."""
         path = self.registry[name]
         async with self._slots:
-            await self._slots.wait_for(lambda: name in self.running or len(self.running) < self.max_loras)
+            self.waiting += 1
+            try:
+                await self._slots.wait_for(lambda: name in self.running or len(self.running) < self.max_loras)
+            finally:
+                self.waiting -= 1
             self.running[name] += 1
         try:
             loaded = self._cache.get(name)

@@ -132,18 +132,20 @@ class SimEngine:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         a = self._adapters
-        names = ",".join(a.running)  # vLLM puts the same names into both labels
+        names = ",".join(a.running).replace("\\", "\\\\").replace('"', '\\"')  # vLLM puts the same names into both labels
         labels = f'max_lora="{a.max_loras}",running_lora_adapters="{names}",waiting_lora_adapters="{names}"'
         lines = [
             f"vllm:lora_requests_info{{{labels}}} {time.time()}",
             f'vllm:num_requests_running{{model_name="{a.base_model}"}} {float(a.running.total())}',
-            f'vllm:num_requests_waiting{{model_name="{a.base_model}"}} 0.0',
+            f'vllm:num_requests_waiting{{model_name="{a.base_model}"}} {float(a.waiting)}',
             f'vllm:request_success_total{{model_name="{a.base_model}"}} {float(self.served)}',
         ]
         return web.Response(text="\n".join(lines) + "\n")
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await _json(request)
+        if not {"lora_name", "lora_path"} <= set(body):
+            raise SimError(400, "Bad Request", "lora_name and lora_path: Field required")
         name = body.get("lora_name", "")
         await self._adapters.load(name, body.get("lora_path", ""), in_place=bool(body.get("load_inplace")))
         return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")

@@ -11,8 +11,9 @@ from ..errors import LoraExtprocError
 
 log = logging.getLogger(__name__)
 
-_INFO = re.compile(r'^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$', re.MULTILINE)
-_RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="([^"]*)"')
+_WAITING = re.compile(r"^vllm:num_requests_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)
+_INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$", re.MULTILINE)
+_RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
 
 
 class EngineUnreachable(LoraExtprocError):
@@ -29,6 +30,8 @@ class Engine:
         key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
+        self.roots: set[str] = set()  # directories of the adapters in the last list of models
+        self.waiting = 0.0  # requests in the engine's queue at the last look at its metrics
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -47,6 +50,9 @@ class Engine:
         status, body = await self._call("GET", "/v1/models")
         if status != 200 or not isinstance(body, dict) or not isinstance(body.get("data"), list):
             raise EngineUnreachable(f"the engine answers {status} to /v1/models")
+        if not all(isinstance(model, dict) for model in body["data"]):
+            raise EngineUnreachable("the engine's list of models is none")
+        self.roots = {str(model.get("root")) for model in body["data"] if model.get("parent")}
         return {str(model.get("id")) for model in body["data"]}
 
     async def running(self) -> set[str]:
@@ -54,10 +60,18 @@ class Engine:
         status, body = await self._call("GET", "/metrics")
         if status != 200 or not isinstance(body, str):
             raise EngineUnreachable(f"the engine answers {status} to /metrics")
-        newest = max(_INFO.finditer(body), key=lambda m: float(m["time"]), default=None)
+        try:
+            newest = max(_INFO.finditer(body), key=lambda m: float(m["time"]), default=None)
+            self.waiting = sum(float(value) for value in _WAITING.findall(body))
+        except ValueError as error:
+            raise EngineUnreachable("the engine's metrics are none") from error
         if newest is None:
             return set()
-        return {name for label in _RUNNING.findall(newest["labels"]) for name in label.split(",") if name}
+        running: set[str] = set()
+        for label in _RUNNING.findall(newest["labels"]):
+            parts = re.sub(r"\\(.)", r"\1", label).split(",")  # a name may hold commas: every run of parts may be one
+            running |= {",".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
+        return running - {""}
 
     async def unload(self, name: str) -> None:
         """Make the engine forget a name; one that it does not know is fine."""

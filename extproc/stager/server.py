@@ -24,9 +24,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.stager
-        self.stager = Stager(
-            self._settings, [build_origin(origin) for origin in self._settings.origins], Engine(self._settings.engine), StagerMetrics()
-        )
+        self.stager = Stager(self._settings, [build_origin(origin) for origin in self._settings.origins], Engine(self._settings.engine), StagerMetrics())
         self._grpc: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
 

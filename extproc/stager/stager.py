@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import stamina
@@ -20,7 +20,7 @@ from ..metrics import StagerMetrics
 from .engine import Engine
 from .origins import Listing, Origin, RemoteFile
 from .store import Store, hash_file
-from .verify import CONFIG_FILE, AdapterConfig, check_config, check_files
+from .verify import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterConfig, check_config, check_files
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +205,7 @@ class Stager:
         size = sum(UNKNOWN_SIZE_BYTES if file.size is None else file.size for file in listing.files)
         if size > self._settings.max_adapter_bytes:
             raise AdapterTooLarge(f"{name} has {size} bytes; stager.max_adapter_bytes is {self._settings.max_adapter_bytes}")
+        await asyncio.to_thread(self._store.check_name, name)
         with self._store.staging() as directory:
             with self._phase(phases, "check"):
                 config_file, config = await self._fetch_config(origin, listing, directory)
@@ -221,10 +222,9 @@ class Stager:
                     await self._removals_of(manifest.digest)
                     self.index.lease(manifest.digest, self._clock() + self._settings.lease_s, self._clock())  # content that is here stays here
                     digest = await asyncio.to_thread(self._store.publish, directory, manifest)
+                    self.index.commit(token, digest, manifest.size, self._clock())
+                    self.manifests[digest] = manifest
                     await asyncio.to_thread(self._store.link, name, digest)
-                now = self._clock()
-                self.index.commit(token, digest, manifest.size, now)
-                self.manifests[digest] = manifest
                 self.names[name] = digest
             finally:
                 self.index.abort(token)
@@ -266,6 +266,8 @@ class Stager:
         if any(path.endswith(".bin") for path in paths) and not self._settings.allow_pickle:
             raise InvalidAdapter(f"{listing.name} has only pickled weights (.bin), which can run code; safetensors are needed")
         config_file = next(file for file in listing.files if file.path == CONFIG_FILE)
+        if config_file.size is not None and config_file.size > MAX_CONFIG_BYTES:
+            raise InvalidAdapter(f"{CONFIG_FILE} has {config_file.size} bytes; the limit is {MAX_CONFIG_BYTES}")
         fetched = await self._fetch(origin, listing, config_file, directory)
         text = await asyncio.to_thread((directory / CONFIG_FILE).read_bytes)
         engine = self._settings.engine
@@ -274,6 +276,8 @@ class Stager:
     async def _fetch(self, origin: Origin, listing: Listing, file: RemoteFile, directory: Path) -> File:
         """One file, hashed, and compared with what the origin states of it."""
         target = directory / file.path
+        if file.size is None:
+            file = replace(file, limit=UNKNOWN_SIZE_BYTES)
         async for attempt in _attempts():
             with attempt:
                 sha256 = await origin.fetch(listing, file, target)
@@ -296,11 +300,14 @@ class Stager:
         while True:
             victims = self.index.reserve(token, size, self._clock())
             removed = await asyncio.gather(*(self._remove(victim, "room") for victim in victims))
-            if all(removed):
+            for entry in self.index.entries():
+                if entry.leaving:
+                    await self._removals_of(entry.id)  # its room counted for this reservation, too
+            if all(removed) and self.index.used_bytes + self.index.reserved_bytes <= self.index.max_bytes:
                 return
             self.index.abort(token)
             kept = {victim for victim, gone in zip(victims, removed, strict=True) if not gone}
-            if kept <= refused:
+            if kept and kept <= refused:
                 raise NoSpace(f"{token} needs {size} bytes; what could go for it may still be read by the engine")
             refused |= kept
 
@@ -331,8 +338,8 @@ class Stager:
                 return False
             if content_goes:
                 await asyncio.to_thread(self._store.remove, digest)
-        except (LoraExtprocError, OSError) as error:
-            log.warning("%s stays: %s", ", ".join(names) or digest, error)
+        except Exception as error:  # whatever it was: an entry that stayed "leaving" could neither be leased nor evicted any more
+            log.warning("%s stays: %s", ", ".join(names) or digest, error, exc_info=not isinstance(error, LoraExtprocError | OSError))
             self.index.kept(digest, self._clock())
             return False
         for name in names:
@@ -355,17 +362,26 @@ class Stager:
         if self._engine.exists:
             if set(names) & await self._engine.running():
                 return False
+            if set(names) & await self._engine.registered() and self._engine.waiting:
+                return False  # who waits for a slot is in no label, and reads the files when it gets one
             for name in names:
                 await self._engine.unload(name)
-            if set(names) & (await self._engine.registered() | await self._engine.running()):
+            if await self._engine_reads(names):
                 return False
         for name in names:
             await asyncio.to_thread(self._store.unlink, name)
-        if self._engine.exists and set(names) & (await self._engine.registered() | await self._engine.running()):
-            for name in names:
-                await asyncio.to_thread(self._store.link, name, self.names[name])
-            return False
-        return True
+        gone = False
+        try:
+            gone = not self._engine.exists or not await self._engine_reads(names)
+        finally:
+            if not gone:
+                for name in names:
+                    await asyncio.to_thread(self._store.link, name, self.names[name])
+        return gone
+
+    async def _engine_reads(self, names: Sequence[AdapterName]) -> bool:
+        known = await self._engine.registered() | await self._engine.running()
+        return bool(set(names) & known) or any(root.endswith(f"/{name}") for root in self._engine.roots for name in names)
 
     # -- the node's state
 

@@ -22,18 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.artifact import AdapterName, File, Manifest, adapter_name
-from ..errors import InvalidAdapter, InvalidRequest, NoSpace, StageError, StartError
+from ..errors import DiskFailed, InvalidAdapter, InvalidRequest, NoSpace, StageError, StartError
 
 log = logging.getLogger(__name__)
 
 MANIFEST_FILE = ".lora-extproc.json"
 HASH_CHUNK_BYTES = 2**20
-
-
-class DiskFailed(StageError):
-    """The node's disk cannot be written."""
-
-    status, reason, retryable, shared = 503, "no_space", True, False
 
 
 @dataclass(slots=True)
@@ -108,7 +102,11 @@ class Store:
                     _fsync(Path(directory, name))
                 _fsync(Path(directory))
             if not self.path(digest).exists():
-                staged.rename(self.path(digest))
+                try:
+                    staged.rename(self.path(digest))
+                except OSError:  # another flight brought the same content between the look and the rename
+                    if not self.path(digest).exists():
+                        raise
                 _fsync(self._store)
             return digest
 
@@ -116,18 +114,26 @@ class Store:
         """Let the engine see `digest` under `name`, atomically, instead of what it saw there before."""
         target = self.directory / name
         with disk_errors():
-            if target.is_dir() and not target.is_symlink():
-                raise InvalidAdapter(f"{name} cannot be served beside adapters whose names begin with {name}/")
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError):
-                raise InvalidAdapter(f"{name} cannot be served beside an adapter whose name it begins with") from None
-            if any(parent.is_symlink() for parent in target.parents if parent != self.directory and self.directory in parent.parents):
-                raise InvalidAdapter(f"{name} cannot be served beside an adapter whose name it begins with")
+            self.check_name(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
             fresh = self._staging / secrets.token_hex(8)
             fresh.symlink_to(os.path.relpath(self.path(digest), target.parent))
             fresh.rename(target)
             _fsync(target.parent)
+
+    def check_name(self, name: AdapterName) -> None:
+        """Whether `name` can be linked: no part of it may be anything but our folders, its end nothing but our link. Raises InvalidAdapter."""
+        target = self.directory / name
+        for parent in target.parents:
+            if self.directory in parent.parents and (parent.is_symlink() or (parent.exists() and not parent.is_dir())):
+                raise InvalidAdapter(f"{name} cannot be served beside an adapter whose name it begins with")
+        if target.is_symlink():
+            if Path(os.path.normpath(target.parent / target.readlink())).parent != self._store:
+                raise InvalidAdapter(f"{name} cannot be served: something else has that name on this node")
+        elif target.is_dir():
+            raise InvalidAdapter(f"{name} cannot be served beside adapters whose names begin with {name}/")
+        elif target.exists():
+            raise InvalidAdapter(f"{name} cannot be served: something else has that name on this node")
 
     def unlink(self, name: AdapterName) -> None:
         """Take the name away, and directories that only it needed."""

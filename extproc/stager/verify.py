@@ -19,6 +19,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 MAX_CONFIG_BYTES = 2**20  # real ones have some kilobytes
+MAX_NUMBER = 2**63 - 1  # readers keep sizes and ranges in machine words
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 # dtype -> bits, as the safetensors format names them
@@ -95,7 +96,9 @@ def check_weights(path: Path, config: AdapterConfig) -> int:
         _refuse(WEIGHTS_FILE, f"has a broken header: {error}")
     if not isinstance(header, dict):
         _refuse(WEIGHTS_FILE, "has a header that is no object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse(WEIGHTS_FILE, "has a __metadata__ that is not made of strings")
     _check_layout(header, size - 8 - length)
     _check_lora(header, config)
     return len(header)
@@ -118,9 +121,9 @@ def _check_layout(header: Mapping[str, Any], data_bytes: int) -> None:
         except (TypeError, KeyError, ValueError):
             _refuse(WEIGHTS_FILE, f"tensor {name!r} lacks dtype, shape or data_offsets")
         numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers) or begin > end:
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MAX_NUMBER for n in numbers) or begin > end:
             _refuse(WEIGHTS_FILE, f"tensor {name!r} has a shape or range that is not made of whole numbers")
-        if dtype not in _DTYPE_BITS:
+        if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
             _refuse(WEIGHTS_FILE, f"tensor {name!r} has unknown dtype {dtype!r}")
         if math.prod(shape) * _DTYPE_BITS[dtype] != (end - begin) * 8:
             _refuse(WEIGHTS_FILE, f"tensor {name!r}: shape {shape} of {dtype} does not take {end - begin} bytes")
@@ -148,7 +151,9 @@ def _check_lora(header: Mapping[str, Any], config: AdapterConfig) -> None:
             rank = shape[0] if side == "lora_A" else shape[1]
             if rank not in config.ranks:
                 _refuse(WEIGHTS_FILE, f"tensor {name!r} has rank {rank}; {CONFIG_FILE} says {config.rank}")
-        module = name[: name.index(f".{side}")]
+        module = ".".join(parts[: parts.index(side)])
+        if not module:
+            _refuse(WEIGHTS_FILE, f"tensor {name!r} names no module")
         if config.target_modules and not any(module == t or module.endswith(f".{t}") for t in config.target_modules):
             _refuse(WEIGHTS_FILE, f"tensor {name!r} is for a module that {CONFIG_FILE} does not target")
     if not matrices:

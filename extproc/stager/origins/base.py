@@ -3,13 +3,13 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ...core.artifact import AdapterName
-from ...errors import OriginFailed
+from ...errors import AdapterTooLarge, OriginFailed
 from ..store import disk_errors
 from ..verify import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 
@@ -23,6 +23,8 @@ class RemoteFile:
     path: str
     size: int | None = None
     sha256: str | None = None
+    version: str = ""  # what tells this content from a later one of the same size
+    limit: int | None = None  # the most bytes it may have, where the origin does not state its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def wanted(paths: Iterable[str]) -> list[str]:
     return [path for path in (CONFIG_FILE, weights) if path in have]
 
 
-async def write_stream(chunks: AsyncIterator[bytes], target: Path, expected_size: int | None) -> str:
+async def write_stream(chunks: AsyncIterator[bytes], target: Path, expected_size: int | None, limit: int | None = None) -> str:
     """Write `chunks` to `target`, hashing in the same thread turn; the SHA-256 in hex. A length other than the expected one is OriginFailed."""
     digest = hashlib.sha256()
     written = 0
@@ -75,16 +77,28 @@ async def write_stream(chunks: AsyncIterator[bytes], target: Path, expected_size
             written += len(chunk)
             if expected_size is not None and written > expected_size:
                 raise OriginFailed(f"{target.name}: the origin sent over {expected_size} bytes, more than it had said")
+            if limit is not None and written > limit:
+                raise AdapterTooLarge(f"{target.name} has over {limit} bytes, and its origin did not say so")
             if len(pending) >= WRITE_BYTES:
                 full, pending = bytes(pending), bytearray()
-                await asyncio.to_thread(flush, full)
+                await _to_the_end(flush, full)
         if pending:
-            await asyncio.to_thread(flush, bytes(pending))
+            await _to_the_end(flush, bytes(pending))
     finally:
         os.close(descriptor)
     if expected_size is not None and written != expected_size:
         raise OriginFailed(f"{target.name}: the origin sent {written} of {expected_size} bytes")
     return digest.hexdigest()
+
+
+async def _to_the_end(write: Callable[[bytes], None], data: bytes) -> None:
+    """In a thread, which is waited for when the caller is cancelled, too: the descriptor must stay open under it."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write, data))
+    try:
+        await asyncio.shield(writing)
+    finally:
+        if not writing.done():
+            await asyncio.wait({writing})
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """A directory with one directory per adapter: a shared file system, or what a training job writes."""
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class FileOrigin:
             raise OriginFailed(f"file origin: {name}: {error.strerror}") from error
         if CONFIG_FILE not in stats:
             return None
-        files = tuple(RemoteFile(path, stats[path].st_size) for path in wanted(stats))
+        files = tuple(RemoteFile(path, stats[path].st_size, version=str(stats[path].st_mtime_ns)) for path in wanted(stats))
         revision = "-".join(str(stats[file.path].st_mtime_ns) for file in files)
         return Listing(name, revision, files)
 
@@ -53,5 +54,6 @@ class FileOrigin:
             raise OriginFailed(f"file origin: {file.path}: {error.strerror}") from error
         with opened, disk_errors(), target.open("wb") as copy:
             shutil.copyfileobj(opened, copy, 2**20)
-        if target.stat().st_size != file.size:
+            version = str(os.fstat(opened.fileno()).st_mtime_ns)
+        if target.stat().st_size != file.size or version != file.version:
             raise OriginFailed(f"file origin: {file.path} changed while it was copied")

@@ -38,8 +38,8 @@ class HttpOrigin:
                             return None
                         continue
                     length = response.headers.get("content-length")
-                    file = RemoteFile(path, int(length) if length and length.isdigit() else None)
-                    found[path] = (file, response.headers.get("etag") or response.headers.get("last-modified") or "")
+                    version = _version(response)
+                    found[path] = (RemoteFile(path, int(length) if length and length.isdigit() else None, version=version), version)
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise OriginFailed(f"http origin: {type(error).__name__} for {path}") from error
         files = wanted(found)
@@ -50,7 +50,9 @@ class HttpOrigin:
             async with self._client().get(self._address(listing.name, file.path)) as response:
                 if not self._is_there(response):
                     raise OriginFailed(f"http origin: {file.path} is gone")
-                return await write_stream(_body(response), target, file.size)
+                if file.version and _version(response) != file.version:
+                    raise OriginFailed(f"http origin: {file.path} changed after it was listed")
+                return await write_stream(_body(response), target, file.size, file.limit)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise OriginFailed(f"http origin: {type(error).__name__} while fetching {file.path}") from error
 
@@ -75,6 +77,10 @@ class HttpOrigin:
         if response.status != 200:
             raise OriginFailed(f"http origin: status {response.status}")
         return True
+
+
+def _version(response: aiohttp.ClientResponse) -> str:
+    return response.headers.get("etag") or response.headers.get("last-modified") or ""
 
 
 async def _body(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

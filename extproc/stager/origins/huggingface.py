@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,11 @@ class HuggingFaceOrigin:
         return await asyncio.to_thread(self._resolve, name)
 
     async def fetch(self, listing: Listing, file: RemoteFile, target: Path) -> str | None:
-        await asyncio.to_thread(self._fetch, listing, file, target)
+        abandoned = threading.Event()
+        try:
+            await asyncio.to_thread(self._fetch, listing, file, target, abandoned)
+        finally:
+            abandoned.set()
         return None
 
     async def close(self) -> None:
@@ -59,24 +64,22 @@ class HuggingFaceOrigin:
         siblings = {s.rfilename.removeprefix(folder): s for s in info.siblings or () if s.rfilename.startswith(folder)}
         if CONFIG_FILE not in siblings or info.sha is None:
             return None
-        files = tuple(
-            RemoteFile(path, siblings[path].size, lfs.sha256 if (lfs := siblings[path].lfs) is not None else None) for path in wanted(siblings)
-        )
+        files = tuple(RemoteFile(path, siblings[path].size, lfs.sha256 if (lfs := siblings[path].lfs) is not None else None) for path in wanted(siblings))
         return Listing(name, info.sha, files)
 
-    def _fetch(self, listing: Listing, file: RemoteFile, target: Path) -> None:
+    def _fetch(self, listing: Listing, file: RemoteFile, target: Path, abandoned: threading.Event) -> None:
         repo, folder = _split(listing.name)
         work = target.parent / f".hub-{target.name}"  # the client keeps its locks and partial files beside what it downloads
         try:
             with _hub_errors(listing.name):
-                got = hf_hub_download(
-                    repo, folder + file.path, revision=listing.revision, local_dir=work, endpoint=self._endpoint, token=self._token
-                )
+                got = hf_hub_download(repo, folder + file.path, revision=listing.revision, local_dir=work, endpoint=self._endpoint, token=self._token)
             Path(got).replace(target)
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
             raise OriginFailed(f"huggingface origin: {file.path} of {listing.name} is gone") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            if abandoned.is_set():  # the client makes folders anew: the staging directory was cleared under it
+                shutil.rmtree(target.parent, ignore_errors=True)
 
 
 def _split(name: str) -> tuple[str, str]:

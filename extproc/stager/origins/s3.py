@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import aiobotocore.session
+import aiohttp
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
@@ -53,13 +54,15 @@ class S3Origin:
             return None
         files = wanted(objects)
         revision = " ".join(objects[path].get("ETag", "").strip('"') for path in files)
-        return Listing(name, revision, tuple(RemoteFile(path, int(objects[path]["Size"])) for path in files))
+        return Listing(name, revision, tuple(RemoteFile(path, int(objects[path]["Size"]), version=objects[path].get("ETag", "").strip('"')) for path in files))
 
     async def fetch(self, listing: Listing, file: RemoteFile, target: Path) -> str | None:
         with _s3_errors(listing.name):
             client = await self._client()
             answer = await client.get_object(Bucket=self._bucket, Key=self._key(listing.name, file.path))
             async with answer["Body"] as body:
+                if file.version and answer.get("ETag", file.version).strip('"') != file.version:
+                    raise OriginFailed(f"s3 origin: {file.path} changed after it was listed")
                 return await write_stream(_body(body), target, file.size)
 
     async def close(self) -> None:
@@ -94,5 +97,5 @@ def _s3_errors(name: str) -> Any:
         if code in _NOT_FOUND:
             raise OriginFailed(f"s3 origin: an object of {name} is gone") from error
         raise OriginFailed(f"s3 origin: {code or 'unknown error'}") from error
-    except (BotoCoreError, HTTPClientError, OSError, TimeoutError) as error:
+    except (BotoCoreError, HTTPClientError, aiohttp.ClientError, OSError, TimeoutError) as error:
         raise OriginFailed(f"s3 origin: {type(error).__name__}") from error

@@ -1,0 +1,70 @@
+"""The simulated engine on a port of its own, with a place to step in before it answers."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import web
+
+from extproc.sim.adapters import Adapters
+from extproc.sim.app import SimEngine
+from extproc.up.demo import BASE_MODEL
+
+Step = Callable[[str], Awaitable[web.Response | None]]
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class RunningEngine:
+    """`calls` are the paths asked for, but for health. `step` may answer instead of the engine."""
+
+    adapters: Adapters
+    url: str = ""
+    calls: list[str] = field(default_factory=list)
+    deaths: int = 0
+    step: Step | None = None
+    runner: web.AppRunner | None = None
+
+    async def ask(self, name: str) -> str:
+        """What a request for the adapter does, without HTTP: the SHA-256 of the weights that answer."""
+        if name not in self.adapters.registry:
+            await self.adapters.resolve(name)
+        async with self.adapters.use(name) as loaded:
+            return loaded.sha256
+
+    async def stop(self) -> None:
+        """Refuse connections from now on."""
+        if self.runner is not None:
+            await self.runner.cleanup()
+            self.runner = None
+
+
+@contextlib.asynccontextmanager
+async def running_engine(cache_dir: Path, *, max_loras: int = 2, max_cpu_loras: int = 4, token_s: float = 0.0) -> AsyncIterator[RunningEngine]:
+    """An engine that serves `base` and reads adapters from `cache_dir`."""
+    adapters = Adapters(base_model="base", root=BASE_MODEL, cache_dir=str(cache_dir), max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=8)
+    running = RunningEngine(adapters)
+
+    def die() -> None:
+        running.deaths += 1
+
+    @web.middleware
+    async def note(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if request.path != "/health":
+            running.calls.append(request.path)
+            if running.step is not None and (answer := await running.step(request.path)) is not None:
+                return answer
+        return await handler(request)
+
+    app = SimEngine(adapters, token_s=token_s, die=die).app()
+    app.middlewares.insert(0, note)
+    running.runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await running.runner.setup()
+    await web.TCPSite(running.runner, "127.0.0.1", 0).start()
+    running.url = f"http://127.0.0.1:{running.runner.addresses[0][1]}"
+    try:
+        yield running
+    finally:
+        await asyncio.shield(running.stop())

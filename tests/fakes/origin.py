@@ -1,0 +1,80 @@
+# Files of a few kilobytes.
+"""An origin in memory that fails, stalls and counts on cue."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+from extproc.core.artifact import AdapterName
+from extproc.errors import LoraExtprocError
+from extproc.stager.origins import Listing, RemoteFile
+from extproc.stager.store import disk_errors
+
+from .adapters import Files
+
+
+class Stall:
+    """A fetch that waits: `reached` is set when it does, `release` lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    def release(self) -> None:
+        self.go_on.set()
+
+
+class FakeOrigin:
+    """`files` by adapter name. What is in `says` is stated of a file instead of the truth."""
+
+    def __init__(self, label: str = "fake") -> None:
+        self.label = label
+        self.files: dict[str, Files] = {}
+        self.says: dict[tuple[str, str], RemoteFile] = {}
+        self.resolve_failures: list[Exception] = []  # one per call, then it is well
+        self.fetch_failures: list[Exception] = []
+        self.down: LoraExtprocError | None = None  # every call fails
+        self.stalls: dict[tuple[str, str], Stall] = {}
+        self.resolved: Counter[str] = Counter()
+        self.fetched: Counter[tuple[str, str]] = Counter()
+        self.closed = False
+
+    def add(self, name: str, files: Files) -> None:
+        self.files[name] = files
+
+    def state(self, name: str, path: str, *, size: int | None = None, sha256: str | None = None) -> None:
+        """State this of a file."""
+        self.says[name, path] = RemoteFile(path, size, sha256)
+
+    def stall(self, name: str, path: str) -> Stall:
+        """Let fetches of this file wait."""
+        self.stalls[name, path] = Stall()
+        return self.stalls[name, path]
+
+    async def resolve(self, name: AdapterName) -> Listing | None:
+        self.resolved[name] += 1
+        if self.down is not None:
+            raise self.down
+        if self.resolve_failures:
+            raise self.resolve_failures.pop(0)
+        if name not in self.files:
+            return None
+        return Listing(name, "1", tuple(self.says.get((name, path)) or RemoteFile(path, len(data)) for path, data in self.files[name].items()))
+
+    async def fetch(self, listing: Listing, file: RemoteFile, target: Path) -> str | None:
+        self.fetched[listing.name, file.path] += 1
+        if self.down is not None:
+            raise self.down
+        if self.fetch_failures:
+            raise self.fetch_failures.pop(0)
+        data = self.files[listing.name][file.path]
+        if stall := self.stalls.get((listing.name, file.path)):
+            target.write_bytes(data[: len(data) // 2])
+            stall.reached.set()
+            await stall.go_on.wait()
+        with disk_errors():
+            target.write_bytes(data)
+        return None
+
+    async def close(self) -> None:
+        self.closed = True

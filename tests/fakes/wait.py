@@ -1,0 +1,29 @@
+"""Wait for a condition that another task or thread brings about, without sleeping for a time."""
+
+import asyncio
+from collections.abc import Callable
+
+PATIENCE_S = 60.0  # only a test that would hang reaches it
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Give up the turn until `condition()` holds."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # the condition belongs to code that sets no event
+            await asyncio.sleep(0)
+
+
+async def turns(count: int = 20) -> None:
+    """Let everything that is ready run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class Clock:
+    """Time as a value that the test sets; in seconds."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now

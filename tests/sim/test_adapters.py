@@ -1,0 +1,260 @@
+"""What the simulated engine keeps in memory and what it reads again: the sharp edges of a vLLM that the stager is built around."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from extproc.sim.adapters import Adapters, EngineDeadError, LoadError, SimError, read_adapter
+from extproc.up.demo import BASE_MODEL
+from tests.fakes.adapters import CONFIG, WEIGHTS, safetensors, sha256, small_files, write_small
+from tests.fakes.wait import turns, until
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> Path:
+    """alpha, beta and acme/gamma."""
+    for seed, name in enumerate(("alpha", "beta", "acme/gamma")):
+        write_small(tmp_path / name, seed=seed)
+    return tmp_path
+
+
+def engine(loras: Path, *, max_loras: int = 1, max_cpu_loras: int = 1) -> Adapters:
+    return Adapters(base_model="tiny", root=BASE_MODEL, cache_dir=str(loras), max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=8)
+
+
+async def ask(adapters: Adapters, name: str) -> str:
+    """One request: the SHA-256 of the weights that answered."""
+    if name not in adapters.registry:
+        await adapters.resolve(name)
+    async with adapters.use(name) as loaded:
+        return loaded.sha256
+
+
+# -- the resolver
+
+
+@pytest.mark.parametrize("name", ["alpha", "acme/gamma", "linked"])
+async def test_a_name_is_a_path_below_the_directory(loras: Path, name: str) -> None:
+    """Flat, with a slash, or a link: the answer is made with that directory's weights."""
+    (loras / "linked").symlink_to("beta")
+    adapters = engine(loras)
+    assert await ask(adapters, name) == sha256((loras / name / WEIGHTS).read_bytes())
+    assert adapters.registry == {name: str(loras / name)}
+
+
+@pytest.mark.parametrize("name", ["../{dir}/alpha", "./alpha", "alpha/", "{abs}/alpha"])
+async def test_names_are_not_cleaned(loras: Path, name: str) -> None:
+    """Each spelling is a model of its own: that is why a router refuses such names."""
+    adapters = engine(loras)
+    await ask(adapters, "alpha")
+    await ask(adapters, name.format(dir=loras.name, abs=loras))
+    assert len(adapters.registry) == 2
+
+
+async def test_concurrent_first_requests_load_once(loras: Path) -> None:
+    """A lock per name."""
+    adapters = engine(loras)
+    await asyncio.gather(*(ask(adapters, "alpha") for _ in range(8)))
+    assert adapters.loads == 1
+
+
+async def test_a_failure_is_not_remembered(loras: Path) -> None:
+    """Put right, it is found: unknown -> created, broken -> repaired."""
+    adapters = engine(loras)
+    with pytest.raises(SimError):
+        await ask(adapters, "new")
+    write_small(loras / "new")
+    (loras / "new" / WEIGHTS).write_bytes(b"broken")
+    with pytest.raises(SimError) as raised:
+        await ask(adapters, "new")
+    assert raised.value.status == 400
+    write_small(loras / "new")
+    assert await ask(adapters, "new") == sha256(small_files()[WEIGHTS])
+
+
+# -- memory and disk
+
+
+async def test_what_is_in_memory_needs_no_files(loras: Path) -> None:
+    """Deleted, and still answering."""
+    adapters = engine(loras)
+    before = await ask(adapters, "alpha")
+    shutil.rmtree(loras / "alpha")
+    assert await ask(adapters, "alpha") == before
+    assert "alpha" in adapters.registry
+
+
+async def test_what_fell_out_of_memory_is_read_again(loras: Path) -> None:
+    """The registry only grows; the cache is smaller; a second use reads the files."""
+    adapters = engine(loras)
+    for name in ("alpha", "beta", "alpha"):
+        await ask(adapters, name)
+    assert adapters.loads == 3
+    assert set(adapters.registry) == {"alpha", "beta"}
+
+
+async def test_the_least_recently_used_falls_out(loras: Path) -> None:
+    """alpha was used after beta: gamma takes beta's place."""
+    adapters = engine(loras, max_cpu_loras=2)
+    for name in ("alpha", "beta", "alpha", "acme/gamma"):
+        await ask(adapters, name)
+    loads = adapters.loads
+    await ask(adapters, "alpha")
+    assert adapters.loads == loads
+    await ask(adapters, "beta")
+    assert adapters.loads == loads + 1
+
+
+@pytest.mark.parametrize("spoil", ["deleted", "corrupted"])
+async def test_the_engine_dies_of_files_that_are_gone_when_it_reads_again(loras: Path, spoil: str) -> None:
+    """Deleted without unload, fallen out of memory, then one request."""
+    adapters = engine(loras)
+    await ask(adapters, "alpha")
+    if spoil == "deleted":
+        shutil.rmtree(loras / "alpha")
+    else:
+        (loras / "alpha" / WEIGHTS).write_bytes(b"\xff" * 100)
+    await ask(adapters, "beta")
+    with pytest.raises(EngineDeadError):
+        await ask(adapters, "alpha")
+
+
+async def test_unload_then_delete_is_the_safe_order(loras: Path) -> None:
+    """The next request is a 404, and the engine lives."""
+    adapters = engine(loras)
+    await ask(adapters, "alpha")
+    adapters.unload("alpha")
+    shutil.rmtree(loras / "alpha")
+    await ask(adapters, "beta")
+    with pytest.raises(SimError) as raised:
+        await ask(adapters, "alpha")
+    assert raised.value.status == 404
+
+
+async def test_unloading_alone_disables_nothing(loras: Path) -> None:
+    """The resolver finds it again."""
+    adapters = engine(loras)
+    before = await ask(adapters, "alpha")
+    adapters.unload("alpha")
+    assert await ask(adapters, "alpha") == before
+
+
+async def test_swapped_files_come_in_when_they_are_read_again(loras: Path) -> None:
+    """Resident: the old weights go on. Fallen out: silently the new ones. So a new version needs a new path."""
+    adapters = engine(loras)
+    old = await ask(adapters, "alpha")
+    write_small(loras / "alpha", seed=9)
+    assert await ask(adapters, "alpha") == old
+    await ask(adapters, "beta")
+    assert await ask(adapters, "alpha") == sha256(small_files(seed=9)[WEIGHTS])
+
+
+async def test_a_failed_load_evicts_nothing(loras: Path) -> None:
+    """The good one is still in memory."""
+    adapters = engine(loras)
+    await ask(adapters, "alpha")
+    (loras / "beta" / WEIGHTS).write_bytes(b"broken")
+    with pytest.raises(SimError):
+        await ask(adapters, "beta")
+    loads = adapters.loads
+    await ask(adapters, "alpha")
+    assert adapters.loads == loads
+
+
+# -- slots
+
+
+async def test_other_adapters_wait_for_a_slot(loras: Path) -> None:
+    """max_loras adapters run at once; requests of one that runs share its slot."""
+    adapters = engine(loras, max_loras=1, max_cpu_loras=4)
+    await ask(adapters, "alpha")
+    async with adapters.use("alpha"):
+        assert await ask(adapters, "alpha")
+        waiting = asyncio.create_task(ask(adapters, "beta"))
+        await until(lambda: "beta" in adapters.registry)
+        await turns()
+        assert not waiting.done()
+        assert set(adapters.running) == {"alpha"}
+    assert await waiting == sha256((loras / "beta" / WEIGHTS).read_bytes())
+
+
+async def test_two_slots_run_two(loras: Path) -> None:
+    """And a third waits until one of them is done."""
+    adapters = engine(loras, max_loras=2)
+    await ask(adapters, "alpha")
+    await ask(adapters, "beta")
+    async with adapters.use("alpha"), adapters.use("beta"):
+        third = asyncio.create_task(ask(adapters, "acme/gamma"))
+        await until(lambda: "acme/gamma" in adapters.registry)
+        await turns()
+        assert not third.done()
+    await third
+
+
+async def test_a_cancelled_wait_takes_no_slot(loras: Path) -> None:
+    """A client that hangs up in the queue."""
+    adapters = engine(loras, max_loras=1, max_cpu_loras=4)
+    await ask(adapters, "alpha")
+    await ask(adapters, "beta")
+    async with adapters.use("alpha"):
+        waiting = asyncio.create_task(ask(adapters, "beta"))
+        await turns()
+        waiting.cancel()
+        await asyncio.wait({waiting})
+    assert not adapters.running
+    await ask(adapters, "acme/gamma")
+
+
+async def test_what_runs_does_not_fall_out_of_memory(loras: Path) -> None:
+    """A stream in flight keeps its weights while others are loaded."""
+    adapters = engine(loras, max_loras=1, max_cpu_loras=1)
+    await ask(adapters, "alpha")
+    async with adapters.use("alpha"):
+        await adapters.resolve("beta")
+        loads = adapters.loads
+        await ask(adapters, "alpha")
+        assert adapters.loads == loads
+
+
+# -- reading
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        b"",
+        b"\x00",
+        b"\xff" * 64,
+        safetensors(b"{nonsense}"),
+        safetensors(b"[]"),
+        safetensors({"a": 5}),
+        safetensors({"a": {"dtype": "F32"}}),
+        small_files()[WEIGHTS][:-1],
+    ],
+    ids=["empty", "short", "huge header", "not JSON", "a list", "no tensor", "no offsets", "truncated"],
+)
+async def test_broken_weights_are_a_load_error(loras: Path, weights: bytes) -> None:
+    """Whatever is wrong with them: 400 to the client, and the engine lives."""
+    (loras / "alpha" / WEIGHTS).write_bytes(weights)
+    with pytest.raises(LoadError):
+        read_adapter("alpha", str(loras / "alpha"), 8)
+    with pytest.raises(SimError) as raised:
+        await ask(engine(loras), "alpha")
+    assert (raised.value.status, raised.value.kind) == (400, "BadRequestError")
+
+
+def test_a_rank_above_the_engine_s_is_a_load_error(loras: Path) -> None:
+    """Equal is fine."""
+    assert read_adapter("alpha", str(loras / "alpha"), 4).sha256 == sha256((loras / "alpha" / WEIGHTS).read_bytes())
+    with pytest.raises(LoadError, match=r"LoRA rank 4 is greater than max_lora_rank 2\."):
+        read_adapter("alpha", str(loras / "alpha"), 2)
+
+
+def test_a_tensor_of_another_rank_is_accepted(loras: Path) -> None:
+    """As a vLLM does, silently: that is why the stager checks it."""
+    config = json.loads((loras / "alpha" / CONFIG).read_text())
+    (loras / "alpha" / CONFIG).write_text(json.dumps({**config, "r": 2}))
+    read_adapter("alpha", str(loras / "alpha"), 8)

@@ -1,0 +1,281 @@
+"""The Hugging Face hub as an origin: its own client against a hub on this machine."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import close_session
+
+from extproc.config import OriginSettings
+from extproc.core.artifact import AdapterName, adapter_name
+from extproc.errors import InvalidAdapter, OriginFailed, OriginRefused
+from extproc.stager.origins import Listing
+from extproc.stager.origins.huggingface import HuggingFaceOrigin
+from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, sha256, small_files
+from tests.fakes.hub import Hub
+from tests.fakes.wait import turns, until
+from tests.stager.conftest import OpenStager
+
+from .conftest import fetch_all
+
+NAME = adapter_name("acme/sql")
+OpenOrigin = Callable[..., HuggingFaceOrigin]
+
+
+@pytest.fixture
+async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the client's own waits between attempts
+    async with Hub() as hub:
+        yield hub
+        close_session()
+
+
+@pytest.fixture
+def open_origin(hub: Hub) -> OpenOrigin:
+    def open_(**settings: Any) -> HuggingFaceOrigin:
+        return HuggingFaceOrigin(OriginSettings(type="huggingface", url=hub.url, **{"timeout_s": 5.0, **settings}))
+
+    return open_
+
+
+async def resolved(origin: HuggingFaceOrigin, name: AdapterName = NAME) -> Listing:
+    listing = await origin.resolve(name)
+    assert listing is not None
+    return listing
+
+
+def renamed(files: Files, folder: str) -> Files:
+    return {folder + path: data for path, data in files.items()}
+
+
+async def test_it_lists_and_fetches_an_adapter(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """The revision is the commit; the weights' SHA-256 is the one their LFS pointer states; nothing else is downloaded."""
+    files = small_files()
+    commit = hub.add(NAME, {**files, "README.md": b"x", "optimizer.pt": b"x"})
+    origin = open_origin()
+    listing = await resolved(origin)
+    assert listing.revision == commit
+    stated = {file.path: (file.size, file.sha256) for file in listing.files}
+    assert stated == {CONFIG: (len(files[CONFIG]), None), WEIGHTS: (len(files[WEIGHTS]), sha256(files[WEIGHTS]))}
+    assert await fetch_all(origin, listing, target) == files
+    assert hub.gets() == 2
+    await origin.close()
+
+
+async def test_what_is_fetched_lies_alone(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """The client's locks and metadata do not get into the artifact."""
+    hub.add(NAME, small_files())
+    origin = open_origin()
+    await fetch_all(origin, await resolved(origin), target)
+    assert sorted(path.name for path in target.iterdir()) == [CONFIG, WEIGHTS]
+
+
+async def test_files_come_from_the_commit_that_was_listed(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """A push between listing and fetching: the old configuration never meets the new weights."""
+    old, new = small_files(seed=1), small_files(seed=2)
+    hub.add(NAME, old)
+    origin = open_origin()
+    listing = await resolved(origin)
+    hub.add(NAME, new)
+    assert await fetch_all(origin, listing, target) == old
+    assert await fetch_all(origin, await resolved(origin), target) == new
+
+
+async def test_a_push_in_mid_download_changes_nothing(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """The request names the commit."""
+    files = small_files()
+    hub.add(NAME, files)
+    origin = open_origin()
+    listing = await resolved(origin)
+    hub.fault("change_mid_download", f"*{CONFIG}")
+    assert await fetch_all(origin, listing, target) == files
+
+
+async def test_files_outside_lfs_may_be_redirected(open_origin: OpenOrigin, hub: Hub, target: Path) -> None:
+    """The public hub answers them with a path that holds the commit."""
+    hub.resolve_cache = True
+    hub.add(NAME, small_files())
+    origin = open_origin()
+    assert await fetch_all(origin, await resolved(origin), target) == small_files()
+
+
+async def test_a_name_may_go_on_with_a_folder_of_the_repository(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """`org/name/sub/dir`: many adapters in one repository, each listed alone."""
+    one, two = small_files(seed=1), small_files(seed=2)
+    hub.add("acme/many", {**renamed(one, "sql/v1/"), **renamed(two, "sql/"), "README.md": b"x"})
+    origin = open_origin()
+    for name, files in (("acme/many/sql/v1", one), ("acme/many/sql", two)):
+        assert await fetch_all(origin, await resolved(origin, adapter_name(name)), target) == files
+    assert await origin.resolve(adapter_name("acme/many")) is None
+    assert await origin.resolve(adapter_name("acme/many/sq")) is None
+
+
+async def test_a_repository_without_an_organisation_is_one(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """As the hub's oldest ones are."""
+    hub.add("flat", small_files())
+    origin = open_origin()
+    assert await fetch_all(origin, await resolved(origin, adapter_name("flat")), target) == small_files()
+
+
+@pytest.mark.parametrize("raw", ["acme/none", "none", "acme/with space", "a" * 120 + "/b", "acme/double--dash", "acme/ü", "acme/x.git"])
+async def test_what_is_not_there_or_cannot_be_is_not_found(hub: Hub, open_origin: OpenOrigin, raw: str) -> None:
+    """Missing, or a name that no repository can have: the next origin is asked."""
+    assert await open_origin().resolve(adapter_name(raw)) is None
+
+
+async def test_a_missing_repository_is_not_found_with_a_token_too(hub: Hub, open_origin: OpenOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub then answers 404, without one 401."""
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    assert await open_origin().resolve(adapter_name("acme/none")) is None
+    assert {status for _, _, status in hub.requests} == {404}
+
+
+async def test_a_repository_without_configuration_is_not_found(hub: Hub, open_origin: OpenOrigin) -> None:
+    """A whole model, or a data set's leftovers."""
+    hub.add(NAME, {WEIGHTS: b"x", "config.json": b"{}"})
+    assert await open_origin().resolve(NAME) is None
+
+
+async def test_pickle_is_listed_only_without_safetensors(hub: Hub, open_origin: OpenOrigin) -> None:
+    """Whether it may be used is the stager's to say."""
+    files = small_files()
+    hub.add(NAME, {CONFIG: files[CONFIG], PICKLE: files[WEIGHTS]})
+    assert [file.path for file in (await resolved(open_origin())).files] == [CONFIG, PICKLE]
+    hub.add(NAME, {**files, PICKLE: b"x"})
+    assert [file.path for file in (await resolved(open_origin())).files] == [CONFIG, WEIGHTS]
+
+
+# -- refusals and failures
+
+
+async def test_a_gated_repository_is_a_refusal(hub: Hub, open_origin: OpenOrigin, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its listing is public, its files are not: without a token, with one that is not on the list, and not with one that is."""
+    hub.add(NAME, small_files(), gated=True, private_token="hf_in")
+    for token in (None, "hf_other"):
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
+        origin = open_origin()
+        listing = await resolved(origin)
+        with pytest.raises(OriginRefused, match="gated") as raised:
+            await fetch_all(origin, listing, target)
+        assert not raised.value.retryable
+    monkeypatch.setenv("HF_TOKEN", "hf_in")
+    origin = open_origin()
+    assert await fetch_all(origin, await resolved(origin), target) == small_files()
+
+
+async def test_a_private_repository_needs_the_token_of_the_settings(hub: Hub, open_origin: OpenOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment variable is a setting; without access the hub says that there is no such repository."""
+    hub.add(NAME, small_files(), private_token="hf_in")
+    monkeypatch.setenv("MY_TOKEN", "hf_in")
+    assert await open_origin().resolve(NAME) is None
+    assert await open_origin(token_env="MY_TOKEN").resolve(NAME) is not None
+
+
+async def test_an_invalid_token_is_a_refusal(hub: Hub, open_origin: OpenOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expired token must not turn every adapter into a remembered 404."""
+    hub.add(NAME, small_files())
+    hub.invalid_tokens.add("hf_expired")
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(OriginRefused):
+        await open_origin().resolve(NAME)
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+async def test_a_server_error_is_a_failure(hub: Hub, open_origin: OpenOrigin, status: int) -> None:
+    """Worth repeating, and never "not found"."""
+    hub.add(NAME, small_files())
+    hub.fault("status", "/api/models/*", times=99, status=status)
+    with pytest.raises(OriginFailed, match=str(status)) as raised:
+        await open_origin().resolve(NAME)
+    assert raised.value.retryable
+
+
+async def test_a_hub_that_is_down_is_a_failure(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """For the listing and for files; the message names no address."""
+    hub.add(NAME, small_files())
+    origin = open_origin()
+    listing = await resolved(origin)
+    await hub.stop()
+    for asking in (origin.resolve(NAME), origin.fetch(listing, listing.files[0], target / CONFIG)):
+        with pytest.raises(OriginFailed) as raised:
+            await asking
+        assert hub.url not in str(raised.value)
+
+
+async def test_a_hub_that_hangs_up_is_a_failure(hub: Hub, open_origin: OpenOrigin) -> None:
+    """The client lets its HTTP library's error through."""
+    hub.add(NAME, small_files())
+    hub.fault("drop", "/api/models/*", times=99)
+    with pytest.raises(OriginFailed):
+        await open_origin().resolve(NAME)
+
+
+async def test_a_silent_hub_is_a_failure(hub: Hub, open_origin: OpenOrigin) -> None:
+    """timeout_s bounds the wait for the listing."""
+    hub.add(NAME, small_files())
+    hub.fault("stall", "/api/models/*", times=99)
+    with pytest.raises(OriginFailed):
+        await open_origin(timeout_s=0.05).resolve(NAME)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "drop"])
+async def test_a_body_that_never_arrives_whole_is_a_failure(hub: Hub, open_origin: OpenOrigin, target: Path, kind: Any) -> None:
+    """After the client's own attempts."""
+    hub.add(NAME, small_files())
+    origin = open_origin()
+    listing = await resolved(origin)
+    hub.fault(kind, f"*{WEIGHTS}", times=99, method="GET")
+    with pytest.raises(OriginFailed):
+        await fetch_all(origin, listing, target)
+
+
+async def test_a_body_that_breaks_once_arrives(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """The client goes on where it broke."""
+    hub.add(NAME, small_files())
+    origin = open_origin()
+    listing = await resolved(origin)
+    hub.fault("truncate", f"*{WEIGHTS}")
+    assert await fetch_all(origin, listing, target) == small_files()
+
+
+async def test_a_commit_that_is_gone_is_a_failure(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
+    """History was rewritten between listing and fetching."""
+    hub.add(NAME, small_files())
+    origin = open_origin()
+    listing = await resolved(origin)
+    gone = Listing(NAME, "f" * 40, listing.files)
+    with pytest.raises(OriginFailed, match="is gone"):
+        await fetch_all(origin, gone, target)
+
+
+async def test_bytes_that_are_not_those_of_the_pointer_are_the_stager_s_to_refuse(hub: Hub, open_origin: OpenOrigin, open_stager: OpenStager) -> None:
+    """Same length, other bytes: the SHA-256 of the LFS pointer tells."""
+    hub.add(NAME, small_files())
+    hub.fault("wrong_bytes", f"*{WEIGHTS}", times=99)
+    stager = await open_stager(open_origin())
+    with pytest.raises(InvalidAdapter, match="SHA-256"):
+        await stager.ensure(NAME)
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+async def test_an_abandoned_download_leaves_nothing_behind(hub: Hub, open_origin: OpenOrigin, open_stager: OpenStager, node: Path, method: str) -> None:
+    """The order of events: the flight is given up while the client's thread waits for an answer; .staging is cleared; the answer comes; the
+    thread makes its folders anew and writes where .staging was.
+    """
+    hub.add(NAME, small_files())
+    hub.fault("stall", f"*{WEIGHTS}", at=100, method=method)
+    stager = await open_stager(open_origin())
+    waiting = asyncio.create_task(stager.ensure(NAME))
+    await until(lambda: any(asked == method and path.endswith(WEIGHTS) for asked, path, _ in hub.requests))
+    closing = asyncio.create_task(stager.close())
+    await turns(100)
+    hub.release()
+    await closing
+    await asyncio.wait({waiting})
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert list((node / ".staging").iterdir()) == []
