@@ -198,9 +198,9 @@ class Connection(asyncio.Protocol):
             self._flush()
 
     def close(self) -> None:
-        """End the connection when what was written is sent."""
+        """End the connection when what was written is sent; at once if nobody reads it."""
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort() if self._paused else self._transport.close()
 
     # -- reading
 

@@ -48,13 +48,13 @@ async def test_a_warm_request_makes_no_call() -> None:
 async def test_staging_begins_while_the_body_arrives() -> None:
     """The stager is asked as soon as `model` is known; nothing is answered before the body has ended."""
     router = Router()
-    stream = Gateway(router, [headers(), body(b'{"model":"demo/sql","messages":[', end=False)])
+    stream = Gateway(router, [headers(), body(b'{"model":"demo/sql","messages":["' + b"x" * 20_000, end=False)])
     await until(lambda: router.stager_of(router.owner("demo/sql")).asked)
     for _ in range(20):
         await asyncio.sleep(0)
     assert stream.written == []
-    stream.show(body(b"]}"))
-    assert len(stream.written) == 2
+    stream.show(body(b'"]}'))
+    await until(lambda: len(stream.written) == 2)
     assert stream.destination() == router.owner("demo/sql").address
 
 
@@ -149,7 +149,7 @@ async def test_a_duplicate_model_is_refused_though_staging_had_begun() -> None:
     router = Router()
     stager = router.stager_of(router.owner("demo/sql"))
     stager.gate.clear()
-    stream = await serve(router, [headers(), body(b'{"model":"demo/sql",', end=False), body(b'"model":"demo/other"}')])
+    stream = await serve(router, [headers(), body(b'{"model":"demo/sql","pad":"' + b"x" * 20_000, end=False), body(b'","model":"demo/other"}')])
     assert json.loads(stream.immediate().body)["error"]["code"] == "invalid_request"
     assert router.count("rejected", "invalid_request") == 1
     stager.gate.set()
