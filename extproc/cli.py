@@ -135,9 +135,7 @@ def sim(
     from .sim.app import SimEngine, serve
 
     set_up_logging("info")
-    adapters = Adapters(
-        base_model=base_model, root=root, cache_dir=directory, max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=max_lora_rank
-    )
+    adapters = Adapters(base_model=base_model, root=root, cache_dir=directory, max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=max_lora_rank)
     run(lambda stop: serve(SimEngine(adapters, token_s=token_ms / 1000), listen, stop))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .core.decision import ENGINE_ADMIN_PATHS, HashOn
 from .core.endpoint import Endpoint
@@ -20,7 +20,7 @@ from .errors import ConfigError
 
 def _address(value: str) -> str:
     host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or "/" in host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ValueError("is not host:port")
     return value
 
@@ -30,14 +30,14 @@ def _optional_address(value: str) -> str:
 
 
 def _prime(value: int) -> int:
-    if not is_prime(value) or value > MAX_TABLE_SIZE:
+    if value > MAX_TABLE_SIZE or not is_prime(value):
         raise ValueError(f"is not a prime up to {MAX_TABLE_SIZE}")
     return value
 
 
 Address = Annotated[str, AfterValidator(_address)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 
 
@@ -97,19 +97,20 @@ class RouterSettings(Group):
     """The header that Envoy's `cluster_header` route reads, with steering by cluster."""
     max_streams: Annotated[int, Field(ge=1)] = 10_000
     """Concurrent ext_proc streams per connection; every held request is one."""
-    drain_s: Annotated[float, Field(ge=0)] = 25.0
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
     """After SIGTERM, how long running exchanges may take to finish."""
 
-    @model_validator(mode="after")
-    def _check_hash_on(self) -> "RouterSettings":
-        self.parsed_hash_on()
-        return self
+    @field_validator("hash_on")
+    @classmethod
+    def _check_hash_on(cls, value: str) -> str:
+        try:
+            HashOn.parse(value, "")
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix(f"{value!r} ")) from None
+        return value
 
     def parsed_hash_on(self) -> HashOn:
-        try:
-            return HashOn.parse(self.hash_on, self.tenant_header)
-        except ValueError as error:
-            raise ValueError(f"hash_on: {error}") from None
+        return HashOn.parse(self.hash_on, self.tenant_header)
 
 
 class OriginSettings(Group):
@@ -171,7 +172,7 @@ class StagerSettings(Group):
     """A larger adapter is refused."""
     lease_s: Seconds = 300.0
     """How long a router may rely on an answer without asking again. Within it the adapter is not evicted."""
-    negative_ttl_s: Annotated[float, Field(ge=0)] = 10.0
+    negative_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """How long \"no origin has it\" is remembered. 0: not at all."""
     fetch_timeout_s: Seconds = 1800.0
     """A flight that takes longer is given up."""
@@ -238,7 +239,7 @@ def load(path: Path) -> Settings:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return parse({} if raw is None else raw, source=str(path))
 

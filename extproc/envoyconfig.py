@@ -156,9 +156,7 @@ def _retries(s: Settings) -> route.RetryPolicy:
     return route.RetryPolicy(
         retry_on=CONNECT_FAILURES,
         num_retries=max(1, s.router.max_retry_endpoints - 1),
-        retry_back_off=route.RetryPolicyRetryBackOff(
-            base_interval=_seconds(RETRY_BACK_OFF_S), max_interval=_seconds(RETRY_BACK_OFF_S * 10)
-        ),
+        retry_back_off=route.RetryPolicyRetryBackOff(base_interval=_seconds(RETRY_BACK_OFF_S), max_interval=_seconds(RETRY_BACK_OFF_S * 10)),
     )
 
 
@@ -181,9 +179,7 @@ def _ext_proc(s: Settings) -> ext_proc.ExternalProcessor:
             request_trailer_mode=send if duplex else skip,
             response_trailer_mode=skip,
         ),
-        metadata_options=ext_proc.MetadataOptions(
-            receiving_namespaces=ext_proc.MetadataOptionsMetadataNamespaces(untyped=[LB_NAMESPACE, OWN_NAMESPACE])
-        ),
+        metadata_options=ext_proc.MetadataOptions(receiving_namespaces=ext_proc.MetadataOptionsMetadataNamespaces(untyped=[LB_NAMESPACE, OWN_NAMESPACE])),
     )
 
 
@@ -228,9 +224,7 @@ def _local_replies() -> hcm.LocalReplyConfig:
 def _router_cluster(s: Settings) -> cluster.Cluster:
     # A dead router connection is noticed although every stream on it is held.
     http2 = core.Http2ProtocolOptions(connection_keepalive=core.KeepaliveSettings(interval=_seconds(10), timeout=_seconds(5)))
-    options = upstream_http.HttpProtocolOptions(
-        explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2)
-    )
+    options = upstream_http.HttpProtocolOptions(explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
     is_ip = _is_ip(s.envoy.router.rpartition(":")[0].strip("[]"))
     return cluster.Cluster(
         name=ROUTER_CLUSTER,
@@ -286,9 +280,7 @@ def _health_check(s: Settings) -> core.HealthCheck:
 
 
 def _no_limits() -> cluster.CircuitBreakers:
-    most = cluster.CircuitBreakersThresholds(
-        max_connections=UNLIMITED, max_pending_requests=UNLIMITED, max_requests=UNLIMITED, max_retries=UNLIMITED
-    )
+    most = cluster.CircuitBreakersThresholds(max_connections=UNLIMITED, max_pending_requests=UNLIMITED, max_requests=UNLIMITED, max_retries=UNLIMITED)
     return cluster.CircuitBreakers(thresholds=[most])
 
 

@@ -9,15 +9,16 @@
     ├── StageError                   the adapter could not be put in place
     │   ├── ModelNotFound            404 model_not_found
     │   ├── InvalidAdapter           422 invalid_adapter
+    │   │   └── AdapterTooLarge      422 invalid_adapter
     │   ├── OriginFailed             502 origin_failed        retryable
     │   │   └── OriginRefused        502 origin_failed        the origin wants other credentials: repeating is useless
     │   ├── StageDeadline            503 staging              retryable
     │   ├── NoSpace                  503 no_space             retryable
-    │   ├── DiskFailed               503 no_space             retryable
-    │   └── AdapterTooLarge          422 invalid_adapter
+    │   └── DiskFailed               503 no_space             retryable
     ├── NoEndpoint                   503 no_endpoint          retryable
     │   └── StagerUnavailable        503 no_endpoint          retryable
     ├── GatewayProtocolError         500 protocol             the gateway sent what ext_proc does not allow, or a mode we do not speak
+    ├── EngineUnreachable            503 engine               never a client's answer: the stager's own evictions and health
     ├── AdapterInUse                 409 in_use               retryable   (an operator's evict, never a client's request)
     └── StartError                   exit code 2: the process cannot start as asked
         └── ConfigError              exit code 2: a setting is wrong
@@ -54,7 +55,7 @@ class RequestError(LoraExtprocError):
 
 
 class InvalidRequest(RequestError):
-    """The body is not JSON, lacks `model`, carries it twice, or names it unusably; or the gateway speaks a mode we do not."""
+    """The body is not JSON, lacks `model`, carries it twice, or names it unusably."""
 
     status, reason = 400, "invalid_request"
 
@@ -126,7 +127,7 @@ class NoSpace(StageError):
 class DiskFailed(StageError):
     """The node's disk cannot be written."""
 
-    status, reason, retryable, shared = 503, "no_space", True, False
+    status, reason, retryable, retry_after_s, shared = 503, "no_space", True, 10, False
 
 
 class NoEndpoint(LoraExtprocError):
@@ -145,6 +146,12 @@ class GatewayProtocolError(LoraExtprocError):
     """The gateway sent a message out of order, or asks for a processing mode that is not spoken here. Its configuration is wrong, not the client."""
 
     status, reason = 500, "protocol"
+
+
+class EngineUnreachable(LoraExtprocError):
+    """The engine did not answer, or not as a vLLM does. Nothing may be concluded, so nothing may be deleted."""
+
+    status, reason = 503, "engine"
 
 
 class AdapterInUse(LoraExtprocError):

@@ -63,6 +63,8 @@ class StagerMetrics(Metrics):
         self.fetched_bytes = Counter("lora_extproc_fetched_bytes", "Bytes fetched, by origin.", ["origin"], registry=r)
         self.flights = Gauge("lora_extproc_flights", "Fetches in progress.", registry=r)
         self.negative_hits = Counter("lora_extproc_negative_hits", "Ensure calls answered from the memory of what no origin has.", registry=r)
-        self.evictions = Counter("lora_extproc_evictions", "Artifacts removed, by cause (room, asked) and result (removed, kept).", ["cause", "result"], registry=r)
+        self.evictions = Counter(
+            "lora_extproc_evictions", "Artifacts removed, by cause (room, asked) and result (removed, kept).", ["cause", "result"], registry=r
+        )
         self.disk = Gauge("lora_extproc_disk_bytes", "Bytes on disk by kind: used, reserved, limit; used + reserved <= limit.", ["kind"], registry=r)
         self.adapters = Gauge("lora_extproc_adapters", "Adapter names that are on disk.", registry=r)

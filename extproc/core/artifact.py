@@ -83,7 +83,7 @@ class Manifest:
             raw: dict[str, Any] = json.loads(text)
             files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in raw["files"])
             return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from ..errors import Forbidden, LoraExtprocError, ModelNotFound, NoEndpoint
 from .artifact import AdapterName, adapter_name
@@ -94,9 +95,11 @@ Decision = Forward | PassThrough | Reject
 
 def check_path(path: str, forbidden_paths: tuple[str, ...]) -> None:
     """Raises Forbidden if `path` is one of the forbidden ones or below one. The gateway has normalised it."""
-    if not path.startswith(forbidden_paths):
-        return
     path = path.partition("?")[0]
+    if "%" in path:
+        path = unquote(path)  # Envoy leaves `%2f` as it is; the engine's framework reads it as a slash
+    elif not path.startswith(forbidden_paths):
+        return
     for forbidden in forbidden_paths:
         if path == forbidden or path.startswith(forbidden + "/"):
             raise Forbidden(f"{forbidden} is not for clients")

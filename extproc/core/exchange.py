@@ -7,8 +7,8 @@ Rules of the place:
    BUFFERED, where the headers had to be continued before the body came.
 4. Nothing is forwarded before the whole body was judged. In FULL_DUPLEX_STREAMED Envoy has given the body away: it goes back in chunks.
 5. Only the first end of stream counts: Envoy up to 1.37.5 can send a second, empty one for bodies over 1 MB (envoy #46237).
-6. A full-duplex request that ends in trailers is marked and its route chosen anew: with a retry policy on its route, Envoy 1.36.4 and 1.40.0
-   send the body twice. envoyconfig.py has a route without retries for the mark.
+6. A full-duplex request that ends in trailers, or may yet, is marked and its route chosen anew: with a retry policy on its route, Envoy 1.36.4
+   and 1.40.0 send the body twice. envoyconfig.py has a route without retries for the mark.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -196,7 +196,14 @@ REQUEST_STEPS: dict[State, dict[Kind, dict[Mode, str]]] = {
 class Exchange:
     """The state of one stream. Feed it every event in order; when it asks `Decide`, answer once, whenever the answer is there."""
 
-    def __init__(self, *, max_body_bytes: int, model_header: str = "x-gateway-model-name", forbidden_paths: tuple[str, ...] = (), early_scan_bytes: int = EARLY_SCAN_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        max_body_bytes: int,
+        model_header: str = "x-gateway-model-name",
+        forbidden_paths: tuple[str, ...] = (),
+        early_scan_bytes: int = EARLY_SCAN_BYTES,
+    ) -> None:
         self._max_body_bytes = max_body_bytes
         self._model_header = model_header
         self._early_scan_bytes = early_scan_bytes
@@ -250,7 +257,9 @@ class Exchange:
                 return [HeadersReply(Direction.RESPONSE)]
             case ResponseBody():
                 if self.response_mode is Mode.FULL_DUPLEX_STREAMED:
-                    return [BodyReply(Direction.RESPONSE, event.chunk, event.end_of_stream)]
+                    return list(_in_chunks(event.chunk, end_of_stream=event.end_of_stream, direction=Direction.RESPONSE)) or [
+                        BodyReply(Direction.RESPONSE, b"")
+                    ]
                 return [BodyReply(Direction.RESPONSE)]
             case ResponseTrailers():
                 return [TrailersReply(Direction.RESPONSE)]
@@ -344,6 +353,7 @@ class Exchange:
         self._scanner = None
         body = b"".join(self._chunks)
         self._chunks = [body] if self.mode is Mode.FULL_DUPLEX_STREAMED else []
+        self._held_bytes = sum(map(len, self._chunks))
         model = scanner.judge(body)
         self.state = State.DECIDING
         if not self._asked:
@@ -370,6 +380,9 @@ class Exchange:
         return [BodyReply(Direction.REQUEST)]
 
     def _continue_trailers(self, _chunk: bytes, _last: bool) -> list[Action]:
+        if self._trailers_owed:
+            return []
+        self._trailers_owed = self._body_ended = True
         return [TrailersReply(Direction.REQUEST)]
 
     # -- asking and answering
@@ -387,7 +400,9 @@ class Exchange:
 
     def _answer(self, mutation: Mutation) -> list[Action]:
         self.state = State.ANSWERED
-        if self._trailers_owed and self.mode is Mode.FULL_DUPLEX_STREAMED:  # rule 6
+        assert self._start is not None
+        ends_otherwise = self._trailers_owed or not (self._body_ended or self._start.end_of_stream)
+        if ends_otherwise and self.mode is Mode.FULL_DUPLEX_STREAMED:  # rule 6
             mutation = replace(mutation, set_headers={**mutation.set_headers, NO_RETRY_HEADER: "1"}, clear_route_cache=True)
         actions: list[Action] = []
         if not self._mutation_on_body:
@@ -413,10 +428,10 @@ class Exchange:
         self._held_bytes = 0
 
 
-def _in_chunks(body: bytes, *, end_of_stream: bool) -> Iterator[BodyReply]:
+def _in_chunks(body: bytes, *, end_of_stream: bool, direction: Direction = Direction.REQUEST) -> Iterator[BodyReply]:
     """The body as messages of at most BODY_CHUNK_BYTES; an empty one only where it carries the end of the stream."""
     for start in range(0, len(body), BODY_CHUNK_BYTES):
         last = start + BODY_CHUNK_BYTES >= len(body)
-        yield BodyReply(Direction.REQUEST, body[start : start + BODY_CHUNK_BYTES], end_of_stream and last)
+        yield BodyReply(direction, body[start : start + BODY_CHUNK_BYTES], end_of_stream and last)
     if not body and end_of_stream:
-        yield BodyReply(Direction.REQUEST, b"", end_of_stream=True)
+        yield BodyReply(direction, b"", end_of_stream=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import AdapterTooLarge, NoSpace
 
-BLOCK_BYTES = 4096  # what a file system allots: a thousand small files cost more than the sum of their sizes
+BLOCK_BYTES = 4096  # what a file system allots at least
 
 
 def on_disk(size: int) -> int:
@@ -61,8 +61,9 @@ class Index:
         return list(self._entries.values())
 
     def reserve(self, token: str, size: int, now: float) -> list[str]:
-        """Set `size` bytes aside under `token`, once only; returns the ids that must be removed for it, least recently used first.
+        """Set `size` bytes aside under `token`, once only; returns the ids that must be removed for it, those that leave already first.
 
+        A caller that counts on room which somebody else is making is told of that victim too: it may yet have to stay.
         The caller unloads and deletes them, then says `removed` (or `kept` where it could not). Raises AdapterTooLarge if it can never fit,
         NoSpace if what may be evicted now is not enough; then nothing has changed.
         """
@@ -71,15 +72,14 @@ class Index:
             raise AdapterTooLarge(f"{token} needs {need} bytes; the limit of this node is {self.max_bytes}")
         victims: list[Entry] = []
         missing = self.used_bytes + self.reserved_bytes + need - self.max_bytes
-        missing -= sum(entry.size for entry in self._entries.values() if entry.leaving)
-        for entry in self._entries.values():
+        for entry in sorted(self._entries.values(), key=lambda e: not e.leaving):
             if missing <= 0:
                 break
-            if not entry.leaving and self.is_evictable(entry, now):
+            if entry.leaving or self.is_evictable(entry, now):
                 victims.append(entry)
                 missing -= entry.size
         if missing > 0:
-            raise NoSpace(f"{token} needs {need} bytes; {need - missing} of {self.max_bytes} can be freed now")
+            raise NoSpace(f"{token} needs {need} bytes; {max(need - missing, 0)} of {self.max_bytes} can be freed now")
         self._reserved[token] = self._reserved.get(token, 0) + need
         for entry in victims:
             entry.leaving = True

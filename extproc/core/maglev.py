@@ -28,7 +28,7 @@ class LookupTable:
     __slots__ = ("_slots", "endpoints", "size")
 
     def __init__(self, endpoints: Iterable[Endpoint], size: int = DEFAULT_TABLE_SIZE) -> None:
-        if not is_prime(size) or size > MAX_TABLE_SIZE:
+        if size > MAX_TABLE_SIZE or not is_prime(size):
             raise ValueError(f"table size {size} is not a prime up to {MAX_TABLE_SIZE}")
         self.endpoints: tuple[Endpoint, ...] = tuple(sorted(set(endpoints)))
         if len(self.endpoints) > size:

@@ -55,5 +55,5 @@ class Snapshot:
         up = tuple(e for e in order if e.address not in self.down) if self.down else tuple(order)
         if subset is None:
             return up
-        allowed = frozenset(subset)
-        return tuple(e for e in up if e.address in allowed or e.address.rpartition(":")[0] in allowed)
+        allowed = frozenset(hint.strip("[]") for hint in subset)
+        return tuple(e for e in up if e.address.strip("[]") in allowed or e.address.rpartition(":")[0].strip("[]") in allowed)

@@ -128,7 +128,7 @@ def _set_headers(message: pb.HeaderMutation, headers: Mapping[str, str]) -> None
 def _fill(struct: Struct, values: Mapping[str, str | float]) -> None:
     for name, value in values.items():
         if isinstance(value, str):
-            struct.fields[name].string_value = value
+            struct.fields[name].string_value = value.encode("utf-8", "replace").decode()  # a header may hold anything
         else:
             struct.fields[name].number_value = value
 

@@ -7,19 +7,13 @@ import re
 import aiohttp
 
 from ..config import EngineSettings
-from ..errors import LoraExtprocError
+from ..errors import EngineUnreachable
 
 log = logging.getLogger(__name__)
 
 _WAITING = re.compile(r"^vllm:num_requests_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)
 _INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$", re.MULTILINE)
 _RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
-
-
-class EngineUnreachable(LoraExtprocError):
-    """The engine did not answer, or not as a vLLM does. Nothing may be concluded, so nothing may be deleted."""
-
-    status, reason = 503, "engine"
 
 
 class Engine:

@@ -27,9 +27,7 @@ async def main(seconds: float, rounds: int) -> None:
                     runs[arrangement.name].append(await measure(arrangement, load))
             medians = {path: median(measured) for path, measured in runs.items()}
             for path, m in medians.items():
-                table.add_row(
-                    name, path, f"{m.rate:.0f}", f"{m.p50_ms:.2f}", f"{m.p99_ms:.2f}", str(m.errors), f"{m.envoy_us:.0f}", f"{m.router_us:.0f}"
-                )
+                table.add_row(name, path, f"{m.rate:.0f}", f"{m.p50_ms:.2f}", f"{m.p99_ms:.2f}", str(m.errors), f"{m.envoy_us:.0f}", f"{m.router_us:.0f}")
             a, b = medians[alone.name], medians[beside.name]
             ratio = (f"{b.rate / a.rate:.2f}", f"{b.p50_ms / a.p50_ms:.2f}", f"{b.p99_ms / a.p99_ms:.2f}", "", f"{b.envoy_us / a.envoy_us:.2f}", "")
             table.add_row("", "ratio", *ratio, end_section=True)

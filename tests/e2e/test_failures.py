@@ -39,7 +39,6 @@ async def _until(stack: Stack, metric: str, value: float) -> None:
             await asyncio.sleep(0.02)
 
 
-
 async def test_a_thousand_cold_requests_are_one_fetch(start: StackFactory, origin: Path) -> None:
     """All wait for the same flight, all are answered with the adapter's weights."""
     async with _serving(start, origin) as (stack, client, server):

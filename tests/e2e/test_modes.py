@@ -81,7 +81,12 @@ async def test_large_bodies_arrive_whole(served: Served, origin: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "status", "code"),
-    [("team/none", 404, "model_not_found"), ("../etc/passwd", 400, "invalid_request"), ("/abs", 400, "invalid_request"), ("team/broken", 422, "invalid_adapter")],
+    [
+        ("team/none", 404, "model_not_found"),
+        ("../etc/passwd", 400, "invalid_request"),
+        ("/abs", 400, "invalid_request"),
+        ("team/broken", 422, "invalid_adapter"),
+    ],
 )
 async def test_unusable_models_get_their_error(served: Served, model: str, status: int, code: str) -> None:
     """OpenAI-style JSON with the reason, from the router itself."""
@@ -112,7 +117,7 @@ async def test_clients_cannot_steer(served: Served, origin: Path) -> None:
 
 async def test_engine_administration_is_forbidden(served: Served) -> None:
     """By whatever spelling of the path."""
-    for path in ("/v1/unload_lora_adapter", "/v1//load_lora_adapter", "/v1/models/../load_lora_adapter", "/adapters/x"):
+    for path in ("/v1/unload_lora_adapter", "/v1//load_lora_adapter", "/v1/models/../load_lora_adapter", "/v1%2Fload_lora_adapter", "/adapters/x"):
         answer = await served.client.send("POST", path, b'{"lora_name":"team/a"}', content_type="application/json")
         assert (answer.status, answer.code) == (403, "forbidden"), path
 

@@ -91,11 +91,11 @@ async def test_the_http_side_says_how_things_are() -> None:
             "/readyz": '"ready"',
             "/metrics": 'lora_extproc_build_info{version="',
             "/v1/owner/demo/sql": '"no_endpoint"',
-            "/v1/owner/../x": '"invalid_request"',
+            "/v1/owner//x": '"invalid_request"',
             "/v1/endpoints": '"pool":"models"',
             "/openapi.json": "/v1/owner/{model}",
         }.items():
-            async with session.get(path.replace("..", "%2e%2e")) as response:
+            async with session.get(path) as response:
                 assert (response.status, part in await response.text()) == (200, True), path
 
 

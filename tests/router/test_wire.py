@@ -50,9 +50,7 @@ def test_request_headers_carry_modes_and_headers(mode: Mode) -> None:
     """The first message: headers, end of stream, and the modes of protocol_config."""
     message = ext_proc.ProcessingRequest(
         request_headers=ext_proc.HttpHeaders(headers=_headers(content_type="application/json", x_name="ü"), end_of_stream=True),
-        protocol_config=ext_proc.ProtocolConfiguration(
-            request_body_mode=BodySendMode(mode.value), response_body_mode=BodySendMode.FULL_DUPLEX_STREAMED
-        ),
+        protocol_config=ext_proc.ProtocolConfiguration(request_body_mode=BodySendMode(mode.value), response_body_mode=BodySendMode.FULL_DUPLEX_STREAMED),
     )
     event = wire.decode(bytes(message))
     assert event == RequestHeaders({"content-type": "application/json", "x-name": "ü"}, True, mode, Mode.FULL_DUPLEX_STREAMED)

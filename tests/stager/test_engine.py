@@ -8,8 +8,9 @@ import pytest
 from aiohttp import web
 
 from extproc.config import EngineSettings
+from extproc.errors import EngineUnreachable
 from extproc.process import listen
-from extproc.stager.engine import Engine, EngineUnreachable
+from extproc.stager.engine import Engine
 from tests.fakes.adapters import write_small
 from tests.fakes.engine import running_engine
 

@@ -142,7 +142,7 @@ async def test_what_cannot_start_is_one_sentence_and_code_2(tmp_path: Path, what
     elif what == "dead engine":
         arguments, said = [*arguments, "--engine", f"http://127.0.0.1:{port}"], "does not answer /v1/models"
     else:
-        arguments, said = [*arguments, "--config", str(_settings(tmp_path, {"router": {"hash_on": "nothing"}}))], "router: hash_on: 'nothing'"
+        arguments, said = [*arguments, "--config", str(_settings(tmp_path, {"router": {"hash_on": "nothing"}}))], "router.hash_on: 'nothing'"
     process = await asyncio.create_subprocess_exec(*COMMAND, *arguments, stdout=PIPE, stderr=PIPE, env=environment)
     output, error = await process.communicate()
     held.close()

@@ -1,0 +1,245 @@
+"""Whole ext_proc conversations, as text: each file in tests/exchanges/ is one, read from top to bottom.
+
+    # the first lines say what the conversation shows
+    = max_body_bytes 100                            a setting of the exchange: also model_header, forbidden_paths, early_scan_bytes
+    > headers mode=BUFFERED end=false name: value   what the gateway sends; `:method` is POST, `:path` /v1/chat/completions unless said
+    > body '{"model":' '"demo/sql"}' 'x'*1000 end=true
+    > trailers                                      also: > response headers | response body | response trailers, > unreadable
+    ! decided                                       the answer to `decide`
+    ! failed NoSpace                                or its failure, by the name of the error
+    < headers +mutation                             what must come out next: all of it, in this order
+    < decide model=demo/sql
+    < body '...' end=true                           over 60 bytes only the number of bytes; `continue` = let what you hold go on
+    < immediate 400 invalid_request
+
+Modes default to FULL_DUPLEX_STREAMED for the request and NONE for the response.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from extproc.core.exchange import (
+    EARLY_SCAN_BYTES,
+    NO_RETRY_HEADER,
+    REQUEST_STEPS,
+    SPOKEN_MODES,
+    Action,
+    BodyReply,
+    Decide,
+    Direction,
+    Event,
+    Exchange,
+    HeadersReply,
+    ImmediateReply,
+    Kind,
+    Mode,
+    Mutation,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    State,
+    TrailersReply,
+    Unreadable,
+)
+from extproc.errors import BY_NAME
+
+FILES = sorted((Path(__file__).parent.parent / "exchanges").glob("*.txt"))
+MUTATION = Mutation({"x-gateway-destination-endpoint": "10.0.0.1:8000"}, metadata={"envoy.lb": {"x-gateway-destination-endpoint": "10.0.0.1:8000"}})
+SHOWN_BYTES = 60
+
+# ---- lines to events
+
+
+@dataclass
+class Words:
+    """What stands after the kind of an event: `name=value`, `name: value` and quoted text."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    text: bytes = b""
+
+    @classmethod
+    def of_headers(cls, line: str) -> "Words":
+        words = cls()
+        parts = iter(shlex.split(line))
+        for part in parts:
+            if part.endswith(":"):
+                words.headers[part[:-1]] = next(parts)
+            else:
+                name, _, value = part.partition("=")
+                words.options[name] = value
+        return words
+
+    @classmethod
+    def of_body(cls, line: str) -> "Words":
+        words = cls()
+        for quoted, times, option, value in re.findall(r"'([^']*)'(?:\*(\d+))?|(\w+)=(\w+)", line):
+            if option:
+                words.options[option] = value
+            else:
+                words.text += quoted.encode() * int(times or 1)
+        return words
+
+    @property
+    def end(self) -> bool:
+        assert self.options["end"] in ("true", "false")
+        return self.options["end"] == "true"
+
+
+def event_of(line: str) -> Event:
+    kind, _, rest = line.removeprefix("response ").partition(" ")
+    if line.startswith("response "):
+        match kind:
+            case "headers":
+                return ResponseHeaders(Words.of_headers(rest).end)
+            case "body":
+                words = Words.of_body(rest)
+                return ResponseBody(words.text, words.end)
+            case "trailers":
+                return ResponseTrailers()
+    match kind:
+        case "headers":
+            words = Words.of_headers(rest)
+            headers = {":method": "POST", ":path": "/v1/chat/completions", **words.headers}
+            return RequestHeaders(headers, words.end, Mode[words.options.get("mode", "FULL_DUPLEX_STREAMED")], Mode[words.options.get("response_mode", "NONE")])
+        case "body":
+            words = Words.of_body(rest)
+            return RequestBody(words.text, words.end)
+        case "trailers":
+            return RequestTrailers()
+        case "unreadable":
+            return Unreadable(rest)
+    raise ValueError(f"no such event: {line}")
+
+
+# ---- actions to lines
+
+
+def line_of(action: Action) -> str:
+    match action:
+        case Decide(facts):
+            return f"< decide model={facts.model}" if facts.model is not None else "< decide without model"
+        case HeadersReply(direction, mutation):
+            return f"< {_response(direction)}headers{_flags(mutation)}"
+        case BodyReply(direction, None, _, mutation):
+            return f"< {_response(direction)}body continue{_flags(mutation)}"
+        case BodyReply(direction, bytes(chunk), end_of_stream, mutation):
+            shown = f"'{chunk.decode()}'" if len(chunk) <= SHOWN_BYTES else str(len(chunk))
+            return f"< {_response(direction)}body {shown} end={str(end_of_stream).lower()}{_flags(mutation)}"
+        case TrailersReply(direction):
+            return f"< {_response(direction)}trailers"
+        case ImmediateReply(error):
+            return f"< immediate {error.status} {error.reason}"
+    raise AssertionError(action)
+
+
+def _response(direction: Direction) -> str:
+    return "response " if direction is Direction.RESPONSE else ""
+
+
+def _flags(mutation: Mutation | None) -> str:
+    if mutation is None:
+        return ""
+    assert MUTATION.set_headers.items() <= mutation.set_headers.items()
+    assert mutation.metadata == MUTATION.metadata
+    no_retry = " +no_retry" if mutation.set_headers.get(NO_RETRY_HEADER) == "1" else ""
+    return " +mutation" + no_retry + (" +clear_route_cache" if mutation.clear_route_cache else "")
+
+
+# ---- the runner
+
+
+@dataclass
+class Played:
+    """A conversation as it went."""
+
+    lines: list[str] = field(default_factory=list)
+    received: bytes = b""
+    sent: bytes = b""
+    answered: bool = False
+    cells: set[tuple[State, Kind, Mode]] = field(default_factory=set)  # of the table of steps, as far as it came by
+
+
+def play(lines: list[str]) -> Played:
+    """Say the gateway's and the decision's lines to an exchange; the same lines with what it really answered."""
+    played = Played()
+    settings = {}
+    for line in lines:
+        if line.startswith("= "):
+            name, value = line[2:].split(" ", 1)
+            settings[name] = value
+            played.lines.append(line)
+    exchange = Exchange(
+        max_body_bytes=int(settings.pop("max_body_bytes", 10 * 2**20)),
+        model_header=settings.pop("model_header", "x-gateway-model-name"),
+        forbidden_paths=tuple(settings.pop("forbidden_paths", "").split()),
+        early_scan_bytes=int(settings.pop("early_scan_bytes", EARLY_SCAN_BYTES)),
+    )
+    assert not settings
+    for line in lines:
+        if line.startswith("> "):
+            event = event_of(line[2:])
+            _note_cell(played, exchange, event)
+            if isinstance(event, RequestBody):
+                played.received += event.chunk
+            actions = exchange.receive(event)
+        elif line == "! decided":
+            actions = exchange.decided(MUTATION)
+        elif line.startswith("! failed "):
+            actions = exchange.failed(BY_NAME[line.removeprefix("! failed ")]("as the conversation says"))
+        else:
+            continue
+        played.lines.append(line)
+        played.lines += [line_of(action) for action in actions]
+        for action in actions:
+            if isinstance(action, BodyReply) and action.direction is Direction.REQUEST and action.chunk is not None:
+                played.sent += action.chunk
+    played.answered = exchange.mode is Mode.FULL_DUPLEX_STREAMED and exchange.state is State.ANSWERED
+    return played
+
+
+def _note_cell(played: Played, exchange: Exchange, event: Event) -> None:
+    if isinstance(event, RequestHeaders):
+        played.cells.add((exchange.state, Kind.HEADERS_END if event.end_of_stream else Kind.HEADERS, event.request_mode))
+    elif isinstance(event, RequestBody):
+        played.cells.add((exchange.state, Kind.BODY_END if event.end_of_stream else Kind.BODY, exchange.mode))
+    elif isinstance(event, RequestTrailers):
+        played.cells.add((exchange.state, Kind.TRAILERS, exchange.mode))
+
+
+def conversation(path: Path) -> list[str]:
+    lines = [line.rstrip() for line in path.read_text().splitlines()]
+    assert lines[0].startswith("# "), f"{path.name} does not say what it shows"
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_conversation_goes_as_written(path: Path) -> None:
+    """Every reply and every question, in order, and nothing besides; what is given back of the body is what came."""
+    lines = conversation(path)
+    played = play(lines)
+    assert played.lines == lines
+    if played.answered:
+        assert played.received.startswith(played.sent)
+
+
+def table() -> Iterator[tuple[State, Kind, Mode]]:
+    for state, kinds in REQUEST_STEPS.items():
+        for kind, modes in kinds.items():
+            yield from ((state, kind, mode) for mode in modes)
+
+
+def test_every_step_of_the_table_is_in_some_conversation() -> None:
+    """A step that no conversation takes is one that nobody has read in its place."""
+    seen = {cell for path in FILES for cell in play(conversation(path)).cells}
+    missing = [f"{state.name} {kind.name} {mode.name}" for state, kind, mode in table() if (state, kind, mode) not in seen]
+    assert not missing
+    assert {mode for _, _, mode in table()} == set(SPOKEN_MODES)

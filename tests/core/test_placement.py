@@ -1,0 +1,115 @@
+"""Pools and snapshots: who serves a model, and who of them is ready."""
+
+import pytest
+
+from extproc.core.endpoint import Endpoint
+from extproc.core.maglev import LookupTable
+from extproc.core.placement import Pool, Snapshot
+
+ENDPOINTS = tuple(Endpoint(f"10.0.0.{i}:8000", f"node-{i}") for i in range(1, 5))
+
+
+def pool(
+    name: str = "llama", base_models: tuple[str, ...] = ("llama-3",), adapters: tuple[str, ...] = ("*",), endpoints: tuple[Endpoint, ...] = ENDPOINTS
+) -> Pool:
+    return Pool(name, frozenset(base_models), adapters, LookupTable(endpoints, 251))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "adapter", "serves"),
+    [
+        ("*", "org/name", True),
+        ("org/*", "org/name", True),
+        ("org/*", "org/a/b", True),
+        ("org/*", "other/name", False),
+        ("*-sql", "org/big-sql", True),
+        ("Org/*", "org/name", False),
+        ("org/v?", "org/v2", True),
+        ("org/[ab]", "org/c", False),
+        ("exact", "exact", True),
+        ("exact", "exact2", False),
+    ],
+)
+def test_adapters_are_matched_by_shell_pattern(pattern: str, adapter: str, serves: bool) -> None:
+    """A star crosses slashes, and case counts on every platform."""
+    assert pool(adapters=("never", pattern)).serves(adapter) is serves
+
+
+def test_a_pool_without_patterns_serves_no_adapter() -> None:
+    """It is for its base models only."""
+    assert not pool(adapters=()).serves("a")
+
+
+def test_candidates_of_a_pool_are_those_of_its_table() -> None:
+    """The second answer is the remembered first."""
+    one = pool()
+    assert one.candidates("a") == one.table.candidates("a")
+    assert one.candidates("a") is one.candidates("a")
+
+
+def test_forgetting_remembered_orders_changes_no_answer() -> None:
+    """More keys than are remembered: the memory is emptied, the order is computed again."""
+    one = pool(endpoints=ENDPOINTS[:2])
+    before = one.candidates("first")
+    for i in range(65_537):
+        one.candidates(str(i))
+    assert len(one._orders) <= 65_536
+    assert one.candidates("first") == before
+
+
+def test_the_pool_of_a_base_model_is_found_by_its_exact_name() -> None:
+    """Case and suffix count."""
+    llama, qwen = pool(), pool("qwen", ("qwen-3", "qwen"))
+    snapshot = Snapshot((llama, qwen))
+    assert snapshot.base_pool("llama-3") is llama
+    assert snapshot.base_pool("qwen") is qwen
+    assert snapshot.base_pool("Qwen") is None
+    assert snapshot.base_pool("org/adapter") is None
+
+
+def test_the_first_pool_that_matches_an_adapter_wins() -> None:
+    """In the configured order."""
+    first, second = pool("first", adapters=("a/*",)), pool("second", adapters=("*",))
+    assert Snapshot((first, second)).adapter_pool("a/x") is first
+    assert Snapshot((second, first)).adapter_pool("a/x") is second
+    assert Snapshot((first, second)).adapter_pool("b/x") is second
+    assert Snapshot((first,)).adapter_pool("b/x") is None
+
+
+def test_what_is_down_is_left_out_and_the_order_kept() -> None:
+    """Each key of a lost endpoint has one fixed substitute: its next candidate."""
+    one = pool()
+    order = one.candidates("a")
+    down = Snapshot((one,), {order[0].address: "ill", order[2].address: "gone"})
+    assert down.ready(order) == (order[1], order[3])
+    assert Snapshot((one,)).ready(order) == order
+
+
+@pytest.mark.parametrize(
+    ("subset", "ready"),
+    [
+        (["10.0.0.2:8000"], [2]),
+        (["10.0.0.2"], [2]),
+        (["10.0.0.4:8000", "10.0.0.1"], [1, 4]),
+        (["10.0.0.2:9999"], []),
+        (["10.0.0"], []),
+        ([], []),
+        (["elsewhere:8000", "10.0.0.3:8000"], [3]),
+    ],
+)
+def test_the_subset_hint_is_an_address_or_an_ip(subset: list[str], ready: list[int]) -> None:
+    """An empty hint means that nothing is eligible, as the Endpoint Picker protocol says."""
+    assert Snapshot((pool(),)).ready(ENDPOINTS, subset) == tuple(ENDPOINTS[i - 1] for i in ready)
+
+
+def test_a_subset_does_not_bring_back_what_is_down() -> None:
+    """The hint narrows, it never widens."""
+    snapshot = Snapshot((pool(),), {"10.0.0.2:8000": "ill"})
+    assert snapshot.ready(ENDPOINTS, ["10.0.0.2", "10.0.0.3"]) == (ENDPOINTS[2],)
+
+
+def test_the_subset_hint_may_name_an_ipv6_address() -> None:
+    """As Envoy spells it, with the port."""
+    endpoint = Endpoint("[2001:db8::1]:8000")
+    assert Snapshot(()).ready([endpoint], ["[2001:db8::1]:8000"]) == (endpoint,)
+    assert Snapshot(()).ready([endpoint], ["[2001:db8::1]"]) == (endpoint,)

@@ -1,0 +1,40 @@
+"""The mutation in the words of the Endpoint Picker protocol."""
+
+from extproc.core.endpoint import Endpoint
+from extproc.core.steering import Steering
+
+ENDPOINTS = [Endpoint(f"10.0.0.{i}:8000") for i in (3, 1, 2, 4)]
+HEADER = "x-gateway-destination-endpoint"
+
+
+def test_header_and_metadata_name_the_same_endpoints() -> None:
+    """The protocol says that both must be set; best first, because retries walk the list."""
+    mutation = Steering().mutation("llama", ENDPOINTS[:2], {})
+    assert mutation.set_headers == {HEADER: "10.0.0.3:8000,10.0.0.1:8000"}
+    assert mutation.metadata["envoy.lb"] == {HEADER: "10.0.0.3:8000,10.0.0.1:8000"}
+
+
+def test_the_list_ends_at_the_limit() -> None:
+    """Three by default."""
+    assert Steering().mutation("llama", ENDPOINTS, {}).set_headers[HEADER] == "10.0.0.3:8000,10.0.0.1:8000,10.0.0.2:8000"
+    assert Steering(max_endpoints=1).mutation("llama", ENDPOINTS, {}).set_headers[HEADER] == "10.0.0.3:8000"
+
+
+def test_by_endpoint_the_route_stays() -> None:
+    """Only the destination is told."""
+    mutation = Steering().mutation("llama", ENDPOINTS, {})
+    assert set(mutation.set_headers) == {HEADER}
+    assert not mutation.clear_route_cache
+    assert mutation.remove_headers == ()
+
+
+def test_by_cluster_the_pool_is_named_and_the_route_chosen_anew() -> None:
+    """Envoy's `cluster_header` route reads the header only when it chooses again."""
+    mutation = Steering("x-cluster", 2).mutation("llama", ENDPOINTS, {})
+    assert mutation.set_headers == {HEADER: "10.0.0.3:8000,10.0.0.1:8000", "x-cluster": "llama"}
+    assert mutation.clear_route_cache
+
+
+def test_notes_are_for_the_access_log() -> None:
+    """In a namespace of our own, as they are."""
+    assert Steering().mutation("llama", ENDPOINTS, {"outcome": "staged", "waited_ms": 1.5}).metadata["lora_extproc"] == {"outcome": "staged", "waited_ms": 1.5}
