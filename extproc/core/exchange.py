@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from ..errors import BodyTooLarge, GatewayProtocolError, LoraExtprocError
-from . import scanner
+from . import content, scanner
 from .decision import Facts, check_path
 
 NO_RETRY_HEADER = "x-lora-extproc-no-retry"
@@ -213,6 +213,7 @@ class Exchange:
         self.mode = Mode.NONE
         self.response_mode = Mode.NONE
         self._start: RequestHeaders | None = None
+        self._content: content.Content | None = None  # None: nothing to judge, the body passes
         self._asked = False
         self._mutation: Mutation | None = None
         self._mutation_on_body = False  # rule 3
@@ -292,6 +293,7 @@ class Exchange:
         try:
             if self.state is State.START and self._start is not None:
                 check_path(self._start.headers.get(":path", ""), self._forbidden_paths)
+                self._content = content.of_headers(self._start.headers)
             return step(chunk, kind in (Kind.BODY_END, Kind.HEADERS_END))
         except LoraExtprocError as error:
             return self.failed(error)
@@ -303,13 +305,13 @@ class Exchange:
         return []
 
     def _hold_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
-        if not self._carries_json():
+        if self._content is None:
             return self._decide_on_headers(b"", False)
         self.state = State.BODY
         return []
 
     def _continue_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
-        if not self._carries_json():
+        if self._content is None:
             return self._decide_on_headers(b"", False)
         self._mutation_on_body = True
         self.state = State.BODY
@@ -325,11 +327,13 @@ class Exchange:
         if self._body_ended:  # rule 5
             return []
         self._held_bytes += len(chunk)
-        if self._held_bytes > self._max_body_bytes and self._carries_json():
+        if self._held_bytes > self._max_body_bytes and self._content is not None:
             raise BodyTooLarge(f"the body has over {self._max_body_bytes} bytes")
         self._chunks.append(chunk)
         self._body_ended = last
         if last or self._asked or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
+            return []
+        if self._content is None or not self._content.can_be_scanned:
             return []
         if self._scanner is None:
             self._scanner = scanner.Scanner()
@@ -354,7 +358,8 @@ class Exchange:
         body = b"".join(self._chunks)
         self._chunks = [body] if self.mode is Mode.FULL_DUPLEX_STREAMED else []
         self._held_bytes = sum(map(len, self._chunks))
-        model = scanner.judge(body)
+        assert self._content is not None
+        model = self._content.model(body, self._max_body_bytes)
         self.state = State.DECIDING
         if not self._asked:
             return self._ask(model)
@@ -386,11 +391,6 @@ class Exchange:
         return [TrailersReply(Direction.REQUEST)]
 
     # -- asking and answering
-
-    def _carries_json(self) -> bool:
-        assert self._start is not None
-        media_type = self._start.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return media_type == "application/json" or media_type.endswith("+json")
 
     def _ask(self, model: str | None) -> list[Action]:
         assert self._start is not None
