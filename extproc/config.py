@@ -35,7 +35,14 @@ def _prime(value: int) -> int:
     return value
 
 
+def _addresses(value: str) -> str:
+    for address in value.split(","):
+        _address(address.strip())
+    return value
+
+
 Address = Annotated[str, AfterValidator(_address)]
+Addresses = Annotated[str, AfterValidator(_addresses)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
@@ -68,6 +75,23 @@ class PoolSettings(Group):
         return tuple(Endpoint(e.address, e.node or e.address, e.stager) for e in self.endpoints)
 
 
+class TlsSettings(Group):
+    mode: Literal["off", "files", "self-signed"] = "off"
+    """`off`: plaintext HTTP/2. `files`: the pair below. `self-signed`: made at start, for gateways that encrypt without verifying."""
+    cert_file: str = ""
+    """PEM chain, with `files`. Read again when it changes."""
+    key_file: str = ""
+    """PEM key, with `files`."""
+    client_ca_file: str = ""
+    """PEM certificates that clients must be signed by. Empty: clients show none."""
+
+    @model_validator(mode="after")
+    def _check_files(self) -> "TlsSettings":
+        if self.mode == "files" and not (self.cert_file and self.key_file):
+            raise ValueError("mode files needs cert_file and key_file")
+        return self
+
+
 class RouterSettings(Group):
     listen: Address = "127.0.0.1:9002"
     """ext_proc and gRPC health, for Envoy."""
@@ -87,6 +111,16 @@ class RouterSettings(Group):
     """Slots of the Maglev table; a prime of at least 100 times the endpoints. Equal on every replica."""
     stage_deadline_s: Seconds = 120.0
     """How long a request is held for its adapter before it is answered 503 `staging`; the fetch goes on."""
+    timeout_header: str = "x-request-timeout"
+    """The header by which a client sets that time for itself: `30`, `30s`, `500ms`, `2m`."""
+    max_stage_deadline_s: Seconds = 300.0
+    """The longest time that a client can set. At most `envoy.hold_s`."""
+    max_waiting: Annotated[int, Field(ge=1)] = 20_000
+    """Requests that may wait for adapters at once; more are answered 429 `overloaded`."""
+    max_waiting_per_adapter: Annotated[int, Field(ge=1)] = 5_000
+    """The same for one adapter, so that one slow fetch does not take everybody's place."""
+    max_held_bytes: Bytes = 2 * 2**30
+    """What the bodies held at once may take together; a request over it is answered 429 `overloaded`."""
     max_body_bytes: Bytes = 10 * 2**20
     """Larger bodies are answered 413."""
     max_retry_endpoints: Annotated[int, Field(ge=1, le=16)] = 3
@@ -97,8 +131,12 @@ class RouterSettings(Group):
     """The header that Envoy's `cluster_header` route reads, with steering by cluster."""
     max_streams: Annotated[int, Field(ge=1)] = 10_000
     """Concurrent ext_proc streams per connection; every held request is one."""
+    tls: TlsSettings = TlsSettings()
+    """TLS on `listen`. The health port is plaintext always."""
+    lameduck_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
+    """After SIGTERM, how long new requests are still taken while health says NOT_SERVING: longer than the gateways' health interval."""
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
-    """After SIGTERM, how long running exchanges may take to finish."""
+    """After that, how long running exchanges may take to finish."""
 
     @field_validator("hash_on")
     @classmethod
@@ -189,12 +227,16 @@ class EnvoySettings(Group):
     """Where clients come in."""
     admin: OptionalAddress = "127.0.0.1:9901"
     """Envoy's own administration. Empty: off."""
-    router: Address = "127.0.0.1:9002"
-    """The router, as Envoy reaches it."""
+    router: Addresses = "127.0.0.1:9002"
+    """The router, as Envoy reaches it; several replicas separated by commas, or a name that has all their addresses."""
+    router_ca_file: str = ""
+    """With `router.tls`: the certificates that Envoy verifies the router's by. Empty: it encrypts without verifying."""
+    router_health_interval_s: Seconds = 1.0
+    """How often Envoy asks each router replica's gRPC health. Below `router.lameduck_s`, so that a replica can leave without losing a request."""
     processing_mode: Literal["FULL_DUPLEX_STREAMED", "BUFFERED", "NONE"] = "FULL_DUPLEX_STREAMED"
     """How Envoy shows bodies. FULL_DUPLEX_STREAMED holds without a timer and without a limit of Envoy's own; BUFFERED and NONE have both."""
     hold_s: Seconds = 300.0
-    """The longest a request may be held; Envoy's timers are set above it. At least `router.stage_deadline_s`."""
+    """The longest a request may be held; Envoy's timers are set above it. At least `router.max_stage_deadline_s`."""
     health_interval_s: Seconds = 2.0
     """How often Envoy asks each model server's `/health`."""
     connect_timeout_s: Seconds = 1.0
@@ -228,8 +270,10 @@ class Settings(Group):
             repeated = sorted({value for value in values if values.count(value) > 1})
             if repeated:
                 raise ValueError(f"pools: {what} {repeated[0]!r} appears more than once")
-        if self.envoy.hold_s < self.router.stage_deadline_s:
-            raise ValueError(f"envoy.hold_s: {self.envoy.hold_s:g} is below router.stage_deadline_s ({self.router.stage_deadline_s:g})")
+        for name in ("stage_deadline_s", "max_stage_deadline_s"):
+            longest = getattr(self.router, name)
+            if self.envoy.hold_s < longest:
+                raise ValueError(f"envoy.hold_s: {self.envoy.hold_s:g} is below router.{name} ({longest:g})")
         return self
 
 

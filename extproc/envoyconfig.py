@@ -34,6 +34,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.load_balancing_policies.override_host import v3 as override_host
 from envoy_data_plane.envoy.extensions.load_balancing_policies.round_robin import v3 as round_robin
 from envoy_data_plane.envoy.extensions.load_balancing_policies.subset import v3 as subset
+from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as tls
 from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstream_http
 from envoy_data_plane.envoy.type import v3 as envoy_type
 from envoy_data_plane.envoy.type.metadata import v3 as metadata
@@ -45,6 +46,7 @@ from .core.steering import DESTINATION_HEADER, LB_NAMESPACE, OWN_NAMESPACE
 from .errors import BY_NAME, ConfigError
 
 LOGGED_NOTES = ("model", "key", "owner", "outcome", "origin", "waited_ms", "reason")
+EXT_PROC_SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 ROUTER_CLUSTER = "lora_extproc_router"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 UNLIMITED = 1_000_000  # for Envoy's circuit breakers; admission is the router's
@@ -225,15 +227,40 @@ def _router_cluster(s: Settings) -> cluster.Cluster:
     # A dead router connection is noticed although every stream on it is held.
     http2 = core.Http2ProtocolOptions(connection_keepalive=core.KeepaliveSettings(interval=_seconds(10), timeout=_seconds(5)))
     options = upstream_http.HttpProtocolOptions(explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
-    is_ip = _is_ip(s.envoy.router.rpartition(":")[0].strip("[]"))
+    addresses = [address.strip() for address in s.envoy.router.split(",")]
+    is_ip = all(_is_ip(address.rpartition(":")[0].strip("[]")) for address in addresses)
     return cluster.Cluster(
         name=ROUTER_CLUSTER,
         type=cluster.ClusterDiscoveryType.STATIC if is_ip else cluster.ClusterDiscoveryType.STRICT_DNS,
         connect_timeout=_seconds(s.envoy.connect_timeout_s),
         circuit_breakers=_no_limits(),
-        load_assignment=_assignment(ROUTER_CLUSTER, [s.envoy.router]),
+        load_assignment=_assignment(ROUTER_CLUSTER, addresses),
+        lb_policy=cluster.ClusterLbPolicy.LEAST_REQUEST,  # a router's streams are what it holds
+        health_checks=[_router_health(s)],
+        common_lb_config=cluster.ClusterCommonLbConfig(healthy_panic_threshold=envoy_type.Percent(value=10)),  # only when none is left
         typed_extension_protocol_options={HTTP_OPTIONS: Any.pack(options)},
+        transport_socket=_router_tls(s) if s.router.tls.mode != "off" else None,
     )
+
+
+def _router_health(s: Settings) -> core.HealthCheck:
+    """A replica that drains says NOT_SERVING and is asked no more; the only one there is goes on being asked (Envoy's panic mode)."""
+    interval = _seconds(s.envoy.router_health_interval_s)
+    return core.HealthCheck(
+        timeout=_seconds(1),
+        interval=interval,
+        no_traffic_interval=interval,
+        unhealthy_threshold=1,
+        healthy_threshold=1,
+        grpc_health_check=core.HealthCheckGrpcHealthCheck(service_name=EXT_PROC_SERVICE),
+    )
+
+
+def _router_tls(s: Settings) -> core.TransportSocket:
+    ca = s.envoy.router_ca_file
+    trusted = tls.CertificateValidationContext(trusted_ca=core.DataSource(filename=ca)) if ca else None
+    common = tls.CommonTlsContext(alpn_protocols=["h2"], validation_context=trusted)
+    return core.TransportSocket(name="envoy.transport_sockets.tls", typed_config=Any.pack(tls.UpstreamTlsContext(common_tls_context=common)))
 
 
 def _pool(s: Settings, pool: PoolSettings) -> cluster.Cluster:

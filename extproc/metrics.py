@@ -27,8 +27,28 @@ class RouterMetrics(Metrics):
         r = self.registry
         self.requests = Counter(
             "lora_extproc_requests",
-            "Requests answered, by outcome (hit, staged, pass, rejected, abandoned) and, for rejected ones, the reason of the error table.",
+            "Requests answered, by outcome (hit, staged, failover, pass, rejected, abandoned) and, for rejected ones, the reason of the error table.",
             ["outcome", "reason"],
+            registry=r,
+        )
+        self.held_bytes = Gauge("lora_extproc_held_bytes", "Bytes of request bodies that are held now.", registry=r)
+        self.queue_position = Histogram(
+            "lora_extproc_queue_position",
+            "How many requests waited for the same adapter when one more began to wait.",
+            registry=r,
+            buckets=(0, 1, 5, 20, 100, 500, 2000),
+        )
+        self.scan = Histogram(
+            "lora_extproc_scan_seconds",
+            "Time to judge one whole body: JSON, UTF-8, one model, and decompression where it was compressed.",
+            registry=r,
+            buckets=(0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+        )
+        self.share = Gauge("lora_extproc_owner_share", "Share of all keys that an endpoint owns: its slots / table size.", ["endpoint"], registry=r)
+        self.served = Counter(
+            "lora_extproc_served",
+            "Responses for which the gateway told the endpoint that served, by whether it was the first of our list.",
+            ["first"],
             registry=r,
         )
         self.held = Gauge("lora_extproc_held_requests", "Requests that wait for an adapter now.", registry=r)

@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 from ..errors import Forbidden, LoraExtprocError, ModelNotFound, NoEndpoint
 from .artifact import AdapterName, adapter_name
+from .deadline import wait_s
 from .endpoint import Endpoint
 from .placement import Pool, Snapshot
 
@@ -51,6 +52,9 @@ class Policy:
     hash_on: HashOn = HashOn(None, True)
     model_header: str = "x-gateway-model-name"  # names the model where the body is not shown to us
     forbidden_paths: tuple[str, ...] = ENGINE_ADMIN_PATHS
+    timeout_header: str = "x-request-timeout"
+    stage_deadline_s: float = 120.0  # without that header
+    max_stage_deadline_s: float = 120.0  # with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class Forward:
     pool: Pool
     key: str
     candidates: tuple[Endpoint, ...]  # ready ones, owner first; never empty
+    wait_s: float  # how long it may be held
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,8 @@ def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     if pool is None:
         raise ModelNotFound(f"{adapter} belongs to no pool")
     key = policy.hash_on.key(adapter, facts.headers)
-    return Forward(adapter, pool, key, _eligible(facts, snapshot, pool, pool.candidates(key)))
+    wait = wait_s(facts.headers.get(policy.timeout_header), policy.stage_deadline_s, policy.max_stage_deadline_s)
+    return Forward(adapter, pool, key, _eligible(facts, snapshot, pool, pool.candidates(key)), wait)
 
 
 def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None) -> PassThrough:

@@ -64,6 +64,7 @@ class RequestTrailers:
 @dataclass(frozen=True, slots=True)
 class ResponseHeaders:
     end_of_stream: bool
+    served: str = ""  # the endpoint that served, where the gateway tells it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A port that serves gRPC calls over `http2.Connection`, and how it drains."""
 
 import asyncio
+import ssl
 
 from ..process import listen
 from .http2 import Connection, Methods
@@ -9,10 +10,11 @@ from .http2 import Connection, Methods
 class Listener:
     """Bound when made; serves from `start` to `stop`."""
 
-    def __init__(self, address: str, methods: Methods, max_streams: int) -> None:
+    def __init__(self, address: str, methods: Methods, max_streams: int, tls: ssl.SSLContext | None = None) -> None:
         self._socket = listen(address)
         self._methods = methods
         self._max_streams = max_streams
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._idle = asyncio.Event()
@@ -25,7 +27,7 @@ class Listener:
 
     async def start(self) -> None:
         """Accept connections."""
-        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=self._socket)
+        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=self._socket, ssl=self._tls)
 
     async def stop(self, drain_s: float) -> None:
         """Take no new connections and streams, let those that run finish for `drain_s` seconds, then close."""

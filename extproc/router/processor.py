@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass
 
 from ..core.decision import Facts, Forward, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
-from ..core.exchange import Action, Decide, Exchange, ImmediateReply, Mutation, State
+from ..core.exchange import Action, Decide, Exchange, ImmediateReply, Mutation, ResponseHeaders, State
 from ..core.steering import Steering
 from ..errors import LoraExtprocError
 from ..metrics import RouterMetrics
 from . import wire
+from .holding import Holding
 from .http2 import Sender
 from .membership import Membership
 from .staging import Placed, Staging
@@ -27,6 +29,7 @@ class Processor:
     steering: Steering
     policy: Policy
     metrics: RouterMetrics
+    holding: Holding
     max_body_bytes: int
 
 
@@ -36,7 +39,7 @@ class Conversation:
     When the gateway goes away, the wait of its request ends; the fetch that it waits for does not.
     """
 
-    __slots__ = ("_endpoint", "_exchange", "_forward", "_half_closed", "_outcome", "_over", "_p", "_reason", "_sender", "_wait")
+    __slots__ = ("_destination", "_exchange", "_forward", "_half_closed", "_held_bytes", "_outcome", "_over", "_p", "_reason", "_sender", "_wait")
 
     def __init__(self, processor: Processor, sender: Sender) -> None:
         self._p = processor
@@ -45,7 +48,8 @@ class Conversation:
         self._exchange = Exchange(max_body_bytes=processor.max_body_bytes, model_header=policy.model_header, forbidden_paths=policy.forbidden_paths)
         self._forward: Forward | None = None
         self._wait: asyncio.Task[Placed] | None = None  # staging, while the body still arrives or after it
-        self._endpoint: Endpoint | None = None
+        self._destination: tuple[Endpoint, ...] = ()  # best first
+        self._held_bytes = 0
         self._outcome, self._reason = "abandoned", ""  # what the request is counted as when the stream ends
         self._half_closed = False
         self._over = False
@@ -56,7 +60,16 @@ class Conversation:
     def receive(self, message: bytes) -> None:
         """The next ProcessingRequest."""
         try:
-            self._carry_out(self._exchange.receive(wire.decode(message)))
+            event = wire.decode(message)
+            began = time.perf_counter()
+            was = self._exchange.state
+            actions = self._exchange.receive(event)
+            if was is State.BODY and self._exchange.state is not State.BODY:
+                self._p.metrics.scan.observe(time.perf_counter() - began)
+            if isinstance(event, ResponseHeaders) and event.served and self._destination:
+                self._p.metrics.served.labels(str(self._destination[0].address == event.served).lower()).inc()
+            self._carry_out(actions)
+            self._count_bytes()
         except Exception:
             log.exception("a request failed in the router itself")
             self._carry_out(self._exchange.failed(LoraExtprocError("the router failed; its log says why")))
@@ -119,8 +132,18 @@ class Conversation:
             else:
                 log.error("a wait failed in the router itself", exc_info=error)
                 self._carry_out(self._exchange.failed(LoraExtprocError("the router failed; its log says why")))
+        self._count_bytes()
         if self._half_closed:
             self.half_close()
+
+    def _count_bytes(self) -> None:
+        held = self._exchange.held_bytes
+        if held != self._held_bytes:
+            fits = self._p.holding.change_bytes(held - self._held_bytes)
+            self._held_bytes = held
+            if not fits:
+                self._carry_out(self._exchange.failed(self._p.holding.too_many_bytes()))
+                self._count_bytes()
 
     def _place(self, forward: Forward, placed: Placed) -> Mutation:
         waited_ms = round(placed.waited_s * 1000, 1)
@@ -131,16 +154,18 @@ class Conversation:
 
     def _mutation(self, pool: str, endpoints: tuple[Endpoint, ...], outcome: str, **notes: str | float) -> Mutation:
         self._outcome = outcome
-        self._endpoint = endpoints[0]
-        self._p.membership.begin(self._endpoint)
-        return self._p.steering.mutation(pool, endpoints, {"owner": self._endpoint.node, "outcome": outcome, **notes})
+        self._destination = endpoints
+        self._p.membership.begin(endpoints[0])
+        return self._p.steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": outcome, **notes})
 
     def _end(self) -> None:
         if self._over:
             return
         self._over = True
         self._p.metrics.open_streams -= 1
-        if self._endpoint is not None:
-            self._p.membership.end(self._endpoint)
+        if self._destination:
+            self._p.membership.end(self._destination[0])
+        self._p.holding.change_bytes(-self._held_bytes)
+        self._held_bytes = 0
         if self._exchange.state is not State.START:
             self._p.metrics.requests.labels(self._outcome, self._reason).inc()

@@ -11,15 +11,18 @@ from ..metrics import RouterMetrics
 from ..process import HttpServer
 from .control import router_app
 from .health import EXT_PROC_SERVICE, Health
+from .holding import Holding
 from .http2 import Methods
 from .listener import Listener
 from .membership import Membership
 from .processor import Conversation, Processor
 from .residency import Residency
 from .staging import Staging
+from .tls import Certificate
 
 log = logging.getLogger(__name__)
 
+CERTIFICATE_CHECK_S = 10.0  # a renewed one is in use this soon; the old one is valid for days yet
 PROCESS_METHOD = f"/{EXT_PROC_SERVICE}/Process"
 
 
@@ -34,20 +37,39 @@ class Server:
         self._clients = {address: StagerClient(address) for address in stagers}
         self._residency = Residency(self._clients, self.metrics)
         self.membership = Membership(pools, self._residency, self.metrics)
-        policy = Policy(self._settings.parsed_hash_on(), self._settings.model_header.lower(), self._settings.forbidden_paths)
+        policy = Policy(
+            hash_on=self._settings.parsed_hash_on(),
+            model_header=self._settings.model_header.lower(),
+            forbidden_paths=self._settings.forbidden_paths,
+            timeout_header=self._settings.timeout_header.lower(),
+            stage_deadline_s=self._settings.stage_deadline_s,
+            max_stage_deadline_s=self._settings.max_stage_deadline_s,
+        )
+        holding = Holding(
+            self.metrics,
+            max_waiting=self._settings.max_waiting,
+            max_waiting_per_adapter=self._settings.max_waiting_per_adapter,
+            max_bytes=self._settings.max_held_bytes,
+        )
+        for pool in pools:
+            for address, slots in pool.table.slots_per_endpoint().items():
+                self.metrics.share.labels(address).set(slots / pool.table.size)
         cluster_header = self._settings.cluster_header if self._settings.steering == "cluster" else None
         self.processor = Processor(
             membership=self.membership,
-            staging=Staging(self._residency, self.metrics, self._settings.stage_deadline_s),
+            staging=Staging(self._residency, holding, self.metrics),
             steering=Steering(cluster_header, self._settings.max_retry_endpoints),
             policy=policy,
             metrics=self.metrics,
+            holding=holding,
             max_body_bytes=self._settings.max_body_bytes,
         )
         self._health = Health()
         self._listeners: list[Listener] = []
         self._http: HttpServer | None = None
         self._draining = False
+        self._served = False
+        self._reloading: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Bind everything, then say SERVING. Raises StartError for an address that cannot be had."""
@@ -55,7 +77,12 @@ class Server:
             app = router_app(self.metrics, self.membership, self.processor.policy, self._why_not_ready)
             self._http = HttpServer(app, self._settings.http_listen)
         methods: Methods = {PROCESS_METHOD: lambda sender: Conversation(self.processor, sender), **self._health.methods()}
-        self._listeners.append(Listener(self._settings.listen, methods, self._settings.max_streams))
+        tls = None
+        if self._settings.tls.mode != "off":
+            certificate = Certificate(self._settings.tls)
+            tls = certificate.context
+            self._reloading = asyncio.create_task(_keep_current(certificate), name="certificate")
+        self._listeners.append(Listener(self._settings.listen, methods, self._settings.max_streams, tls))
         if self._settings.health_listen:
             self._listeners.append(Listener(self._settings.health_listen, self._health.methods(), self._settings.max_streams))
         for listener in self._listeners:
@@ -64,12 +91,17 @@ class Server:
             self._http.start()
         self.membership.start(self._clients)
         self._health.set_serving(True)
+        self._served = True
         log.info("router serves ext_proc on %s", self._settings.listen)
 
     async def stop(self) -> None:
-        """Turn NOT_SERVING, let running exchanges finish for `drain_s`, then close."""
+        """Turn NOT_SERVING, take what still comes for `lameduck_s`, let running exchanges finish for `drain_s`, then close."""
         self._draining = True
         self._health.set_serving(False)
+        if self._served:
+            await asyncio.sleep(self._settings.lameduck_s)
+        if self._reloading is not None:
+            self._reloading.cancel()
         await asyncio.gather(*(listener.stop(self._settings.drain_s) for listener in self._listeners))
         await self.membership.stop()
         await self._residency.close()
@@ -79,6 +111,12 @@ class Server:
 
     def _why_not_ready(self) -> str | None:
         return "draining" if self._draining else None
+
+
+async def _keep_current(certificate: Certificate) -> None:
+    while True:
+        await asyncio.sleep(CERTIFICATE_CHECK_S)
+        certificate.reload_if_changed()
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:

@@ -9,6 +9,7 @@ from ..core.decision import Forward
 from ..core.endpoint import Endpoint
 from ..errors import LoraExtprocError, NoEndpoint, StageDeadline
 from ..metrics import RouterMetrics
+from .holding import Holding
 from .residency import Residency
 
 MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
@@ -19,7 +20,7 @@ class Placed:
     """Where the adapter is. `endpoints`: the chosen one, then others known to have it, for Envoy's retries."""
 
     endpoints: tuple[Endpoint, ...]
-    outcome: str  # "hit" or "staged"
+    outcome: str  # "hit", "staged", or "failover": not on the first candidate
     origin: str
     waited_s: float
 
@@ -27,10 +28,10 @@ class Placed:
 class Staging:
     """Waits for stagers. Every wait is bounded by the deadline and can be cancelled; the fetch it waits for goes on."""
 
-    def __init__(self, residency: Residency, metrics: RouterMetrics, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, residency: Residency, holding: Holding, metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._residency = residency
+        self._holding = holding
         self._metrics = metrics
-        self._deadline_s = deadline_s
         self._clock = clock
 
     def now(self, forward: Forward) -> Placed | None:
@@ -42,13 +43,13 @@ class Staging:
     async def wait(self, forward: Forward) -> Placed:
         """Walk the candidates. A failure that another node would share ends the walk; one that it may not share goes on to the next.
 
-        Raises the first kind at once, the last of the second kind, or StageDeadline.
+        Raises the first kind at once, the last of the second kind, StageDeadline, or Overloaded if too many wait already.
         """
         began = self._clock()
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate has a stager")
-        with self._metrics.held.track_inprogress():
+        with self._holding.waiting(forward.adapter):
             try:
-                async with asyncio.timeout(self._deadline_s):
+                async with asyncio.timeout(forward.wait_s):
                     for endpoint in [e for e in forward.candidates if e.stager][:MAX_CANDIDATES]:
                         try:
                             staged = await self._residency.ensure(endpoint, forward.adapter)
@@ -59,10 +60,10 @@ class Staging:
                             failure = error
                             continue
                         waited = self._clock() - began
-                        outcome = "staged" if staged.staged else "hit"
+                        outcome = "failover" if endpoint is not forward.candidates[0] else "staged" if staged.staged else "hit"
                         return Placed(self._having(forward, endpoint), outcome, staged.origin if staged.staged else "", waited)
             except TimeoutError:
-                failure = StageDeadline(f"{forward.adapter} is still being fetched after {self._deadline_s:g} s")
+                failure = StageDeadline(f"{forward.adapter} is still being fetched after {forward.wait_s:g} s")
             finally:
                 self._metrics.wait.observe(self._clock() - began)
         raise failure

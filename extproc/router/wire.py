@@ -23,12 +23,13 @@ from ..core.exchange import (
     TrailersReply,
     Unreadable,
 )
-from ..core.steering import OWN_NAMESPACE
+from ..core.steering import LB_NAMESPACE, OWN_NAMESPACE
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
+SERVED_KEY = "x-gateway-destination-endpoint-served"
 
 
 def decode(message: bytes) -> Event:
@@ -52,7 +53,7 @@ def decode(message: bytes) -> Event:
     if kind == "request_trailers":
         return RequestTrailers()
     if kind == "response_headers":
-        return ResponseHeaders(request.response_headers.end_of_stream)
+        return ResponseHeaders(request.response_headers.end_of_stream, _served(request) if request.HasField("metadata_context") else "")
     if kind == "response_body":
         return ResponseBody(request.response_body.body, request.response_body.end_of_stream)
     if kind == "response_trailers":
@@ -109,6 +110,12 @@ def _subset(request: pb.ProcessingRequest) -> tuple[str, ...] | None:
     if value.HasField("list_value"):
         return tuple(item.string_value.strip() for item in value.list_value.values)
     return tuple(part.strip() for part in value.string_value.split(",") if part.strip())
+
+
+def _served(request: pb.ProcessingRequest) -> str:
+    """ "the endpoint that served the request", which the data plane tells in the response phase."""
+    metadata = request.metadata_context.filter_metadata
+    return metadata[LB_NAMESPACE].fields[SERVED_KEY].string_value if LB_NAMESPACE in metadata else ""
 
 
 def _mutate(response: pb.ProcessingResponse, common: pb.CommonResponse, mutation: Mutation) -> None:

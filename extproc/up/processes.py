@@ -25,6 +25,7 @@ class Child:
     name: str
     process: Process
     log: Path
+    command: Sequence[str]
 
     def last_words(self) -> str:
         """The end of its log."""
@@ -35,7 +36,7 @@ class Child:
 async def spawn(name: str, command: Sequence[str], log_directory: Path, *, pipe_output: bool = False) -> Child:
     """Start a program. Its standard error goes to `<log_directory>/<name>.log`; its output too, unless it is wanted as a pipe."""
     log = log_directory / f"{name}.log"
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -45,7 +46,7 @@ async def spawn(name: str, command: Sequence[str], log_directory: Path, *, pipe_
             preexec_fn=_die_with_parent(),
             limit=2**20,
         )
-    return Child(name, process, log)
+    return Child(name, process, log, command)
 
 
 def python(*arguments: str) -> list[str]:

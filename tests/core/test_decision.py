@@ -77,7 +77,7 @@ def test_other_forms_are_refused(text: str) -> None:
 
 def test_an_adapter_goes_to_its_keys_candidates() -> None:
     """Owner first, all of its pool."""
-    assert decided("demo/sql") == Forward(AdapterName("demo/sql"), LLAMA, "demo/sql", LLAMA.table.candidates("demo/sql"))
+    assert decided("demo/sql") == Forward(AdapterName("demo/sql"), LLAMA, "demo/sql", LLAMA.table.candidates("demo/sql"), wait_s=120.0)
 
 
 def test_the_first_pool_that_matches_takes_the_adapter() -> None:

@@ -34,10 +34,10 @@ def start(tmp_path_factory: pytest.TempPathFactory, origin: Path) -> StackFactor
 
     @contextlib.asynccontextmanager
     async def start(
-        raw: dict[str, Any] | None = None, *, nodes: int = 2, envoy: Path | None = None, origins: tuple[OriginSettings, ...] = ()
+        raw: dict[str, Any] | None = None, *, nodes: int = 2, routers: int = 1, envoy: Path | None = None, origins: tuple[OriginSettings, ...] = ()
     ) -> AsyncIterator[Stack]:
         where = origins or (OriginSettings(type="file", path=str(origin)),)
-        plan = Plan(tmp_path_factory.mktemp("stack"), free_ports(1)[0], nodes, where, settings=parse(raw or {}, source="test"), envoy=envoy)
+        plan = Plan(tmp_path_factory.mktemp("stack"), free_ports(1)[0], nodes, where, settings=parse(raw or {}, source="test"), routers=routers, envoy=envoy)
         async with Stack(plan) as stack:
             yield stack
 

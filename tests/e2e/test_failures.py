@@ -124,8 +124,8 @@ async def test_without_the_router_nothing_passes_unprocessed(start: StackFactory
     """503 in JSON, from Envoy: never an unprocessed request at a random engine."""
     async with start() as stack:
         client = Client(stack.address)
-        stack.process("router").process.kill()
-        await stack.process("router").process.wait()
+        stack.process("router-1").process.kill()
+        await stack.process("router-1").process.wait()
         answer = await client.chat(HEAVY)
         assert (answer.status, answer.code) == (503, "gateway")
         await client.close()

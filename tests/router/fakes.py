@@ -12,6 +12,7 @@ from extproc.core.steering import Steering
 from extproc.errors import LoraExtprocError
 from extproc.metrics import RouterMetrics
 from extproc.pb import ext_proc_pb2 as pb
+from extproc.router.holding import Holding
 from extproc.router.membership import Membership
 from extproc.router.processor import Conversation, Processor
 from extproc.router.residency import Residency
@@ -68,8 +69,10 @@ class Router:
         self.metrics = RouterMetrics()
         self.residency = Residency(self.stagers, self.metrics, clock=lambda: self.now)
         self.membership = Membership([self.pool], self.residency, self.metrics)
-        self.staging = Staging(self.residency, self.metrics, deadline_s, clock=lambda: self.now)
-        self.processor = Processor(self.membership, self.staging, steering or Steering(), Policy(), self.metrics, max_body_bytes)
+        self.holding = Holding(self.metrics, max_waiting=10, max_waiting_per_adapter=3, max_bytes=4 * max_body_bytes)
+        self.staging = Staging(self.residency, self.holding, self.metrics, clock=lambda: self.now)
+        policy = Policy(stage_deadline_s=deadline_s)
+        self.processor = Processor(self.membership, self.staging, steering or Steering(), policy, self.metrics, self.holding, max_body_bytes)
 
     def owner(self, adapter: str) -> Endpoint:
         return self.pool.candidates(adapter)[0]

@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import os
+import ssl
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.config import parse
+from extproc.config import TlsSettings, parse
 from extproc.errors import StartError
 from extproc.router.health import NAMES
 from extproc.router.server import PROCESS_METHOD, Server
+from extproc.router.tls import Certificate, self_signed
 from extproc.up.processes import free_ports
 
 from .fakes import body, headers
@@ -26,7 +30,7 @@ async def running(**router: object) -> AsyncIterator[tuple[Server, dict[str, str
     names = ("listen", "health_listen", "http_listen")
     addresses = {name: f"127.0.0.1:{port}" for name, port in zip(names, free_ports(3), strict=True)}
     pools = [{"name": "models", "base_models": ["base"], "endpoints": [{"address": "127.0.0.1:1", "stager": f"127.0.0.1:{free_ports(1)[0]}"}]}]
-    server = Server(parse({"pools": pools, "router": {**addresses, **router}}, source="test"))
+    server = Server(parse({"pools": pools, "router": {"lameduck_s": 0, **addresses, **router}}, source="test"))
     await server.start()
     try:
         yield server, addresses
@@ -105,3 +109,62 @@ async def test_a_busy_port_is_a_start_error() -> None:
         with pytest.raises(StartError, match=addresses["listen"]):
             async with running(listen=addresses["listen"]):
                 pass
+
+
+async def test_new_requests_are_taken_until_the_gateways_know() -> None:
+    """Lame duck: NOT_SERVING already, and still serving."""
+    async with running(lameduck_s=0.3, drain_s=1) as (server, addresses):
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.sleep(0)
+        assert await ask_health(addresses["listen"], "") == Status.NOT_SERVING
+        async with grpc.aio.insecure_channel(addresses["listen"]) as channel:
+            call = open_stream(channel, PROCESS_METHOD)
+            await call.write(headers().SerializeToString())
+            await call.write(body(b'{"model":"base"}').SerializeToString())
+            assert await call.read()
+            await call.done_writing()
+        await stopping
+
+
+async def test_tls_with_a_certificate_made_at_start() -> None:
+    """ALPN h2; what a gateway that does not verify connects to."""
+    async with running(tls={"mode": "self-signed"}) as (_, addresses):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        _, writer = await asyncio.open_connection(*addresses["listen"].split(":"), ssl=context)
+        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
+        writer.close()
+        assert await ask_health(addresses["health_listen"], "") == Status.SERVING
+
+
+async def test_tls_with_given_files_that_are_replaced(tmp_path: Path) -> None:
+    """The new pair is used for new connections; a broken pair leaves the old one in use."""
+    names = [tmp_path / "cert.pem", tmp_path / "key.pem"]
+    settings = TlsSettings(mode="files", cert_file=str(names[0]), key_file=str(names[1]))
+
+    def replace(pair: tuple[bytes, bytes], when: int) -> None:
+        for name, text in zip(names, pair, strict=True):
+            name.write_bytes(text)
+            os.utime(name, (when, when))
+
+    first, second = self_signed(("first",)), self_signed(("second",))
+    replace(first, 1)
+    certificate = Certificate(settings)
+    assert not certificate.reload_if_changed()
+    replace((second[0], first[1]), 2)
+    assert not certificate.reload_if_changed()
+    replace(second, 3)
+    assert certificate.reload_if_changed()
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=certificate.context)
+    context = ssl.create_default_context(cadata=second[0].decode())
+    port = server.sockets[0].getsockname()[1]
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="second")
+    writer.close()
+    server.close()
+
+
+def test_tls_files_that_cannot_be_used_are_a_start_error(tmp_path: Path) -> None:
+    """Named in the sentence."""
+    with pytest.raises(StartError, match="cert.pem"):
+        Certificate(TlsSettings(mode="files", cert_file=str(tmp_path / "cert.pem"), key_file=str(tmp_path / "key.pem")))
