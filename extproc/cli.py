@@ -103,7 +103,7 @@ def router(config: RequiredConfigFile) -> None:
     from .router.server import serve
 
     settings = load(config)
-    set_up_logging(settings.log.level)
+    set_up_logging(settings.log.level, settings.log.format)
     run(lambda stop: serve(settings, stop))
 
 
@@ -114,7 +114,7 @@ def stager(config: RequiredConfigFile) -> None:
     from .stager.server import serve
 
     settings = load(config)
-    set_up_logging(settings.log.level)
+    set_up_logging(settings.log.level, settings.log.format)
     run(lambda stop: serve(settings, stop))
 
 

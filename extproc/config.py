@@ -131,6 +131,8 @@ class RouterSettings(Group):
     """The header that Envoy's `cluster_header` route reads, with steering by cluster."""
     max_streams: Annotated[int, Field(ge=1)] = 10_000
     """Concurrent ext_proc streams per connection; every held request is one."""
+    tracing: bool = False
+    """Export spans for scan, decide and stage by OTLP, as children of the request's `traceparent`. Needs the extra `otel`."""
     tls: TlsSettings = TlsSettings()
     """TLS on `listen`. The health port is plaintext always."""
     lameduck_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
@@ -246,6 +248,8 @@ class EnvoySettings(Group):
 class LogSettings(Group):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """One line per exchange at debug, one per stage at info."""
+    format: Literal["text", "json"] = "text"
+    """`json`: one object per line, with `request_id`, `adapter`, `owner`, `outcome` and `reason` of their own."""
 
 
 class Settings(Group):

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core.decision import Facts, Forward, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
-from ..core.exchange import Action, Decide, Exchange, ImmediateReply, Mutation, ResponseHeaders, State
+from ..core.exchange import Action, Decide, Exchange, ImmediateReply, Mutation, RequestHeaders, ResponseHeaders, State
 from ..core.steering import Steering
 from ..errors import LoraExtprocError
 from ..metrics import RouterMetrics
@@ -16,6 +17,7 @@ from .holding import Holding
 from .http2 import Sender
 from .membership import Membership
 from .staging import Placed, Staging
+from .tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Processor:
     metrics: RouterMetrics
     holding: Holding
     max_body_bytes: int
+    tracing: Tracing | None = None
 
 
 class Conversation:
@@ -39,7 +42,7 @@ class Conversation:
     When the gateway goes away, the wait of its request ends; the fetch that it waits for does not.
     """
 
-    __slots__ = ("_destination", "_exchange", "_forward", "_half_closed", "_held_bytes", "_outcome", "_over", "_p", "_reason", "_sender", "_wait")
+    __slots__ = ("_destination", "_exchange", "_forward", "_half_closed", "_headers", "_held_bytes", "_outcome", "_over", "_p", "_reason", "_sender", "_wait", "_waits_since")
 
     def __init__(self, processor: Processor, sender: Sender) -> None:
         self._p = processor
@@ -49,6 +52,8 @@ class Conversation:
         self._forward: Forward | None = None
         self._wait: asyncio.Task[Placed] | None = None  # staging, while the body still arrives or after it
         self._destination: tuple[Endpoint, ...] = ()  # best first
+        self._headers: Mapping[str, str] = {}
+        self._waits_since = 0.0
         self._held_bytes = 0
         self._outcome, self._reason = "abandoned", ""  # what the request is counted as when the stream ends
         self._half_closed = False
@@ -64,8 +69,12 @@ class Conversation:
             began = time.perf_counter()
             was = self._exchange.state
             actions = self._exchange.receive(event)
+            if isinstance(event, RequestHeaders) and not self._headers:
+                self._headers = event.headers
             if was is State.BODY and self._exchange.state is not State.BODY:
-                self._p.metrics.scan.observe(time.perf_counter() - began)
+                took = time.perf_counter() - began
+                self._p.metrics.scan.observe(took)
+                self._trace("scan", took, {})
             if isinstance(event, ResponseHeaders) and event.served and self._destination:
                 self._p.metrics.served.labels(str(self._destination[0].address == event.served).lower()).inc()
             self._carry_out(actions)
@@ -96,13 +105,15 @@ class Conversation:
                 continue
             if isinstance(action, ImmediateReply):
                 self._outcome, self._reason = "rejected", action.error.reason
-                log.debug("rejected: %s: %s", action.error.reason, action.error.message)
                 if self._wait is not None:
                     self._wait.cancel()
             self._sender.send(wire.encode(action))
 
     def _decide(self, facts: Facts) -> list[Action]:
-        match decide(facts, self._p.membership.snapshot, self._p.policy):
+        began = time.perf_counter()
+        decision = decide(facts, self._p.membership.snapshot, self._p.policy)
+        self._trace("decide", time.perf_counter() - began, {"model": facts.model or ""})
+        match decision:
             case Reject(error):
                 return self._exchange.failed(error)
             case PassThrough(pool, key, candidates):
@@ -113,6 +124,7 @@ class Conversation:
                 placed = self._p.staging.now(forward)
                 if placed is not None:
                     return self._exchange.decided(self._place(forward, placed))
+                self._waits_since = time.perf_counter()
                 self._wait = asyncio.create_task(self._p.staging.wait(forward), name=f"wait {forward.adapter}")
                 self._wait.add_done_callback(self._settled)
                 return []
@@ -124,6 +136,8 @@ class Conversation:
             return
         if not wait.cancelled():
             error = wait.exception()
+            failed = "" if error is None else getattr(error, "reason", "internal")
+            self._trace("stage", time.perf_counter() - self._waits_since, {"adapter": self._forward.adapter if self._forward else ""}, failed)
             if error is None:
                 assert self._forward is not None
                 self._carry_out(self._exchange.decided(self._place(self._forward, wait.result())))
@@ -147,7 +161,6 @@ class Conversation:
 
     def _place(self, forward: Forward, placed: Placed) -> Mutation:
         waited_ms = round(placed.waited_s * 1000, 1)
-        log.debug("%s to %s: %s %s, waited %.1f ms", forward.adapter, placed.endpoints[0].address, placed.outcome, placed.origin, waited_ms)
         return self._mutation(
             forward.pool.name, placed.endpoints, placed.outcome, model=forward.adapter, key=forward.key, origin=placed.origin, waited_ms=waited_ms
         )
@@ -157,6 +170,19 @@ class Conversation:
         self._destination = endpoints
         self._p.membership.begin(endpoints[0])
         return self._p.steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": outcome, **notes})
+
+    def _trace(self, name: str, took_s: float, notes: Mapping[str, str | float], failed: str = "") -> None:
+        if self._p.tracing is not None:
+            self._p.tracing.record(f"lora_extproc.{name}", self._headers, took_s, notes, failed)
+
+    def _log(self) -> None:
+        """One line per exchange, with the words of the metrics' labels."""
+        if log.isEnabledFor(logging.DEBUG):
+            forward = self._forward
+            owner = self._destination[0].address if self._destination else ""
+            notes = {"request_id": self._headers.get("x-request-id", ""), "adapter": forward.adapter if forward else "", "owner": owner}
+            notes |= {"outcome": self._outcome, "reason": self._reason}
+            log.debug("exchange %s", " ".join(f"{name}={value}" for name, value in notes.items() if value), extra={"notes": notes})
 
     def _end(self) -> None:
         if self._over:
@@ -169,3 +195,4 @@ class Conversation:
         self._held_bytes = 0
         if self._exchange.state is not State.START:
             self._p.metrics.requests.labels(self._outcome, self._reason).inc()
+            self._log()

@@ -19,6 +19,7 @@ from .processor import Conversation, Processor
 from .residency import Residency
 from .staging import Staging
 from .tls import Certificate
+from .tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Server:
             metrics=self.metrics,
             holding=holding,
             max_body_bytes=self._settings.max_body_bytes,
+            tracing=Tracing() if self._settings.tracing else None,
         )
         self._health = Health()
         self._listeners: list[Listener] = []
@@ -108,6 +110,8 @@ class Server:
         await asyncio.gather(*(client.close() for client in self._clients.values()))
         if self._http is not None:
             await self._http.stop()
+        if self.processor.tracing is not None:
+            await asyncio.to_thread(self.processor.tracing.close)
 
     def _why_not_ready(self) -> str | None:
         return "draining" if self._draining else None

@@ -17,6 +17,7 @@ from extproc.router.membership import Membership
 from extproc.router.processor import Conversation, Processor
 from extproc.router.residency import Residency
 from extproc.router.staging import Staging
+from extproc.router.tracing import Tracing
 
 
 class ScriptedStager(StagerClient):
@@ -61,7 +62,7 @@ class ScriptedStager(StagerClient):
 class Router:
     """The router's parts around scripted stagers: one pool, one endpoint per stager."""
 
-    def __init__(self, count: int = 3, *, deadline_s: float = 60.0, max_body_bytes: int = 2**20, steering: Steering | None = None) -> None:
+    def __init__(self, count: int = 3, *, deadline_s: float = 60.0, max_body_bytes: int = 2**20, steering: Steering | None = None, tracing: Tracing | None = None) -> None:
         self.now = 0.0
         self.stagers = {f"10.0.0.{i}:9102": ScriptedStager(f"10.0.0.{i}:9102") for i in range(1, count + 1)}
         endpoints = [Endpoint(f"10.0.0.{i}:8000", f"node-{i}", f"10.0.0.{i}:9102") for i in range(1, count + 1)]
@@ -72,7 +73,7 @@ class Router:
         self.holding = Holding(self.metrics, max_waiting=10, max_waiting_per_adapter=3, max_bytes=4 * max_body_bytes)
         self.staging = Staging(self.residency, self.holding, self.metrics, clock=lambda: self.now)
         policy = Policy(stage_deadline_s=deadline_s)
-        self.processor = Processor(self.membership, self.staging, steering or Steering(), policy, self.metrics, self.holding, max_body_bytes)
+        self.processor = Processor(self.membership, self.staging, steering or Steering(), policy, self.metrics, self.holding, max_body_bytes, tracing)
 
     def owner(self, adapter: str) -> Endpoint:
         return self.pool.candidates(adapter)[0]

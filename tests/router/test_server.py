@@ -166,5 +166,5 @@ async def test_tls_with_given_files_that_are_replaced(tmp_path: Path) -> None:
 
 def test_tls_files_that_cannot_be_used_are_a_start_error(tmp_path: Path) -> None:
     """Named in the sentence."""
-    with pytest.raises(StartError, match="cert.pem"):
+    with pytest.raises(StartError, match=r"cert\.pem"):
         Certificate(TlsSettings(mode="files", cert_file=str(tmp_path / "cert.pem"), key_file=str(tmp_path / "key.pem")))
