@@ -57,7 +57,7 @@ class Policy:
     max_stage_deadline_s: float = 120.0  # with it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Facts:
     """What is known of a request when it is decided."""
 
@@ -68,7 +68,7 @@ class Facts:
     subset: tuple[str, ...] | None = None  # the gateway's hint: only these endpoints
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Forward:
     """To one of the candidates, once it has the adapter."""
 
@@ -79,7 +79,7 @@ class Forward:
     wait_s: float  # how long it may be held
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PassThrough:
     """Nothing to stage. Without a key, any endpoint is as good: take the one with the fewest requests in flight."""
 

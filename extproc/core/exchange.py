@@ -27,6 +27,8 @@ BODY_CHUNK_BYTES = 62_000  # below the 64 KiB that gateways accept in one stream
 class Mode(Enum):
     """Envoy's body send modes, as `protocol_config` of the first message names them."""
 
+    __hash__ = object.__hash__  # members are compared by identity; Enum's own hash is a call of Python code for every look into a table
+
     NONE = 0
     STREAMED = 1
     BUFFERED = 2
@@ -38,10 +40,13 @@ class Mode(Enum):
 SPOKEN_MODES = (Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED, Mode.NONE)
 
 
+# Events and replies are values: nobody changes one. They are not declared frozen, because that triples the cost of making one, and every
+# request makes ten.
+
 # ---- events: what the gateway shows -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestHeaders:
     headers: Mapping[str, str]  # names in lower case; of repeated ones the first
     end_of_stream: bool
@@ -50,35 +55,35 @@ class RequestHeaders:
     subset: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestBody:
     chunk: bytes
     end_of_stream: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestTrailers:
     pass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponseHeaders:
     end_of_stream: bool
     served: str = ""  # the endpoint that served, where the gateway tells it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponseBody:
     chunk: bytes
     end_of_stream: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponseTrailers:
     pass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Unreadable:
     """A message that could not be decoded, or of a kind that does not exist."""
 
@@ -96,7 +101,7 @@ class Direction(Enum):
     RESPONSE = "response"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Mutation:
     """What changes on the request: headers to set and to remove, dynamic metadata by namespace, and whether the route is chosen anew."""
 
@@ -106,13 +111,13 @@ class Mutation:
     clear_route_cache: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeadersReply:
     direction: Direction
     mutation: Mutation | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BodyReply:
     """Without a chunk: let the body that Envoy holds go on. With one: this is (a part of) the body."""
 
@@ -122,12 +127,12 @@ class BodyReply:
     mutation: Mutation | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TrailersReply:
     direction: Direction
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ImmediateReply:
     error: LoraExtprocError
 
@@ -135,7 +140,7 @@ class ImmediateReply:
 Reply = HeadersReply | BodyReply | TrailersReply | ImmediateReply
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decide:
     """Where to? The caller answers with `decided` or `failed`, now or later; the body may still be arriving."""
 
@@ -148,6 +153,8 @@ Action = Reply | Decide
 
 
 class State(Enum):
+    __hash__ = object.__hash__  # as Mode's
+
     START = "nothing seen"
     BODY = "the body is arriving and will be judged"
     DECIDING = "all that is needed was seen, the decision is awaited"
@@ -156,6 +163,8 @@ class State(Enum):
 
 
 class Kind(Enum):
+    __hash__ = object.__hash__  # as Mode's
+
     HEADERS = "request headers"
     HEADERS_END = "request headers without body"
     BODY = "request body"

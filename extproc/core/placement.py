@@ -18,10 +18,15 @@ class Pool:
     base_models: frozenset[str]
     adapters: tuple[str, ...]  # shell patterns of the adapter names that run on this base
     table: LookupTable
+    _takes_all: bool = field(init=False, repr=False, compare=False)
     _orders: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_takes_all", "*" in self.adapters)
+
     def serves(self, adapter: str) -> bool:
-        return any(fnmatchcase(adapter, pattern) for pattern in self.adapters)
+        """Whether one of the patterns matches."""
+        return self._takes_all or any(fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
     def candidates(self, key: str) -> tuple[Endpoint, ...]:
         """`LookupTable.candidates`, remembered: the table never changes."""
@@ -44,11 +49,17 @@ class Snapshot:
 
     def base_pool(self, model: str) -> Pool | None:
         """The pool that has `model` as a base model."""
-        return next((pool for pool in self.pools if model in pool.base_models), None)
+        for pool in self.pools:
+            if model in pool.base_models:
+                return pool
+        return None
 
     def adapter_pool(self, adapter: str) -> Pool | None:
         """The first pool, in the configured order, one of whose patterns matches `adapter`."""
-        return next((pool for pool in self.pools if pool.serves(adapter)), None)
+        for pool in self.pools:
+            if pool.serves(adapter):
+                return pool
+        return None
 
     def ready(self, order: Iterable[Endpoint], subset: Sequence[str] | None = None) -> tuple[Endpoint, ...]:
         """`order` without the endpoints that are down, and within the gateway's subset hint (`ip:port` or `ip`) if it gave one."""

@@ -15,7 +15,7 @@ from .residency import Residency
 MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Placed:
     """Where the adapter is. `endpoints`: the chosen one, then others known to have it, for Envoy's retries."""
 

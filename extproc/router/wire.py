@@ -23,9 +23,11 @@ from ..core.exchange import (
     TrailersReply,
     Unreadable,
 )
-from ..core.steering import LB_NAMESPACE, OWN_NAMESPACE
+from ..core.steering import LB_NAMESPACE, OWN_NAMESPACE, REMEMBERED
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
+
+_encoded: dict[int, tuple[Mutation, bytes]] = {}
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
@@ -62,7 +64,20 @@ def decode(message: bytes) -> Event:
 
 
 def encode(reply: Reply) -> bytes:
-    """One reply as a ProcessingResponse."""
+    """One reply as a ProcessingResponse. A headers reply with a mutation that was encoded before is not encoded again."""
+    if isinstance(reply, HeadersReply) and reply.direction is Direction.REQUEST and reply.mutation is not None:
+        known = _encoded.get(id(reply.mutation))
+        if known is not None:
+            return known[1]
+        if len(_encoded) >= REMEMBERED:
+            _encoded.clear()
+        message = _encode(reply)
+        _encoded[id(reply.mutation)] = (reply.mutation, message)  # holding the object keeps its id from being another's
+        return message
+    return _encode(reply)
+
+
+def _encode(reply: Reply) -> bytes:
     response = pb.ProcessingResponse()
     match reply:
         case HeadersReply(direction, mutation):
