@@ -34,8 +34,10 @@ HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE =
 DEFAULT_WINDOW = 65_535  # RFC 9113, 6.9.2: of a connection, and of streams until SETTINGS say otherwise
 MAX_WINDOW = 2**31 - 1
 STREAM_WINDOW = 2**20  # a 1 MB prompt needs no round trip of window updates
+MANY_PARTS = 64  # small frames are cheaper to join than to hand to the kernel one by one
 OUR_MAX_FRAME = 2**20  # fewer, larger frames; a peer that ignores it sends 16 KiB ones
 MAX_HEADER_BLOCK = 64 * 1024  # a gateway's has some hundred bytes
+MAX_MESSAGE_BYTES = 64 * 2**20  # of one gRPC message; what a body may have is the router's to limit, with an answer that a client understands
 MAX_UNSENT_BYTES = 256 * 1024  # of one stream, above which it is not given window
 MAX_UNREAD_ANSWERS = 10_000  # control frames that a peer may cause while it reads nothing, before it is cut off
 MAX_REMEMBERED_BLOCKS = 256
@@ -84,7 +86,7 @@ class _ConnectionError(Exception):
 class _Stream:
     """One call's two directions."""
 
-    __slots__ = ("_connection", "call", "consumed", "ended_here", "ended_there", "id", "incoming", "send_window", "started", "unsent", "unsent_bytes", "window")
+    __slots__ = ("_connection", "call", "consumed", "ended_here", "ended_there", "id", "incoming", "incoming_bytes", "needed", "send_window", "started", "unsent", "unsent_bytes", "window")
 
     def __init__(self, connection: "Connection", id_: int, send_window: int) -> None:
         self._connection = connection
@@ -93,8 +95,10 @@ class _Stream:
         self.send_window = send_window
         self.window = STREAM_WINDOW  # what the client may still send
         self.consumed = 0  # taken by the call, not given back yet
-        self.incoming = b""  # the beginning of a message
-        self.unsent: deque[tuple[bytes, bool]] = deque()  # payload and whether it is the trailers
+        self.incoming: list[bytes] = []  # the beginning of a message
+        self.incoming_bytes = 0
+        self.needed = 0  # bytes until it is whole
+        self.unsent: deque[tuple[bytes | memoryview, bool]] = deque()  # payload and whether it is the trailers
         self.unsent_bytes = 0
         self.started = False  # the response headers have been sent
         self.ended_there = False
@@ -132,7 +136,7 @@ class Connection(asyncio.Protocol):
         self._initial_window = DEFAULT_WINDOW
         self._max_frame = 16_384
         self._uncredited = 0
-        self._out: list[bytes] = []
+        self._out: list[bytes | memoryview] = []
         self._flush_is_due = False
         self._in_read = False
         self._going_away = False
@@ -329,26 +333,38 @@ class Connection(asyncio.Protocol):
             self._end_of_client(stream)
 
     def _take_messages(self, stream: _Stream, data: bytes) -> bool:
-        """Cut the stream's bytes into gRPC messages: a flag byte, a length, the message. False if that ended the stream."""
-        call = stream.call
-        assert call is not None
+        """Cut the stream's bytes into gRPC messages: a flag byte, a length, the message. False if that ended the stream.
+
+        The pieces of a message that comes in many frames are joined once, when the last is there.
+        """
         if stream.incoming:
-            data = stream.incoming + data
+            stream.incoming.append(data)
+            stream.incoming_bytes += len(data)
+            if stream.incoming_bytes < stream.needed:
+                return True
+            data = b"".join(stream.incoming)
+            stream.incoming.clear()
         position, size = 0, len(data)
+        needed = 5
         while size - position >= 5:
             if data[position]:
                 return self._refuse(stream, UNIMPLEMENTED, "compressed messages are not understood")
             length = int.from_bytes(data[position + 1 : position + 5], "big")
-            if length > MAX_WINDOW // 32:
-                return self._refuse(stream, RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {MAX_WINDOW // 32}")
+            if length > MAX_MESSAGE_BYTES:
+                return self._refuse(stream, RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
             end = position + 5 + length
             if end > size:
+                needed = 5 + length
                 break
-            call.receive(data[position + 5 : end])
+            if stream.call is None:
+                return False
+            stream.call.receive(data[position + 5 : end])
             position = end
             if stream.id not in self._streams:
                 return False
-        stream.incoming = data[position:]
+        if position < size:
+            stream.incoming.append(data[position:] if position else data)
+            stream.incoming_bytes, stream.needed = size - position, needed
         return True
 
     def _refuse(self, stream: _Stream, status: int, text: str) -> bool:
@@ -424,7 +440,7 @@ class Connection(asyncio.Protocol):
             self._send_window -= len(data)
             self._frame(DATA, 0, stream.id, data)
         else:
-            stream.unsent.append((data, False))
+            stream.unsent.append((memoryview(data), False))  # cut into frames without copying
             stream.unsent_bytes += len(data)
             self._send_unsent(stream)
         self._flush_soon()
@@ -490,7 +506,7 @@ class Connection(asyncio.Protocol):
         self._frame(RST_STREAM, 0, stream_id, struct.pack(">I", code))
         self._check_backlog()
 
-    def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+    def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes | memoryview) -> None:
         self._out.append(struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream_id))
         self._out.append(payload)
 
@@ -498,7 +514,7 @@ class Connection(asyncio.Protocol):
         """A peer that makes us answer and does not read is cut off before its answers fill the memory."""
         self._unread_answers += self._paused
         if self._unread_answers > MAX_UNREAD_ANSWERS:
-            self._out.clear()
+            self._out = []
             raise _ConnectionError(ENHANCE_YOUR_CALM, "answers are not read")
 
     def _flush_soon(self) -> None:
@@ -510,8 +526,11 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         self._flush_is_due = False
         if self._out and self._transport is not None:
-            self._transport.write(b"".join(self._out))
-        self._out.clear()
+            if len(self._out) > MANY_PARTS:
+                self._transport.write(b"".join(self._out))
+            else:
+                self._transport.writelines(self._out)
+        self._out = []
 
 
 def _unpad(payload: bytes, flags: int) -> bytes:
