@@ -86,7 +86,22 @@ class _ConnectionError(Exception):
 class _Stream:
     """One call's two directions."""
 
-    __slots__ = ("_connection", "call", "consumed", "ended_here", "ended_there", "id", "incoming", "incoming_bytes", "needed", "send_window", "started", "unsent", "unsent_bytes", "window")
+    __slots__ = (
+        "_connection",
+        "call",
+        "consumed",
+        "ended_here",
+        "ended_there",
+        "id",
+        "incoming",
+        "incoming_bytes",
+        "needed",
+        "send_window",
+        "started",
+        "unsent",
+        "unsent_bytes",
+        "window",
+    )
 
     def __init__(self, connection: "Connection", id_: int, send_window: int) -> None:
         self._connection = connection

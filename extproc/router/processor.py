@@ -42,7 +42,21 @@ class Conversation:
     When the gateway goes away, the wait of its request ends; the fetch that it waits for does not.
     """
 
-    __slots__ = ("_destination", "_exchange", "_forward", "_half_closed", "_headers", "_held_bytes", "_outcome", "_over", "_p", "_reason", "_sender", "_wait", "_waits_since")
+    __slots__ = (
+        "_destination",
+        "_exchange",
+        "_forward",
+        "_half_closed",
+        "_headers",
+        "_held_bytes",
+        "_outcome",
+        "_over",
+        "_p",
+        "_reason",
+        "_sender",
+        "_wait",
+        "_waits_since",
+    )
 
     def __init__(self, processor: Processor, sender: Sender) -> None:
         self._p = processor

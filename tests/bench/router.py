@@ -32,7 +32,9 @@ async def main(seconds: float, rounds: int, modes: list[str]) -> None:
     console.print(machine())
     show_verdict(console)
     for mode in modes:
-        table = Table("body", "model", "load", "Envoy alone", "with router", "ratio", "added p50 ms", "p99 ms", "router us/req", "Envoy us/req", "errors", title=mode)
+        table = Table(
+            "body", "model", "load", "Envoy alone", "with router", "ratio", "added p50 ms", "p99 ms", "router us/req", "Envoy us/req", "errors", title=mode
+        )
         async with arrangements({"envoy": {"processing_mode": mode}}) as pair:
             for size, count in SIZES.items():
                 for first in (True, False) if mode != "NONE" else (False,):

@@ -11,7 +11,20 @@ from extproc.errors import InvalidRequest
 
 
 @pytest.mark.parametrize(
-    ("asked", "seconds"), [(None, 60.0), ("30", 30.0), ("1.5", 1.5), ("30s", 30.0), ("500ms", 0.5), ("1m", 60.0), ("30S", 30.0), ("1H", 100.0), ("9999", 100.0), (" 5 ", 5.0), ("0", 0.0)]
+    ("asked", "seconds"),
+    [
+        (None, 60.0),
+        ("30", 30.0),
+        ("1.5", 1.5),
+        ("30s", 30.0),
+        ("500ms", 0.5),
+        ("1m", 60.0),
+        ("30S", 30.0),
+        ("1H", 100.0),
+        ("9999", 100.0),
+        (" 5 ", 5.0),
+        ("0", 0.0),
+    ],
 )
 def test_what_the_client_asks_within_what_the_operator_allows(asked: str | None, seconds: float) -> None:
     """Without a header the default; never more than the maximum."""

@@ -62,7 +62,9 @@ class ScriptedStager(StagerClient):
 class Router:
     """The router's parts around scripted stagers: one pool, one endpoint per stager."""
 
-    def __init__(self, count: int = 3, *, deadline_s: float = 60.0, max_body_bytes: int = 2**20, steering: Steering | None = None, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self, count: int = 3, *, deadline_s: float = 60.0, max_body_bytes: int = 2**20, steering: Steering | None = None, tracing: Tracing | None = None
+    ) -> None:
         self.now = 0.0
         self.stagers = {f"10.0.0.{i}:9102": ScriptedStager(f"10.0.0.{i}:9102") for i in range(1, count + 1)}
         endpoints = [Endpoint(f"10.0.0.{i}:8000", f"node-{i}", f"10.0.0.{i}:9102") for i in range(1, count + 1)]

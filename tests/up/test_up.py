@@ -1,6 +1,7 @@
 """`lora-extproc up` as a user runs it: it starts, it says what it does, it leaves nothing behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -49,12 +51,25 @@ def alive(pids: set[int]) -> set[int]:
     return running
 
 
+_started: list[Process] = []
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing() -> Iterator[None]:
+    """A test that fails leaves no stack running."""
+    yield
+    while _started:
+        with contextlib.suppress(ProcessLookupError):
+            _started.pop().kill()
+
+
 async def start(directory: Path, *more: str) -> tuple[Process, int]:
     """`up` when it says that it serves; its port."""
     port = free_ports(1)[0]
     process = await asyncio.create_subprocess_exec(
         *COMMAND, "--port", str(port), "--dir", str(directory), *more, stdout=PIPE, stderr=PIPE, env={**os.environ, "COLUMNS": "200"}
     )
+    _started.append(process)
     assert process.stdout is not None
     while b"Ctrl-C stops everything" not in (line := await process.stdout.readline()):
         assert line, (await process.communicate())[1]
