@@ -92,7 +92,10 @@ class Membership:
                                 self._residency.forget_stager(client.address)
                             instance = now_instance
                             for endpoint in endpoints:
-                                self.set_ready(endpoint) if ready else self.set_down(endpoint, node_why)
+                                if ready:
+                                    self.set_ready(endpoint)
+                                else:
+                                    self.set_down(endpoint, node_why)
                         case Evicted(adapter):
                             self._residency.forget(client.address, adapter)
                         case Published():

@@ -146,3 +146,16 @@ async def test_eviction_never_costs_an_engine_its_life(start: StackFactory, orig
             assert (answer.status, answer.weights) == (200, weights_of(origin, name))
         assert stack.process("node-1-engine").process.returncode is None
         await client.close()
+
+
+async def test_a_refused_connection_goes_to_the_next_of_the_list(start: StackFactory) -> None:
+    """Envoy's retry walks our list: requests sent before anybody has noticed that an engine died are answered by another."""
+    async with start() as stack:
+        client = Client(stack.address)
+        process = stack.process("node-1-engine").process
+        process.kill()
+        await process.wait()
+        answers = await asyncio.gather(*(client.chat(stack.base_model.served_name) for _ in range(40)))
+        assert {answer.status for answer in answers} == {200}
+        assert any(answer.headers["x-envoy-attempt-count"] == "2" for answer in answers)
+        await client.close()

@@ -34,8 +34,7 @@ async def test_rolling_two_routers_loses_no_request(start: StackFactory) -> None
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
             await stack.restart(name)
-            await _until_ready(stack.routers[int(name[-1]) - 1].http)
-            await asyncio.sleep(1.0)  # Envoy's health check has to see it before the other may go
+            await _until_envoy_sees(stack.admin, [router.listen for router in stack.routers])
         rolled.set()
         await loading
         statuses = await asyncio.gather(*requests)
@@ -44,13 +43,12 @@ async def test_rolling_two_routers_loses_no_request(start: StackFactory) -> None
     assert set(statuses) == {200}
 
 
-async def _until_ready(address: str) -> None:
+async def _until_envoy_sees(admin: str, routers: list[str]) -> None:
+    """Wait until Envoy's health check has found every replica well: only then may the next one go."""
+    wanted = [f"lora_extproc_router::{address}::health_flags::healthy" for address in routers]
     async with aiohttp.ClientSession() as session:
         while True:
-            try:
-                async with session.get(f"http://{address}/readyz") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
+            async with session.get(f"http://{admin}/clusters") as response:
+                if set(wanted) <= set((await response.text()).splitlines()):
+                    return
             await asyncio.sleep(0.05)

@@ -15,6 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from extproc.up.demo import write_adapter
 from extproc.up.processes import free_ports
 
 COMMAND = [sys.executable, "-m", "extproc", "up", "--offline"]
@@ -191,3 +192,28 @@ def _stager_of(directory: Path) -> str:
     import yaml
 
     return str(yaml.safe_load((directory / "run" / "node-1.yaml").read_text())["stager"]["listen"])
+
+
+async def test_engines_of_ones_own_are_used(tmp_path: Path) -> None:
+    """`--engine URL`: its base model is asked for, adapters are put where it looks for them."""
+    listen = f"127.0.0.1:{free_ports(1)[0]}"
+    arguments = ["sim", "--listen", listen, "--dir", str(tmp_path / "node-1"), "--base-model", "mine"]
+    engine = await asyncio.create_subprocess_exec(sys.executable, "-m", "extproc", *arguments)
+    _started.append(engine)
+    async with aiohttp.ClientSession() as session:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(f"http://{listen}/health"):
+                    break
+            await asyncio.sleep(0.05)
+    process, port = await start(tmp_path, "--engine", f"http://{listen}", "--origin", str(_origin_of(tmp_path)))
+    assert [await ask(port, model) for model in ("mine", "team/a", "demo/base")] == [200, 200, 404]
+    process.send_signal(signal.SIGTERM)
+    await process.communicate()
+    engine.terminate()
+    await engine.wait()
+
+
+def _origin_of(directory: Path) -> Path:
+    write_adapter(directory / "mine" / "team/a", seed=1, rank=4, hidden=64, layers=2, base_model="mine")
+    return directory / "mine"
