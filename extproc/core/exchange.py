@@ -122,7 +122,7 @@ class BodyReply:
     """Without a chunk: let the body that Envoy holds go on. With one: this is (a part of) the body."""
 
     direction: Direction
-    chunk: bytes | None = None
+    chunk: bytes | memoryview | None = None
     end_of_stream: bool = False
     mutation: Mutation | None = None
 
@@ -439,9 +439,11 @@ class Exchange:
 
 
 def _in_chunks(body: bytes, *, end_of_stream: bool, direction: Direction = Direction.REQUEST) -> Iterator[BodyReply]:
-    """The body as messages of at most BODY_CHUNK_BYTES; an empty one only where it carries the end of the stream."""
+    """The body as messages of at most BODY_CHUNK_BYTES, views of it; an empty one only where it carries the end of the stream."""
+    if len(body) <= BODY_CHUNK_BYTES:
+        if body or end_of_stream:
+            yield BodyReply(direction, body, end_of_stream)
+        return
+    view = memoryview(body)
     for start in range(0, len(body), BODY_CHUNK_BYTES):
-        last = start + BODY_CHUNK_BYTES >= len(body)
-        yield BodyReply(direction, body[start : start + BODY_CHUNK_BYTES], end_of_stream and last)
-    if not body and end_of_stream:
-        yield BodyReply(direction, b"", end_of_stream=True)
+        yield BodyReply(direction, view[start : start + BODY_CHUNK_BYTES], end_of_stream and start + BODY_CHUNK_BYTES >= len(body))

@@ -34,7 +34,7 @@ HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE =
 DEFAULT_WINDOW = 65_535  # RFC 9113, 6.9.2: of a connection, and of streams until SETTINGS say otherwise
 MAX_WINDOW = 2**31 - 1
 STREAM_WINDOW = 2**20  # a 1 MB prompt needs no round trip of window updates
-MANY_PARTS = 64  # small frames are cheaper to join than to hand to the kernel one by one
+LARGE_BYTES = 8192  # what is smaller is cheaper to copy than to keep a view of
 OUR_MAX_FRAME = 2**20  # fewer, larger frames; a peer that ignores it sends 16 KiB ones
 MAX_HEADER_BLOCK = 64 * 1024  # a gateway's has some hundred bytes
 MAX_MESSAGE_BYTES = 64 * 2**20  # of one gRPC message; what a body may have is the router's to limit, with an answer that a client understands
@@ -49,11 +49,15 @@ OK, UNIMPLEMENTED, INTERNAL, RESOURCE_EXHAUSTED = 0, 12, 13, 8
 _RESPONSE_HEADERS = b"\x88\x0f\x10\x10application/grpc"
 
 
+Buffer = bytes | memoryview
+Message = bytes | tuple[Buffer, ...]  # what is sent may come in parts: a large body is not copied into its message
+
+
 class Call(Protocol):
     """One gRPC call, as the transport drives it. Its methods return at once and raise nothing."""
 
-    def receive(self, message: bytes) -> None:
-        """The next message of the client."""
+    def receive(self, message: Buffer) -> None:
+        """The next message of the client; a large one as a view, to be read before this returns."""
 
     def half_close(self) -> None:
         """The client sends no more."""
@@ -65,7 +69,7 @@ class Call(Protocol):
 class Sender(Protocol):
     """What a call answers with."""
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: Message) -> None:
         """Send one message, when the client's window allows."""
 
     def finish(self, status: int = OK, text: str = "") -> None:
@@ -110,16 +114,16 @@ class _Stream:
         self.send_window = send_window
         self.window = STREAM_WINDOW  # what the client may still send
         self.consumed = 0  # taken by the call, not given back yet
-        self.incoming: list[bytes] = []  # the beginning of a message
+        self.incoming: list[Buffer] = []  # the beginning of a message
         self.incoming_bytes = 0
         self.needed = 0  # bytes until it is whole
-        self.unsent: deque[tuple[bytes | memoryview, bool]] = deque()  # payload and whether it is the trailers
+        self.unsent: deque[tuple[Buffer, bool]] = deque()  # payload and whether it is the trailers
         self.unsent_bytes = 0
         self.started = False  # the response headers have been sent
         self.ended_there = False
         self.ended_here = False
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: Message) -> None:
         if not self.ended_here:
             self._connection.send_message(self, message)
 
@@ -151,7 +155,8 @@ class Connection(asyncio.Protocol):
         self._initial_window = DEFAULT_WINDOW
         self._max_frame = 16_384
         self._uncredited = 0
-        self._out: list[bytes | memoryview] = []
+        self._out: list[Buffer] = []
+        self._out_bytes = 0
         self._flush_is_due = False
         self._in_read = False
         self._going_away = False
@@ -242,18 +247,22 @@ class Connection(asyncio.Protocol):
                 break
             kind, flags = data[position + 3], data[position + 4]
             stream_id = int.from_bytes(data[position + 5 : position + 9], "big") & MAX_WINDOW
-            payload = data[position + 9 : end]
+            payload: Buffer = data[position + 9 : end] if length < LARGE_BYTES else memoryview(data)[position + 9 : end]
             position = end
             if self._block is not None and kind != CONTINUATION:
                 raise _ConnectionError(PROTOCOL_ERROR, "a header block was not continued")
             self._handle(kind, flags, stream_id, payload)
         self._buffer = data[position:]
 
-    def _handle(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+    def _handle(self, kind: int, flags: int, stream_id: int, payload: Buffer) -> None:
         if kind == DATA:
             self._on_data(flags, stream_id, payload)
+            return
+        payload = bytes(payload)
+        if kind == WINDOW_UPDATE:
+            self._on_window_update(stream_id, payload)
         elif kind == HEADERS:
-            block = _unpad(payload, flags)
+            block = bytes(_unpad(payload, flags))
             if flags & PRIORITY_FLAG:
                 block = block[5:]
             self._on_header_block(stream_id, bytearray(block), bool(flags & END_STREAM), bool(flags & END_HEADERS))
@@ -263,8 +272,6 @@ class Connection(asyncio.Protocol):
             _, begun, end_stream = self._block
             begun += payload
             self._on_header_block(stream_id, begun, end_stream, bool(flags & END_HEADERS))
-        elif kind == WINDOW_UPDATE:
-            self._on_window_update(stream_id, payload)
         elif kind == RST_STREAM:
             self._on_reset(stream_id, payload)
         elif kind == SETTINGS:
@@ -323,7 +330,7 @@ class Connection(asyncio.Protocol):
             self._remembered[block] = path
         return path
 
-    def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+    def _on_data(self, flags: int, stream_id: int, payload: Buffer) -> None:
         size = len(payload)
         self._uncredited += size
         if self._uncredited >= STREAM_WINDOW:
@@ -347,7 +354,7 @@ class Connection(asyncio.Protocol):
         if flags & END_STREAM:
             self._end_of_client(stream)
 
-    def _take_messages(self, stream: _Stream, data: bytes) -> bool:
+    def _take_messages(self, stream: _Stream, data: Buffer) -> bool:
         """Cut the stream's bytes into gRPC messages: a flag byte, a length, the message. False if that ended the stream.
 
         The pieces of a message that comes in many frames are joined once, when the last is there.
@@ -373,7 +380,8 @@ class Connection(asyncio.Protocol):
                 break
             if stream.call is None:
                 return False
-            stream.call.receive(data[position + 5 : end])
+            message = data[position + 5 : end] if length < LARGE_BYTES else memoryview(data)[position + 5 : end]
+            stream.call.receive(bytes(message) if length < LARGE_BYTES else message)
             position = end
             if stream.id not in self._streams:
                 return False
@@ -444,19 +452,25 @@ class Connection(asyncio.Protocol):
 
     # -- writing
 
-    def send_message(self, stream: _Stream, message: bytes) -> None:
+    def send_message(self, stream: _Stream, message: Message) -> None:
         """One gRPC message: as much as the windows allow now, the rest when they open."""
         if not stream.started:
             stream.started = True
             self._frame(HEADERS, END_HEADERS, stream.id, _RESPONSE_HEADERS)
-        data = b"\x00" + len(message).to_bytes(4, "big") + message
-        if not (stream.unsent or self._paused) and len(data) <= self._max_frame and len(data) <= stream.send_window and len(data) <= self._send_window:
-            stream.send_window -= len(data)
-            self._send_window -= len(data)
-            self._frame(DATA, 0, stream.id, data)
+        if isinstance(message, tuple):
+            size = sum(map(len, message))
+            parts: tuple[Buffer, ...] = (b"\x00" + size.to_bytes(4, "big") + message[0], *message[1:])
         else:
-            stream.unsent.append((memoryview(data), False))  # cut into frames without copying
-            stream.unsent_bytes += len(data)
+            size = len(message)
+            parts = (b"\x00" + size.to_bytes(4, "big") + message,)
+        size += 5
+        if len(parts) == 1 and not (stream.unsent or self._paused) and size <= min(self._max_frame, stream.send_window, self._send_window):
+            stream.send_window -= size
+            self._send_window -= size
+            self._frame(DATA, 0, stream.id, parts[0])
+        else:
+            stream.unsent.extend((memoryview(part), False) for part in parts)  # cut into frames without copying
+            stream.unsent_bytes += size
             self._send_unsent(stream)
         self._flush_soon()
 
@@ -507,6 +521,7 @@ class Connection(asyncio.Protocol):
     def _forget_if_done(self, stream: _Stream) -> None:
         if not stream.ended_here or stream.unsent or self._streams.pop(stream.id, None) is None:
             return
+        stream.call = None  # the call knows its stream: without this cut the two would wait for the collector of cycles
         if not self._streams:
             self._on_idle()
         if not stream.ended_there:  # "the server can RST_STREAM with NO_ERROR after a complete response" (RFC 9113, 8.1)
@@ -521,7 +536,8 @@ class Connection(asyncio.Protocol):
         self._frame(RST_STREAM, 0, stream_id, struct.pack(">I", code))
         self._check_backlog()
 
-    def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes | memoryview) -> None:
+    def _frame(self, kind: int, flags: int, stream_id: int, payload: Buffer) -> None:
+        self._out_bytes += len(payload)
         self._out.append(struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream_id))
         self._out.append(payload)
 
@@ -541,14 +557,14 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         self._flush_is_due = False
         if self._out and self._transport is not None:
-            if len(self._out) > MANY_PARTS:
+            if self._out_bytes < LARGE_BYTES:
                 self._transport.write(b"".join(self._out))
             else:
                 self._transport.writelines(self._out)
-        self._out = []
+        self._out, self._out_bytes = [], 0
 
 
-def _unpad(payload: bytes, flags: int) -> bytes:
+def _unpad(payload: Buffer, flags: int) -> Buffer:
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):

@@ -14,7 +14,7 @@ from ..errors import LoraExtprocError
 from ..metrics import RouterMetrics
 from . import wire
 from .holding import Holding
-from .http2 import Sender
+from .http2 import Buffer, Sender
 from .membership import Membership
 from .staging import Placed, Staging
 from .tracing import Tracing
@@ -76,7 +76,7 @@ class Conversation:
 
     # -- the transport's side
 
-    def receive(self, message: bytes) -> None:
+    def receive(self, message: Buffer) -> None:
         """The next ProcessingRequest."""
         try:
             event = wire.decode(message)

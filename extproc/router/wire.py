@@ -26,6 +26,9 @@ from ..core.exchange import (
 from ..core.steering import LB_NAMESPACE, OWN_NAMESPACE, REMEMBERED
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
+from .http2 import LARGE_BYTES, Buffer, Message
+
+_REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types
 
 _encoded: dict[int, tuple[Mutation, bytes]] = {}
 
@@ -34,10 +37,13 @@ SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 SERVED_KEY = "x-gateway-destination-endpoint-served"
 
 
-def decode(message: bytes) -> Event:
+def decode(message: Buffer) -> Event:
     """One ProcessingRequest as an event. What cannot be read is an event too: the exchange answers it."""
+    body = _decode_body(message)
+    if body is not None:
+        return body
     try:
-        request = pb.ProcessingRequest.FromString(message)
+        request = pb.ProcessingRequest.FromString(bytes(message))
     except DecodeError:
         return Unreadable("not a ProcessingRequest")
     kind = request.WhichOneof("request")
@@ -63,8 +69,10 @@ def decode(message: bytes) -> Event:
     return Unreadable("a ProcessingRequest without a request")
 
 
-def encode(reply: Reply) -> bytes:
-    """One reply as a ProcessingResponse. A headers reply with a mutation that was encoded before is not encoded again."""
+def encode(reply: Reply) -> Message:
+    """One reply as a ProcessingResponse. A headers reply with a mutation that was encoded before is not encoded again; a body is not copied."""
+    if isinstance(reply, BodyReply) and reply.chunk is not None and reply.mutation is None:
+        return _encode_body(reply.direction, reply.chunk, reply.end_of_stream)
     if isinstance(reply, HeadersReply) and reply.direction is Direction.REQUEST and reply.mutation is not None:
         known = _encoded.get(id(reply.mutation))
         if known is not None:
@@ -98,6 +106,66 @@ def _encode(reply: Reply) -> bytes:
         case ImmediateReply(error):
             _immediate(response, error)
     return response.SerializeToString()
+
+
+# Bodies are most of the bytes, so their two messages are read and written by hand: through the generated code each would be copied four times.
+# Anything but the plain form goes the ordinary way, and the tests compare both with an independent full set.
+
+
+def _decode_body(message: Buffer) -> RequestBody | ResponseBody | None:
+    """A ProcessingRequest that is `request_body` (field 4) or `response_body` (5) and nothing else, holding `body` and `end_of_stream` in order."""
+    size = len(message)
+    if size < 2 or message[0] not in (_REQUEST_BODY, _RESPONSE_BODY):
+        return None
+    length, position = _varint(message, 1)
+    if position + length != size:
+        return None
+    body = b""
+    if position < size and message[position] == _BODY:
+        length, position = _varint(message, position + 1)
+        if position + length > size:
+            return None
+        body = bytes(message[position : position + length])
+        position += length
+    end_of_stream = False
+    if position + 2 == size and message[position] == _END_OF_STREAM and message[position + 1] == 1:
+        end_of_stream, position = True, size
+    if position != size:
+        return None
+    return RequestBody(body, end_of_stream) if message[0] == _REQUEST_BODY else ResponseBody(body, end_of_stream)
+
+
+def _encode_body(direction: Direction, chunk: Buffer, end_of_stream: bool) -> Message:
+    """`request_body` (3) or `response_body` (4) . response (1) . body_mutation (3) . streamed_response (3) . {body (1), end_of_stream (2)}."""
+    tail = b"\x10\x01" if end_of_stream else b""
+    head = b"\x0a" + _length(len(chunk)) if chunk else b""
+    inner = len(head) + len(chunk) + len(tail)
+    for tag in (b"\x1a", b"\x1a", b"\x0a", b"\x1a" if direction is Direction.REQUEST else b"\x22"):
+        wrapped = tag + _length(inner)
+        head = wrapped + head
+        inner += len(wrapped)
+    return (head, chunk, tail) if len(chunk) >= LARGE_BYTES else head + chunk + tail
+
+
+def _varint(message: Buffer, position: int) -> tuple[int, int]:
+    """A number of at most five bytes and where it ends; a size that no message has if it does not end."""
+    value = shift = 0
+    for at in range(position, min(position + 5, len(message))):
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + 1
+        shift += 7
+    return len(message) + 1, position
+
+
+def _length(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def _headers(message: pb.HeaderMap) -> Mapping[str, str]:

@@ -131,8 +131,8 @@ def line_of(action: Action) -> str:
             return f"< {_response(direction)}headers{_flags(mutation)}"
         case BodyReply(direction, None, _, mutation):
             return f"< {_response(direction)}body continue{_flags(mutation)}"
-        case BodyReply(direction, bytes(chunk), end_of_stream, mutation):
-            shown = f"'{chunk.decode()}'" if len(chunk) <= SHOWN_BYTES else str(len(chunk))
+        case BodyReply(direction, bytes() | memoryview() as chunk, end_of_stream, mutation):
+            shown = f"'{bytes(chunk).decode()}'" if len(chunk) <= SHOWN_BYTES else str(len(chunk))
             return f"< {_response(direction)}body {shown} end={str(end_of_stream).lower()}{_flags(mutation)}"
         case TrailersReply(direction):
             return f"< {_response(direction)}trailers"

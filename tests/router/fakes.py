@@ -13,6 +13,7 @@ from extproc.errors import LoraExtprocError
 from extproc.metrics import RouterMetrics
 from extproc.pb import ext_proc_pb2 as pb
 from extproc.router.holding import Holding
+from extproc.router.http2 import Message
 from extproc.router.membership import Membership
 from extproc.router.processor import Conversation, Processor
 from extproc.router.residency import Residency
@@ -100,9 +101,9 @@ class Gateway:
     def show(self, message: pb.ProcessingRequest) -> None:
         self.conversation.receive(message.SerializeToString())
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: Message) -> None:
         assert not self.finished.is_set()
-        self.written.append(pb.ProcessingResponse.FromString(message))
+        self.written.append(pb.ProcessingResponse.FromString(joined(message)))
 
     def finish(self, status: int = 0, text: str = "") -> None:
         assert (status, text) == (0, "")
@@ -125,6 +126,11 @@ class Gateway:
         destination = headers["x-gateway-destination-endpoint"]
         assert first.dynamic_metadata.fields["envoy.lb"].struct_value.fields["x-gateway-destination-endpoint"].string_value == destination
         return destination
+
+
+def joined(message: Message) -> bytes:
+    """A message that may come in parts."""
+    return message if isinstance(message, bytes) else b"".join(message)
 
 
 def headers(values: Mapping[str, str] | None = None, *, end: bool = False, mode: pb.BodySendMode = pb.FULL_DUPLEX_STREAMED) -> pb.ProcessingRequest:

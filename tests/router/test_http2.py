@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.router import http2
-from extproc.router.http2 import Connection, Sender
+from extproc.router.http2 import Buffer, Connection, Sender
 from extproc.router.listener import Listener
 
 ECHO, HOLD = "/test.Echo/Echo", "/test.Echo/Hold"
@@ -26,8 +26,8 @@ class Echo:
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
 
-    def receive(self, message: bytes) -> None:
-        self._sender.send(message)
+    def receive(self, message: Buffer) -> None:
+        self._sender.send(bytes(message))
 
     def half_close(self) -> None:
         self._sender.finish()
@@ -44,7 +44,7 @@ class Hold:
     def __init__(self, _sender: Sender) -> None:
         Hold.open_calls += 1
 
-    def receive(self, message: bytes) -> None:
+    def receive(self, message: Buffer) -> None:
         pass
 
     def half_close(self) -> None:

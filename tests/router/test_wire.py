@@ -26,6 +26,9 @@ from extproc.core.exchange import (
 )
 from extproc.errors import ModelNotFound, NoSpace
 from extproc.router import wire
+from extproc.router.http2 import Message
+
+from .fakes import joined
 
 BodySendMode = ext_proc_filter.ProcessingModeBodySendMode
 MUTATION = Mutation({"x-a": "1", "x-b": "é"}, ("x-c",), {"envoy.lb": {"x-a": "1"}, "lora_extproc": {"waited_ms": 1.5}}, clear_route_cache=True)
@@ -35,8 +38,8 @@ def _headers(**values: str) -> core.HeaderMap:
     return core.HeaderMap(headers=[core.HeaderValue(key=k.replace("_", "-"), raw_value=v.encode()) for k, v in values.items()])
 
 
-def _response(message: bytes) -> ext_proc.ProcessingResponse:
-    return ext_proc.ProcessingResponse.parse(message)
+def _response(message: Message) -> ext_proc.ProcessingResponse:
+    return ext_proc.ProcessingResponse.parse(joined(message))
 
 
 def _set_headers(mutation: ext_proc.HeaderMutation | None) -> dict[str, bytes]:
@@ -154,6 +157,33 @@ def test_a_body_reply_with_a_chunk_is_streamed() -> None:
         assert mutation is not None
         assert mutation.streamed_response is not None
         assert (mutation.streamed_response.body, mutation.streamed_response.end_of_stream) == (chunk, end)
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 127, 128, 8191, 8192, 16_383, 62_000, 2_100_000])
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("end", [False, True])
+def test_bodies_written_and_read_by_hand_are_what_the_full_set_writes_and_reads(size: int, direction: Direction, end: bool) -> None:
+    """Every length of a length, both directions, with and without the end."""
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    name = f"{direction.value}_body"
+    streamed = ext_proc.StreamedBodyResponse(body=data, end_of_stream=end)
+    common = ext_proc.CommonResponse(body_mutation=ext_proc.BodyMutation(streamed_response=streamed))
+    expected = ext_proc.ProcessingResponse()
+    setattr(expected, name, ext_proc.BodyResponse(response=common))
+    assert joined(wire.encode(BodyReply(direction, memoryview(data), end))) == bytes(expected)
+    request = ext_proc.ProcessingRequest()
+    setattr(request, name, ext_proc.HttpBody(body=data, end_of_stream=end))
+    shown = bytes(request)
+    event = (RequestBody if direction is Direction.REQUEST else ResponseBody)(data, end)
+    assert wire.decode(shown) == wire.decode(memoryview(shown)) == event
+
+
+def test_a_body_message_with_more_in_it_is_read_the_ordinary_way() -> None:
+    """Metadata beside the body, and fields in another order."""
+    body = ext_proc.HttpBody(body=b"x", end_of_stream=True)
+    assert wire.decode(bytes(ext_proc.ProcessingRequest(request_body=body, observability_mode=True))) == RequestBody(b"x", True)
+    assert wire.decode(b"\x22\x05\x10\x01\x0a\x01x") == RequestBody(b"x", True)
+    assert isinstance(wire.decode(b"\x22\x05\x0a\xff\xff\xff\xff"), Unreadable)
 
 
 def test_a_body_reply_without_a_chunk_lets_envoys_body_go_on() -> None:
