@@ -98,7 +98,7 @@ def _encode(reply: Reply) -> bytes:
             body.SetInParent()
             if chunk is not None:
                 streamed = body.response.body_mutation.streamed_response
-                streamed.body, streamed.end_of_stream = chunk, end_of_stream
+                streamed.body, streamed.end_of_stream = bytes(chunk), end_of_stream
             if mutation is not None:
                 _mutate(response, body.response, mutation)
         case TrailersReply(direction):
