@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 
 from extproc.core import content, scanner
-from extproc.core.exchange import Decide, Exchange, Mutation, RequestHeaders
+from extproc.core.events import Decide, Mutation, RequestHeaders
+from extproc.core.exchange import Exchange
 from extproc.errors import LoraExtprocError
 from extproc.router import wire
 from tests.core.test_scanner import strict

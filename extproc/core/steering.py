@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .endpoint import Endpoint
-from .exchange import Mutation
+from .events import Mutation
 
 DESTINATION_HEADER = "x-gateway-destination-endpoint"  # "MUST set both": the header, and the metadata key of the same name
 LB_NAMESPACE = "envoy.lb"

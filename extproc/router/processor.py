@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..core.decision import Facts, Forward, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
-from ..core.exchange import Action, Decide, Exchange, ImmediateReply, Mutation, RequestHeaders, ResponseHeaders, State
+from ..core.events import Action, Decide, ImmediateReply, Mutation, RequestHeaders, ResponseHeaders
+from ..core.exchange import Exchange, State
 from ..core.steering import Steering
 from ..errors import LoraExtprocError
 from ..metrics import RouterMetrics

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 
-from ..core.exchange import (
+from ..core.events import (
     BodyReply,
     Direction,
     Event,

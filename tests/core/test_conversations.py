@@ -23,20 +23,15 @@ from pathlib import Path
 
 import pytest
 
-from extproc.core.exchange import (
-    EARLY_SCAN_BYTES,
-    NO_RETRY_HEADER,
-    REQUEST_STEPS,
+from extproc.core.events import (
     SPOKEN_MODES,
     Action,
     BodyReply,
     Decide,
     Direction,
     Event,
-    Exchange,
     HeadersReply,
     ImmediateReply,
-    Kind,
     Mode,
     Mutation,
     RequestBody,
@@ -45,10 +40,10 @@ from extproc.core.exchange import (
     ResponseBody,
     ResponseHeaders,
     ResponseTrailers,
-    State,
     TrailersReply,
     Unreadable,
 )
+from extproc.core.exchange import EARLY_SCAN_BYTES, NO_RETRY_HEADER, REQUEST_STEPS, Exchange, Kind, State
 from extproc.errors import BY_NAME
 
 FILES = sorted((Path(__file__).parent.parent / "exchanges").glob("*.txt"))

@@ -9,21 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.core.decision import Facts
-from extproc.core.exchange import (
-    BODY_CHUNK_BYTES,
-    EARLY_SCAN_BYTES,
-    NO_RETRY_HEADER,
-    REQUEST_STEPS,
+from extproc.core.events import (
     SPOKEN_MODES,
     Action,
     BodyReply,
     Decide,
     Direction,
     Event,
-    Exchange,
     HeadersReply,
     ImmediateReply,
-    Kind,
     Mode,
     Mutation,
     RequestBody,
@@ -32,10 +26,10 @@ from extproc.core.exchange import (
     ResponseBody,
     ResponseHeaders,
     ResponseTrailers,
-    State,
     TrailersReply,
     Unreadable,
 )
+from extproc.core.exchange import BODY_CHUNK_BYTES, EARLY_SCAN_BYTES, NO_RETRY_HEADER, REQUEST_STEPS, Exchange, Kind, State
 from extproc.errors import GatewayProtocolError, InvalidRequest, NoSpace
 
 JSON = {":method": "POST", ":path": "/v1/completions", "content-type": "application/json"}

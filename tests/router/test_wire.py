@@ -8,7 +8,7 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_pr
 from envoy_data_plane.envoy.service.ext_proc import v3 as ext_proc
 from envoy_data_plane.google.protobuf import Struct
 
-from extproc.core.exchange import (
+from extproc.core.events import (
     BodyReply,
     Direction,
     HeadersReply,

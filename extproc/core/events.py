@@ -1,0 +1,134 @@
+"""The nouns of an exchange: what the gateway shows, what it is told, and the one question in between.
+
+Values: nobody changes one. They are not declared frozen, because that triples the cost of making one, and every request makes ten.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..errors import LoraExtprocError
+from .decision import Facts
+
+
+class Mode(Enum):
+    """Envoy's body send modes, as `protocol_config` of the first message names them."""
+
+    __hash__ = object.__hash__  # members are compared by identity; Enum's own hash is a call of Python code for every look into a table
+
+    NONE = 0
+    STREAMED = 1
+    BUFFERED = 2
+    BUFFERED_PARTIAL = 3
+    FULL_DUPLEX_STREAMED = 4
+    GRPC = 5
+
+
+SPOKEN_MODES = (Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED, Mode.NONE)
+
+
+# ---- what the gateway shows -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class RequestHeaders:
+    headers: Mapping[str, str]  # names in lower case; of repeated ones the first
+    end_of_stream: bool
+    request_mode: Mode = Mode.FULL_DUPLEX_STREAMED
+    response_mode: Mode = Mode.NONE
+    subset: tuple[str, ...] | None = None
+
+
+@dataclass(slots=True)
+class RequestBody:
+    chunk: bytes
+    end_of_stream: bool
+
+
+@dataclass(slots=True)
+class RequestTrailers:
+    pass
+
+
+@dataclass(slots=True)
+class ResponseHeaders:
+    end_of_stream: bool
+    served: str = ""  # the endpoint that served, where the gateway tells it
+
+
+@dataclass(slots=True)
+class ResponseBody:
+    chunk: bytes
+    end_of_stream: bool
+
+
+@dataclass(slots=True)
+class ResponseTrailers:
+    pass
+
+
+@dataclass(slots=True)
+class Unreadable:
+    """A message that could not be decoded, or of a kind that does not exist."""
+
+    why: str
+
+
+Event = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers | Unreadable
+
+
+# ---- replies: what the gateway is told; and the one question to the caller -----------------------------------------------------------------
+
+
+class Direction(Enum):
+    REQUEST = "request"
+    RESPONSE = "response"
+
+
+@dataclass(slots=True)
+class Mutation:
+    """What changes on the request: headers to set and to remove, dynamic metadata by namespace, and whether the route is chosen anew."""
+
+    set_headers: Mapping[str, str] = field(default_factory=dict)
+    remove_headers: tuple[str, ...] = ()
+    metadata: Mapping[str, Mapping[str, str | float]] = field(default_factory=dict)
+    clear_route_cache: bool = False
+
+
+@dataclass(slots=True)
+class HeadersReply:
+    direction: Direction
+    mutation: Mutation | None = None
+
+
+@dataclass(slots=True)
+class BodyReply:
+    """Without a chunk: let the body that Envoy holds go on. With one: this is (a part of) the body."""
+
+    direction: Direction
+    chunk: bytes | memoryview | None = None
+    end_of_stream: bool = False
+    mutation: Mutation | None = None
+
+
+@dataclass(slots=True)
+class TrailersReply:
+    direction: Direction
+
+
+@dataclass(slots=True)
+class ImmediateReply:
+    error: LoraExtprocError
+
+
+Reply = HeadersReply | BodyReply | TrailersReply | ImmediateReply
+
+
+@dataclass(slots=True)
+class Decide:
+    """Where to? The caller answers with `decided` or `failed`, now or later; the body may still be arriving."""
+
+    facts: Facts
+
+
+Action = Reply | Decide
