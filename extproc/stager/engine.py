@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -16,6 +17,14 @@ _INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$",
 _RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
 
 
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What the engine works on at one moment."""
+
+    running: frozenset[str]  # names of adapters with requests at work, and more where a name may hold a comma
+    waiting: float  # requests in its queue, of whatever adapter: those that wait for a slot are in no label
+
+
 class Engine:
     """vLLM's HTTP API. Every method raises EngineUnreachable when the answer is not certain."""
 
@@ -24,8 +33,6 @@ class Engine:
         key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
-        self.roots: set[str] = set()  # directories of the adapters in the last list of models
-        self.waiting = 0.0  # requests in the engine's queue at the last look at its metrics
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -39,33 +46,30 @@ class Engine:
         except EngineUnreachable:
             return False
 
-    async def registered(self) -> set[str]:
-        """Names the engine resolves without looking at the disk first; it may read their files at any time."""
+    async def registered(self) -> dict[str, str]:
+        """Names that the engine resolves without looking at the disk first, with the directory of each; it may read their files at any time."""
         status, body = await self._call("GET", "/v1/models")
         if status != 200 or not isinstance(body, dict) or not isinstance(body.get("data"), list):
             raise EngineUnreachable(f"the engine answers {status} to /v1/models")
         if not all(isinstance(model, dict) for model in body["data"]):
             raise EngineUnreachable("the engine's list of models is none")
-        self.roots = {str(model.get("root")) for model in body["data"] if model.get("parent")}
-        return {str(model.get("id")) for model in body["data"]}
+        return {str(model.get("id")): str(model.get("root")) if model.get("parent") else "" for model in body["data"]}
 
-    async def running(self) -> set[str]:
-        """Names with requests at work: of the series of vllm:lora_requests_info the newest, since old ones are never removed."""
+    async def requests(self) -> Requests:
+        """Of the series of vllm:lora_requests_info the newest, since old ones are never removed; and the length of the queue."""
         status, body = await self._call("GET", "/metrics")
         if status != 200 or not isinstance(body, str):
             raise EngineUnreachable(f"the engine answers {status} to /metrics")
         try:
             newest = max(_INFO.finditer(body), key=lambda m: float(m["time"]), default=None)
-            self.waiting = sum(float(value) for value in _WAITING.findall(body))
+            waiting = sum(float(value) for value in _WAITING.findall(body))
         except ValueError as error:
             raise EngineUnreachable("the engine's metrics are none") from error
-        if newest is None:
-            return set()
         running: set[str] = set()
-        for label in _RUNNING.findall(newest["labels"]):
+        for label in _RUNNING.findall(newest["labels"]) if newest is not None else ():
             parts = re.sub(r"\\(.)", r"\1", label).split(",")  # a name may hold commas: every run of parts may be one
             running |= {",".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
-        return running - {""}
+        return Requests(frozenset(running - {""}), waiting)
 
     async def unload(self, name: str) -> None:
         """Make the engine forget a name; one that it does not know is fine."""

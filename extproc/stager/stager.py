@@ -360,9 +360,10 @@ class Stager:
         Taking the link first would kill the engine: a registered adapter that fell out of its slots is read again from the link.
         """
         if self._engine.exists:
-            if set(names) & await self._engine.running():
+            requests = await self._engine.requests()
+            if requests.running & set(names):
                 return False
-            if set(names) & await self._engine.registered() and self._engine.waiting:
+            if requests.waiting and set(names) & set(await self._engine.registered()):
                 return False  # who waits for a slot is in no label, and reads the files when it gets one
             for name in names:
                 await self._engine.unload(name)
@@ -380,8 +381,9 @@ class Stager:
         return gone
 
     async def _engine_reads(self, names: Sequence[AdapterName]) -> bool:
-        known = await self._engine.registered() | await self._engine.running()
-        return bool(set(names) & known) or any(root.endswith(f"/{name}") for root in self._engine.roots for name in names)
+        registered = await self._engine.registered()
+        known = registered.keys() | (await self._engine.requests()).running
+        return bool(set(names) & known) or any(root.endswith(f"/{name}") for root in registered.values() for name in names)
 
     # -- the node's state
 

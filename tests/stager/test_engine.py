@@ -63,16 +63,16 @@ async def test_the_simulated_engine_is_understood(tmp_path: Path) -> None:
         engine = Engine(EngineSettings(url=sim.url))
         assert engine.exists
         assert await engine.is_healthy()
-        assert await engine.registered() == {"base"}
-        assert await engine.running() == set()
+        assert set(await engine.registered()) == {"base"}
+        assert (await engine.requests()).running == set()
         await sim.ask("acme/a")
-        assert await engine.registered() == {"base", "acme/a"}
+        assert set(await engine.registered()) == {"base", "acme/a"}
         async with sim.adapters.use("acme/a"):
-            assert await engine.running() == {"acme/a"}
-        assert await engine.running() == set()
+            assert (await engine.requests()).running == {"acme/a"}
+        assert (await engine.requests()).running == set()
         await engine.unload("acme/a")
         await engine.unload("acme/a")
-        assert await engine.registered() == {"base"}
+        assert set(await engine.registered()) == {"base"}
         await engine.close()
 
 
@@ -80,22 +80,22 @@ async def test_the_newest_series_tells_what_runs(scripted: tuple[ScriptedEngine,
     """A vLLM never removes the older ones; their values are times."""
     lines = [INFO.format(names=names, time=time) for names, time in (("alpha", "1.79e9"), ("alpha,acme/b", "1.790000001e9"), ("", "1.7e9"))]
     scripted[0].answers["GET /metrics"] = metrics("vllm:num_requests_running 1.0", *lines)
-    assert await engine.running() >= {"alpha", "acme/b"}
+    assert (await engine.requests()).running >= {"alpha", "acme/b"}
     scripted[0].answers["GET /metrics"] = metrics(*lines, INFO.format(names="", time="1.79000001e9"))
-    assert await engine.running() == set()
+    assert (await engine.requests()).running == set()
 
 
 async def test_names_that_wait_count_as_running(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
     """Versions differ in whether the two labels repeat each other."""
     line = 'vllm:lora_requests_info{max_lora="1",running_lora_adapters="a",waiting_lora_adapters="b,c"} 1.0'
     scripted[0].answers["GET /metrics"] = metrics(line)
-    assert await engine.running() >= {"a", "b", "c"}
+    assert (await engine.requests()).running >= {"a", "b", "c"}
 
 
 async def test_no_series_means_nothing_ran_yet(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
     """A vLLM that has just started."""
     scripted[0].answers["GET /metrics"] = metrics()
-    assert await engine.running() == set()
+    assert (await engine.requests()).running == set()
 
 
 BODIES = {
@@ -123,14 +123,14 @@ async def test_metrics_that_are_none_conclude_nothing(scripted: tuple[ScriptedEn
     for answer in (web.Response(status=503), web.json_response({})):
         scripted[0].answers["GET /metrics"] = answer
         with pytest.raises(EngineUnreachable):
-            await engine.running()
+            await engine.requests()
 
 
 async def test_a_series_whose_value_is_no_number_concludes_nothing(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
     """Not a ValueError, either."""
     scripted[0].answers["GET /metrics"] = metrics(INFO.format(names="a", time="soon"))
     with pytest.raises(EngineUnreachable):
-        await engine.running()
+        await engine.requests()
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 500, 503])
@@ -148,7 +148,7 @@ async def test_an_engine_that_does_not_answer_is_unreachable_and_unhealthy(scrip
         port = free.getsockname()[1]
     gone = Engine(EngineSettings(url=f"http://127.0.0.1:{port}"))
     for engine in (silent, gone):
-        for call in (engine.registered(), engine.running(), engine.unload("a")):
+        for call in (engine.registered(), engine.requests(), engine.unload("a")):
             with pytest.raises(EngineUnreachable):
                 await call
         assert not await engine.is_healthy()
