@@ -19,6 +19,7 @@ from ..errors import BodyTooLarge, GatewayProtocolError, LoraExtprocError
 from . import content, scanner
 from .decision import Facts, check_path
 from .events import (
+    REFUSED_MODES,
     SPOKEN_MODES,
     Action,
     BodyReply,
@@ -149,9 +150,10 @@ class Exchange:
                 if self._start is not None:
                     return self._violation(Kind.HEADERS)
                 self._start, self.mode, self.response_mode = event, event.request_mode, event.response_mode
-                if self.mode not in SPOKEN_MODES and not event.end_of_stream:
+                if self.mode in REFUSED_MODES and not event.end_of_stream:
                     spoken = ", ".join(mode.name for mode in SPOKEN_MODES)
-                    return self.failed(GatewayProtocolError(f"request_body_mode {self.mode.name} is not spoken here; use one of {spoken}"))
+                    why = f"request_body_mode {self.mode.name} is not spoken here: {REFUSED_MODES[self.mode]}; use one of {spoken}"
+                    return self.failed(GatewayProtocolError(why))
                 return self._step(Kind.HEADERS_END if event.end_of_stream else Kind.HEADERS, b"")
             case RequestBody():
                 return self._step(Kind.BODY_END if event.end_of_stream else Kind.BODY, event.chunk)
