@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from extproc.core.decision import Facts
 from extproc.core.events import (
+    REFUSED_MODES,
     SPOKEN_MODES,
     Action,
     BodyReply,
@@ -197,11 +198,19 @@ def test_errors_reach_the_reply_as_they_are() -> None:
     assert begun().failed(error) == [ImmediateReply(error)]
 
 
-def test_a_mode_that_is_not_spoken_is_named() -> None:
-    """An operator reads what to configure instead."""
-    [action] = begun_with(Mode.STREAMED)
+@pytest.mark.parametrize("mode", REFUSED_MODES)
+def test_a_mode_that_is_not_spoken_is_named(mode: Mode) -> None:
+    """An operator reads why, and what to configure instead."""
+    [action] = begun_with(mode)
     assert isinstance(action, ImmediateReply)
-    assert action.error.message == "request_body_mode STREAMED is not spoken here; use one of FULL_DUPLEX_STREAMED, BUFFERED, NONE"
+    expected = f"request_body_mode {mode.name} is not spoken here: {REFUSED_MODES[mode]}; use one of FULL_DUPLEX_STREAMED, BUFFERED, NONE"
+    assert action.error.message == expected
+
+
+def test_every_mode_is_spoken_or_refused() -> None:
+    """A mode of neither kind would be neither answered nor explained."""
+    assert {*SPOKEN_MODES, *REFUSED_MODES} == set(Mode)
+    assert not set(SPOKEN_MODES) & set(REFUSED_MODES)
 
 
 def begun_with(mode: Mode) -> list[Action]:
