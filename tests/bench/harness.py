@@ -132,7 +132,7 @@ async def measure(arrangement: Arrangement, load: Load) -> Measured:
         body, log = Path(temporary, "body"), Path(temporary, "log")
         body.write_bytes(load.body)
         command = ["h2load", "-t", "1", "-d", str(body), "-H", "content-type: application/json", "--log-file", str(log)]
-        command += ["-D", f"{load.seconds:g}", "--warm-up-time", "1"]
+        command += ["-D", f"{load.seconds:g}"]  # no warm-up of its own: its CPU would be counted and its requests would not
         # At a fixed rate one HTTP/2 connection: h2load paces each connection by itself and all in step, so many of them send in bursts.
         command += ["-c", "1", "-m", "100", "--rps", str(load.rps)] if load.rps else ["--h1", "-c", str(CONNECTIONS)]
         before = _cpu(arrangement.envoy), _cpu(arrangement.router)
