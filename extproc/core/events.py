@@ -1,6 +1,6 @@
 """The nouns of an exchange: what the gateway shows, what it is told, and the one question in between.
 
-Values: nobody changes one. They are not declared frozen, because that triples the cost of making one, and every request makes ten.
+Values: nobody changes one once it is sent. They are not declared frozen, because that triples the cost of making one, and every request makes ten.
 """
 
 from collections.abc import Mapping
@@ -125,6 +125,7 @@ class TrailersReply:
 @dataclass(slots=True)
 class ImmediateReply:
     error: LoraExtprocError
+    notes: Mapping[str, str | float] = field(default_factory=dict)  # for the access log, beside the reason; filled in by who knows them
 
 
 Reply = HeadersReply | BodyReply | TrailersReply | ImmediateReply

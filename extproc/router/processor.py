@@ -50,6 +50,7 @@ class Conversation:
         "_half_closed",
         "_headers",
         "_held_bytes",
+        "_model",
         "_outcome",
         "_over",
         "_p",
@@ -69,6 +70,7 @@ class Conversation:
         self._destination: tuple[Endpoint, ...] = ()  # best first
         self._headers: Mapping[str, str] = {}
         self._waits_since = 0.0
+        self._model = ""
         self._held_bytes = 0
         self._outcome, self._reason = "abandoned", ""  # what the request is counted as when the stream ends
         self._half_closed = False
@@ -122,9 +124,11 @@ class Conversation:
                 self._outcome, self._reason = "rejected", action.error.reason
                 if self._wait is not None:
                     self._wait.cancel()
+                action.notes = self._rejection_notes()
             self._sender.send(wire.encode(action))
 
     def _decide(self, facts: Facts) -> list[Action]:
+        self._model = facts.model or ""
         began = time.perf_counter()
         decision = decide(facts, self._p.membership.snapshot, self._p.policy)
         self._trace("decide", time.perf_counter() - began, {"model": facts.model or ""})
@@ -164,6 +168,11 @@ class Conversation:
         self._count_bytes()
         if self._half_closed:
             self.half_close()
+
+    def _rejection_notes(self) -> Mapping[str, str | float]:
+        if self._waits_since:
+            return {"model": self._model, "waited_ms": round((time.perf_counter() - self._waits_since) * 1000, 1)}
+        return {"model": self._model} if self._model else {}
 
     def _count_bytes(self) -> None:
         held = self._exchange.held_bytes

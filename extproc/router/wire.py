@@ -103,8 +103,8 @@ def _encode(reply: Reply) -> bytes:
                 _mutate(response, body.response, mutation)
         case TrailersReply(direction):
             (response.request_trailers if direction is Direction.REQUEST else response.response_trailers).SetInParent()
-        case ImmediateReply(error):
-            _immediate(response, error)
+        case ImmediateReply(error, notes):
+            _immediate(response, error, notes)
     return response.SerializeToString()
 
 
@@ -223,7 +223,7 @@ def _fill(struct: Struct, values: Mapping[str, str | float]) -> None:
             struct.fields[name].number_value = value
 
 
-def _immediate(response: pb.ProcessingResponse, error: LoraExtprocError) -> None:
+def _immediate(response: pb.ProcessingResponse, error: LoraExtprocError, notes: Mapping[str, str | float]) -> None:
     """Status, OpenAI-style JSON and the reason word, which Envoy prints as %RESPONSE_CODE_DETAILS%."""
     immediate = response.immediate_response
     immediate.status.code = error.status
@@ -233,4 +233,4 @@ def _immediate(response: pb.ProcessingResponse, error: LoraExtprocError) -> None
     _set_headers(immediate.headers, headers)
     immediate.body = error.openai_body()
     immediate.details = error.reason
-    _fill(response.dynamic_metadata.fields[OWN_NAMESPACE].struct_value, {"reason": error.reason})
+    _fill(response.dynamic_metadata.fields[OWN_NAMESPACE].struct_value, {**notes, "reason": error.reason})

@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import demo
 from .stack import Stack
@@ -14,7 +14,7 @@ _STYLES = {"2": "green", "4": "yellow", "5": "red"}
 
 def say_started(console: Console, stack: Stack) -> None:
     """The table of nodes, and commands to copy."""
-    table = Table("node", "endpoint", "stager", "directory", title=f"Envoy serves on http://{stack.address}", title_justify="left")
+    table = Table("node", "endpoint", "stager", Column("directory", overflow="fold"), title=f"Envoy serves on http://{stack.address}", title_justify="left")
     for node in stack.nodes:
         table.add_row(node.name, node.engine, node.stager, str(node.directory))
     console.print(table)

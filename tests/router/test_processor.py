@@ -171,6 +171,19 @@ async def test_garbage_gets_an_answer() -> None:
     assert stream.immediate().details == "protocol"
 
 
+async def test_a_rejection_says_for_the_access_log_what_was_asked_for() -> None:
+    """The model and the wait, beside the reason."""
+    router = Router()
+    for stager in router.stagers.values():
+        stager.error = ModelNotFound("no origin has demo/x")
+    waited = await serve(router, chat("demo/x"))
+    notes = waited.written[0].dynamic_metadata.fields["lora_extproc"].struct_value.fields
+    assert (notes["model"].string_value, notes["reason"].string_value, "waited_ms" in notes) == ("demo/x", "model_not_found", True)
+    refused = await serve(router, chat("../x"))
+    notes = refused.written[0].dynamic_metadata.fields["lora_extproc"].struct_value.fields
+    assert (notes["model"].string_value, notes["reason"].string_value, "waited_ms" in notes) == ("../x", "invalid_request", False)
+
+
 async def test_everybody_down_is_no_endpoint() -> None:
     """503 with Retry-After, not a wait for nothing."""
     router = Router()
