@@ -70,13 +70,13 @@ GC_THRESHOLD = 20_000  # objects; requests leave no cycles, so looking for them 
 MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC's default of 4 MiB would cut bodies off; router.max_body_bytes is the limit that answers
 
 
-def grpc_server(max_concurrent_streams: int = 10_000) -> grpc.aio.Server:
+def grpc_server() -> grpc.aio.Server:
     """A grpc.aio server with our transport limits, not bound yet."""
     return grpc.aio.server(
         options=(
             ("grpc.so_reuseport", 0),  # a second process on a busy port must fail, not share it
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_concurrent_streams", max_concurrent_streams),
+            ("grpc.max_concurrent_streams", 10_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         )
     )

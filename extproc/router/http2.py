@@ -380,8 +380,7 @@ class Connection(asyncio.Protocol):
                 break
             if stream.call is None:
                 return False
-            message = data[position + 5 : end] if length < LARGE_BYTES else memoryview(data)[position + 5 : end]
-            stream.call.receive(bytes(message) if length < LARGE_BYTES else message)
+            stream.call.receive(bytes(data[position + 5 : end]) if length < LARGE_BYTES else memoryview(data)[position + 5 : end])
             position = end
             if stream.id not in self._streams:
                 return False
@@ -404,11 +403,10 @@ class Connection(asyncio.Protocol):
     def _on_reset(self, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
             raise _ConnectionError(FRAME_SIZE_ERROR, "a reset of another size than 4")
-        stream = self._streams.pop(stream_id, None)
+        stream = self._streams.get(stream_id)
         if stream is not None:
+            self._forget(stream)
             self._abandon(stream)
-            if not self._streams:
-                self._on_idle()
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         if stream_id or len(payload) % 6:
@@ -439,7 +437,7 @@ class Connection(asyncio.Protocol):
                 return
             stream.send_window += increment
             if not increment or stream.send_window > MAX_WINDOW:
-                self._streams.pop(stream_id)
+                self._forget(stream)
                 self._abandon(stream)
                 self._reset(stream_id, FLOW_CONTROL_ERROR if increment else PROTOCOL_ERROR)
                 return
@@ -519,13 +517,18 @@ class Connection(asyncio.Protocol):
             stream.consumed = 0
 
     def _forget_if_done(self, stream: _Stream) -> None:
-        if not stream.ended_here or stream.unsent or self._streams.pop(stream.id, None) is None:
+        if not stream.ended_here or stream.unsent or stream.id not in self._streams:
             return
+        self._forget(stream)
         stream.call = None  # the call knows its stream: without this cut the two would wait for the collector of cycles
-        if not self._streams:
-            self._on_idle()
         if not stream.ended_there:  # "the server can RST_STREAM with NO_ERROR after a complete response" (RFC 9113, 8.1)
             self._reset(stream.id, NO_ERROR)
+
+    def _forget(self, stream: _Stream) -> None:
+        """The one way out of the table of streams: whoever drains waits for the last."""
+        del self._streams[stream.id]
+        if not self._streams:
+            self._on_idle()
 
     def _abandon(self, stream: _Stream) -> None:
         call, stream.call = stream.call, None
