@@ -5,11 +5,28 @@ with A; B gets A's CancelledError and the bytes are lost. So the task belongs to
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+
+async def to_the_end(step: Coroutine[Any, Any, T]) -> T:
+    """Await a step that must not be left half done. Who is cancelled meanwhile waits for its end, and is cancelled if it went well.
+
+    A thread cannot be stopped: what it does to the disk goes on when nobody waits for it any more.
+    """
+    task = asyncio.create_task(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        task.result()  # its own failure says more
+        raise
 
 
 class SingleFlight(Generic[K, T]):

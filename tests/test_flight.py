@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from extproc.flight import SingleFlight
+from extproc.flight import SingleFlight, to_the_end
 from tests.fakes.wait import turns
 
 
@@ -152,3 +152,43 @@ async def test_close_cancels_what_flies_and_waits_until_it_has_cleaned_up() -> N
 async def test_close_without_flights_returns() -> None:
     """There is nothing to wait for."""
     await SingleFlight[str, str]().close()
+
+
+# -- a step that is not left half done
+
+
+async def test_a_step_ends_before_its_cancelled_caller_does() -> None:
+    """Cancelled twice even; then the cancellation goes on."""
+    go_on, ended = asyncio.Event(), asyncio.Event()
+
+    async def step() -> None:
+        await go_on.wait()
+        ended.set()
+
+    caller = asyncio.create_task(to_the_end(step()))
+    for _ in range(2):
+        await turns()
+        caller.cancel()
+    await turns()
+    assert not caller.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert ended.is_set()
+
+
+async def test_a_step_that_fails_says_so_to_its_cancelled_caller() -> None:
+    """What it had begun did not come to be; that must not look like an end that went well."""
+    go_on = asyncio.Event()
+
+    async def step() -> None:
+        await go_on.wait()
+        raise LookupError
+
+    caller = asyncio.create_task(to_the_end(step()))
+    await turns()
+    caller.cancel()
+    await turns()
+    go_on.set()
+    with pytest.raises(LookupError):
+        await caller

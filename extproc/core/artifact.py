@@ -57,16 +57,23 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What lies in an artifact's directory, and where it came from. `name` and `origin` do not count for the digest."""
+    """What lies in an artifact's directory, and where it came from. Only the files count for the digest."""
 
     files: tuple[File, ...]
     name: str
     origin: str
     revision: str
+    in_place: bool = False  # the files are links to where the origin has them
+    final: bool = False  # the revision can never mean anything else
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the files take of this node's disk."""
+        return 0 if self.in_place else self.size
 
     @property
     def digest(self) -> str:
@@ -82,7 +89,7 @@ class Manifest:
         try:
             raw: dict[str, Any] = json.loads(text)
             files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in raw["files"])
-            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]))
+            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), raw.get("in_place") is True, raw.get("final") is True)
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error}") from error
 

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from extproc.core.lru import BLOCK_BYTES, Entry, Index, on_disk
+from extproc.core.lru import BLOCK_BYTES, MAX_HOLDERS, Entry, Index, on_disk
 from extproc.errors import AdapterTooLarge, NoSpace
 
 B = BLOCK_BYTES
@@ -71,6 +71,44 @@ def test_removed_bytes_are_free() -> None:
     assert (index.used_bytes, len(index)) == (B, 1)
 
 
+def test_a_second_reservation_adds_to_the_first_and_may_be_given_back() -> None:
+    """An archive, then what is in it: if there is no room for that, the room for the archive is still held."""
+    index = Index(10 * B)
+    index.reserve("flight", B, 1)
+    before = index.reserved_by("flight")
+    index.reserve("flight", 2 * B - 1, 1)
+    assert (index.reserved_by("flight"), index.reserved_bytes) == (3 * B, 3 * B)
+    index.give_back("flight", before)
+    assert (index.reserved_by("flight"), index.reserved_bytes) == (B, B)
+    index.commit("flight", "a", B, 2)
+    assert (index.used_bytes, index.reserved_bytes, index.reserved_by("flight")) == (B, 0, 0)
+
+
+def test_giving_back_all_or_of_nothing_leaves_nothing() -> None:
+    """As a flight does whose first reservation came to nothing; another's is not touched."""
+    index = Index(10 * B)
+    index.reserve("other", B, 1)
+    index.give_back("flight", 0)
+    index.reserve("flight", B, 1)
+    index.give_back("flight", 0)
+    assert (index.reserved_by("flight"), index.reserved_by("other"), index.reserved_bytes) == (0, B, B)
+    index.abort("flight")
+    assert index.reserved_bytes == B
+
+
+def test_what_others_put_there_counts_and_may_change_its_size() -> None:
+    """They write into it whenever they like."""
+    index = filled("a")
+    index.add("theirs", 3 * B, 2, keep=True)
+    assert index.used_bytes == 4 * B
+    index.resize("theirs", B + 1)
+    assert (index.used_bytes, index.entries()[-1].size) == (3 * B, 2 * B)
+    index.resize("theirs", 20 * B)
+    assert index.used_bytes == 21 * B
+    index.removed("theirs")
+    assert index.used_bytes == B
+
+
 def test_the_index_shows_its_books() -> None:
     """For logs and debuggers."""
     index = filled("a")
@@ -97,16 +135,32 @@ def test_free_room_is_used_before_anybody_goes() -> None:
     assert index.reserve("two", B, 4) == ["a"]
 
 
-@pytest.mark.parametrize("hold", ["lease", "pin"])
+@pytest.mark.parametrize("hold", ["lease", "pin", "keep"])
 def test_what_is_held_does_not_go(hold: str) -> None:
     """The next in order does."""
-    index = filled("a", "b", blocks=2)
+    index = Index(2 * B)
+    index.add("a", B, 1, keep=hold == "keep")
+    index.add("b", B, 2)
     if hold == "lease":
         assert index.lease("a", until=100, now=3)
         index.touch("b", 4)
-    else:
-        index._entries["a"].pinned = True
-    assert index.reserve("flight", B, 5) == ["b"]
+    elif hold == "pin":
+        index.pin("a", pinned=True)
+    assert index.surplus(B, 5) == ["b"]
+    index.kept("b", 5)
+    index.touch("a", 6)
+    assert index.reserve("flight", B, 7) == ["b"]
+
+
+def test_a_pin_ends_when_it_is_taken_away() -> None:
+    """And pinning what is not there is no error: it is pinned when it comes, by who knows the names."""
+    index = filled("a", blocks=1)
+    index.pin("never", pinned=True)
+    index.pin("a", pinned=True)
+    with pytest.raises(NoSpace):
+        index.reserve("flight", B, 2)
+    index.pin("a", pinned=False)
+    assert index.reserve("flight", B, 2) == ["a"]
 
 
 def test_a_lease_ends_at_its_end() -> None:
@@ -124,6 +178,64 @@ def test_a_shorter_lease_does_not_shorten_a_longer_one() -> None:
     index.lease("a", until=100, now=1)
     index.lease("a", until=50, now=2)
     assert index.entries()[0].leased_until == 100
+
+
+def test_each_holder_has_a_lease_of_its_own() -> None:
+    """The artifact stays until the last ends; giving one back takes nothing from another."""
+    index = filled("a", "b", blocks=2)
+    for holder, id_, until in (("one", "a", 100), ("two", "a", 50), ("one", "b", 100)):
+        assert index.lease(id_, until, 3, holder)
+    assert index.entries()[0].leased_until == 100
+    assert index.release("one", "a") == 1
+    assert [entry.leased_until for entry in index.entries()] == [50, 100]
+    assert index.release("one", "a") == 0
+    assert index.release("one") == 1
+    assert index.release("two", "never") == 0
+    assert index.release("stranger") == 0
+    with pytest.raises(NoSpace):
+        index.reserve("flight", 2 * B, 49)
+    assert index.release("two") == 1
+    assert index.reserve("flight", 2 * B, 49) == ["a", "b"]
+    assert all(entry.leased_until == float("-inf") for entry in index.entries())
+
+
+def test_leases_that_ended_are_not_kept_for_ever() -> None:
+    """Routers come and go under new names."""
+    index = filled("a")
+    for number in range(10 * MAX_HOLDERS):
+        index.lease("a", until=number + 1, now=number, holder=f"router {number}")
+    entry = index.entries()[0]
+    assert len(entry.leases or ()) <= MAX_HOLDERS + 1
+    assert entry.leased_until == 10 * MAX_HOLDERS
+    for number in range(2 * MAX_HOLDERS):
+        index.lease("a", until=10**6, now=10**5, holder=f"living {number}")
+    assert len(entry.leases or ()) >= 2 * MAX_HOLDERS
+
+
+def test_over_a_watermark_the_least_recently_used_go_down_to_the_mark() -> None:
+    """Whole artifacts, so a little lower; what is reserved counts like what is there; under the mark nobody goes."""
+    index = filled("a", "b", "c", "d", blocks=10)
+    assert index.surplus(4 * B, 5) == []
+    index.reserve("flight", 2 * B, 5)
+    assert index.surplus(5 * B - 1, 5) == ["a", "b"]
+    assert index.surplus(5 * B - 1, 5) == []
+    assert index.surplus(3 * B, 5) == ["c"]
+
+
+def test_what_leaves_already_is_counted_before_anybody_else_is_chosen() -> None:
+    """Wherever it stands: an operator's evict of one that was just in use."""
+    index = filled("a", "b", "c")
+    assert index.leave("c", 4)
+    assert index.surplus(2 * B, 5) == []
+    assert index.surplus(B, 5) == ["a"]
+
+
+def test_a_surplus_that_is_held_stays() -> None:
+    """Less goes if that is all that may go."""
+    index = filled("a", "b", "c")
+    index.lease("a", until=100, now=4)
+    index.pin("b", pinned=True)
+    assert index.surplus(0, 5) == ["c"]
 
 
 def test_too_large_for_the_disk_and_no_room_now_are_different() -> None:
@@ -207,13 +319,71 @@ def test_a_victim_by_request_obeys_the_same_holds() -> None:
     """An operator's evict takes nothing that is leased, pinned, leaving or absent."""
     index = filled("a", "b", "c")
     index.lease("a", until=100, now=4)
-    index._entries["b"].pinned = True
+    index.pin("b", pinned=True)
+    index.add("theirs", B, 4, keep=True)
     assert not index.leave("a", 5)
     assert not index.leave("b", 5)
+    assert not index.leave("theirs", 5)
     assert not index.leave("never", 5)
     assert index.leave("c", 5)
     assert not index.leave("c", 5)
     assert index.leave("a", 100)
+
+
+def test_a_victim_by_force_obeys_no_hold() -> None:
+    """Purged or damaged: whoever leased or pinned it. What is absent or leaves already is not chosen again."""
+    index = filled("a", "b")
+    index.lease("a", until=100, now=4)
+    index.pin("b", pinned=True)
+    index.add("theirs", B, 4, keep=True)
+    for id_ in ("a", "b", "theirs"):
+        assert index.leave(id_, 5, force=True)
+        assert not index.leave(id_, 5, force=True)
+    assert not index.leave("never", 5, force=True)
+    assert index.used_bytes == 3 * B
+
+
+def test_what_a_flight_is_at_goes_not_even_by_force() -> None:
+    """It is about to get its name, or to lose it to a new version. Two flights let go of it one by one."""
+    index = filled("a", "b", blocks=2)
+    assert index.hold("a")
+    assert index.hold("a")
+    assert not index.hold("never")
+    for _ in range(2):
+        assert not index.leave("a", 3, force=True)
+        assert index.surplus(B, 3) == ["b"]
+        index.kept("b", 3)
+        index.let_go("a")
+    index.let_go("never")
+    assert index.leave("a", 3)
+    assert not index.hold("a")
+
+
+def test_a_victim_is_leaving_until_it_is_gone_or_kept() -> None:
+    """What is not there is not leaving."""
+    index = filled("a", "b")
+    assert not index.is_leaving("a")
+    for id_ in ("a", "b"):
+        index.leave(id_, 3)
+        assert index.is_leaving(id_)
+    index.kept("a", 3)
+    index.removed("b")
+    assert not any(index.is_leaving(id_) for id_ in ("a", "b", "never"))
+
+
+def test_a_new_version_inherits_the_leases_of_the_old() -> None:
+    """Each holder's, and none is made shorter; who only reads the old one's files does not hold the new."""
+    index = filled("old", "new")
+    index.lease("old", until=100, now=3, holder="one")
+    index.lease("old", until=50, now=3, holder="two")
+    index.lease("old", until=float("inf"), now=3, holder="reader")
+    index.lease("new", until=70, now=3, holder="two")
+    index.inherit("new", "old")
+    assert next(e for e in index.entries() if e.id == "new").leases == {"one": 100, "two": 70}
+    before = books(index)
+    for heir, from_id in (("new", "new"), ("new", "never"), ("never", "old"), ("old", "never")):
+        index.inherit(heir, from_id)
+    assert books(index) == before
 
 
 def test_content_published_again_while_it_leaves_stays() -> None:
@@ -235,8 +405,13 @@ def test_leasing_what_is_not_there_says_so() -> None:
 LIMIT = 12 * B
 
 
+HOLDERS = ("", "router 1", "router 2")
+
+
 class Calls(RuleBasedStateMachine):
-    """The stager's use: a flight whose victims are all gone fetches; one of whose victims was kept gives its reservation back."""
+    """The stager's use: a flight whose victims are all gone fetches; one of whose victims was kept gives that reservation back. Beside it others
+    put things there and change them, routers lease and release, an operator removes by force, and the watermark is watched.
+    """
 
     flights = Bundle("flights")
 
@@ -245,40 +420,70 @@ class Calls(RuleBasedStateMachine):
         self.index = Index(LIMIT)
         self.now = 0.0
         self.count = 0
-        self.waiting: dict[str, set[str]] = {}  # flight -> its victims that are still there
-        self.reserved: dict[str, int] = {}
+        self.waiting: dict[str, set[str]] = {}  # flight -> the victims of its last reservation that are still there
+        self.reserved: dict[str, list[int]] = {}  # flight -> its reservations
         self.leaving: set[str] = set()
+        self.forced: set[str] = set()  # of those, the ones that may be held
         self.sizes: dict[str, int] = {}
+        self.theirs: set[str] = set()
+        self.leases: dict[str, dict[str, float]] = {}
+        self.at_work: list[str] = []  # what flights are at, once per flight
+        self.overfull = False  # others wrote more than there was room for
 
     def _id(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from([*sorted(self.sizes), "absent"]))
+
+    def _held(self) -> set[str]:
+        leased = {id_ for id_, held in self.leases.items() if max(held.values()) > self.now}
+        return {e.id for e in self.index.entries() if e.pinned} | leased | self.theirs | set(self.at_work)
+
+    def _grew(self) -> None:
+        self.overfull = self.overfull or self.index.used_bytes + self.index.reserved_bytes > LIMIT
 
     @rule(step=st.integers(0, 10))
     def time_passes(self, step: int) -> None:
         self.now += step
 
-    @rule(target=flights, size=st.sampled_from((0, 1, B, 3 * B, 5 * B, 5 * B, LIMIT, LIMIT + 1)))
-    def reserve(self, size: int) -> str:
-        self.count += 1
-        token = f"flight {self.count}"
+    def _reserve(self, token: str, size: int) -> None:
         before = books(self.index)
-        held = {e.id for e in self.index.entries() if e.pinned or e.leased_until > self.now}
+        held = self._held()
         try:
             victims = self.index.reserve(token, size, self.now)
         except AdapterTooLarge:
             assert on_disk(size) > LIMIT
             assert books(self.index) == before
-            return token
+            return
         except NoSpace:
             assert on_disk(size) <= LIMIT
             assert books(self.index) == before
-            return token
-        assert not held & set(victims)
+            return
+        assert not held & (set(victims) - self.leaving)
         assert len(set(victims)) == len(victims)
         self.leaving |= set(victims)
         self.waiting[token] = set(victims)
-        self.reserved[token] = on_disk(size)
+        self.reserved.setdefault(token, []).append(on_disk(size))
+        assert self._staying() + self.index.reserved_bytes <= LIMIT
+
+    @rule(target=flights, size=st.sampled_from((0, 1, B, 3 * B, 5 * B, 5 * B, LIMIT, LIMIT + 1)))
+    def reserve(self, size: int) -> str:
+        self.count += 1
+        token = f"flight {self.count}"
+        self._reserve(token, size)
         return token
+
+    @rule(token=flights, size=st.sampled_from((0, B, 4 * B, 8 * B)))
+    def reserve_more(self, token: str, size: int) -> None:
+        if token in self.reserved and not self.waiting[token]:
+            self._reserve(token, size)
+
+    @rule(token=flights)
+    def give_back(self, token: str) -> None:
+        if token in self.reserved:
+            self.reserved[token].pop()
+            self.waiting[token] = set()
+            self.index.give_back(token, sum(self.reserved[token]))
+            if not self.reserved[token]:
+                self._give_up(token)
 
     @rule(token=consumes(flights), share=st.sampled_from((0.0, 0.4, 1.0, 1.0)), twin=st.integers(0, 9).map(lambda n: n == 0), data=st.data())
     def arrive(self, token: str, share: float, twin: bool, data: st.DataObject) -> None:
@@ -288,11 +493,12 @@ class Calls(RuleBasedStateMachine):
         id_ = self._id(data) if twin else token
         if id_ in self.leaving or id_ == "absent":
             id_ = token
-        size = int(self.reserved.pop(token) * share)
+        size = int(sum(self.reserved.pop(token)) * share)
         del self.waiting[token]
         self.index.commit(token, id_, size, self.now)
         self.sizes.setdefault(id_, on_disk(size))
         assert self.index.get(id_) is not None
+        assert self.index.reserved_by(token) == 0
 
     @rule(token=consumes(flights))
     def fail(self, token: str) -> None:
@@ -303,38 +509,110 @@ class Calls(RuleBasedStateMachine):
         self.reserved.pop(token, None)
         self.waiting.pop(token, None)
 
-    @rule(data=st.data(), length=st.integers(0, 20))
-    def lease(self, data: st.DataObject, length: int) -> None:
+    @rule(size=st.sampled_from((0, B, B, B, 3 * B, 3 * B, 2 * LIMIT)))
+    def others_put(self, size: int) -> None:
+        self.count += 1
+        id_ = f"theirs {self.count}"
+        self.index.add(id_, size, self.now, keep=True)
+        self.sizes[id_] = on_disk(size)
+        self.theirs.add(id_)
+        self._grew()
+
+    @precondition(lambda self: self.theirs)
+    @rule(data=st.data(), size=st.sampled_from((0, B, B, 2 * B, 2 * B, 2 * LIMIT)))
+    def others_change(self, data: st.DataObject, size: int) -> None:
+        id_ = data.draw(st.sampled_from(sorted(self.theirs)))
+        self.index.resize(id_, size)
+        self.sizes[id_] = on_disk(size)
+        self._grew()
+
+    @precondition(lambda self: self.theirs - set(self.at_work))
+    @rule(data=st.data())
+    def others_take_away(self, data: st.DataObject) -> None:
+        self._removed(data.draw(st.sampled_from(sorted(self.theirs - set(self.at_work)))))
+
+    @rule(data=st.data(), length=st.integers(0, 20), holder=st.sampled_from(HOLDERS))
+    def lease(self, data: st.DataObject, length: int, holder: str) -> None:
         id_ = self._id(data)
-        leased = self.index.lease(id_, self.now + length, self.now)
+        leased = self.index.lease(id_, self.now + length, self.now, holder)
         assert leased == (id_ in self.sizes and id_ not in self.leaving)
         if leased:
             assert self.index.entries()[-1].id == id_
+            held = self.leases.setdefault(id_, {})
+            held[holder] = max(held.get(holder, 0.0), self.now + length)
+
+    @rule(data=st.data(), holder=st.sampled_from(HOLDERS), everything=st.booleans())
+    def release(self, data: st.DataObject, holder: str, everything: bool) -> None:
+        id_ = None if everything else self._id(data)
+        had = [held for at, held in self.leases.items() if id_ in (None, at) and held.pop(holder, None) is not None]
+        assert self.index.release(holder, id_) == len(had)
+        self.leases = {at: held for at, held in self.leases.items() if held}
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        id_ = self._id(data)
+        held = self.index.hold(id_)
+        assert held == (id_ in self.sizes and id_ not in self.leaving)
+        if held:
+            self.at_work.append(id_)
+
+    @precondition(lambda self: self.at_work)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        id_ = data.draw(st.sampled_from(self.at_work))
+        self.at_work.remove(id_)
+        self.index.let_go(id_)
+
+    @rule(data=st.data())
+    def inherit(self, data: st.DataObject) -> None:
+        heir, from_id = self._id(data), self._id(data)
+        if heir in self.leaving:
+            return  # a flight is at the heir
+        self.index.inherit(heir, from_id)
+        if heir in self.sizes and from_id in self.leases:
+            held = self.leases.setdefault(heir, {})
+            held |= {holder: max(held.get(holder, until), until) for holder, until in self.leases[from_id].items()}
 
     @rule(data=st.data(), pinned=st.booleans())
     def pin(self, data: st.DataObject, pinned: bool) -> None:
-        entry = self.index.get(self._id(data))
-        if entry is not None:
-            entry.pinned = pinned
-
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
         id_ = self._id(data)
-        entry = self.index.get(id_)
-        may_go = entry is not None and self.index.is_evictable(entry, self.now)
-        assert self.index.leave(id_, self.now) == may_go
+        self.index.pin(id_, pinned=pinned)
+        if id_ in self.leaving:
+            self.forced.add(id_)
+
+    @rule(data=st.data(), force=st.booleans())
+    def leave(self, data: st.DataObject, force: bool) -> None:
+        id_ = self._id(data)
+        may_go = id_ in self.sizes and id_ not in self.leaving and id_ not in (set(self.at_work) if force else self._held())
+        assert self.index.leave(id_, self.now, force=force) == may_go
         if may_go:
             self.leaving.add(id_)
+            if force:
+                self.forced.add(id_)
+
+    @rule(share=st.sampled_from((0.0, 0.5, 0.9, 1.0)))
+    def watch_the_watermark(self, share: float) -> None:
+        mark, held = int(share * LIMIT), self._held()
+        victims = self.index.surplus(mark, self.now)
+        assert not set(victims) & (held | self.leaving)
+        self.leaving |= set(victims)
+        left = self._staying() + self.index.reserved_bytes
+        may_go = set(self.sizes) - self.leaving - held
+        assert left <= mark or not may_go
+        if victims:
+            assert left + self.sizes[victims[-1]] > mark
 
     @precondition(lambda self: self.leaving)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        id_ = data.draw(st.sampled_from(sorted(self.leaving)))
+        self._removed(data.draw(st.sampled_from(sorted(self.leaving))))
+
+    def _removed(self, id_: str) -> None:
         self.index.removed(id_)
-        self.leaving.discard(id_)
         del self.sizes[id_]
-        for victims in self.waiting.values():
-            victims.discard(id_)
+        self.leases.pop(id_, None)
+        for group in (self.leaving, self.forced, self.theirs, *self.waiting.values()):
+            group.discard(id_)
 
     @precondition(lambda self: self.leaving)
     @rule(data=st.data())
@@ -342,14 +620,23 @@ class Calls(RuleBasedStateMachine):
         id_ = data.draw(st.sampled_from(sorted(self.leaving)))
         self.index.kept(id_, self.now)
         self.leaving.discard(id_)
+        self.forced.discard(id_)
         for token in [token for token, victims in self.waiting.items() if id_ in victims]:
-            self._give_up(token)
+            self.give_back(token)
+
+    def _staying(self) -> int:
+        return sum(size for id_, size in self.sizes.items() if id_ not in self.leaving)
 
     @invariant()
     def the_books_are_right(self) -> None:
         assert {e.id: e.size for e in self.index.entries()} == self.sizes
         assert self.index.used_bytes == sum(self.sizes.values())
-        assert self.index.reserved_bytes == sum(self.reserved.values())
+        assert self.index.reserved_bytes == sum(map(sum, self.reserved.values()))
+        assert all(self.index.reserved_by(token) == sum(sizes) for token, sizes in self.reserved.items())
+
+    @invariant()
+    def a_hold_lasts_until_its_last_holder_s_end(self) -> None:
+        assert {e.id: e.leased_until for e in self.index.entries() if e.leases} == {id_: max(held.values()) for id_, held in self.leases.items()}
 
     @invariant()
     def in_or_leaving_never_both(self) -> None:
@@ -357,19 +644,21 @@ class Calls(RuleBasedStateMachine):
         assert {id_ for id_ in self.sizes if id_ in self.index} == set(self.sizes) - self.leaving
 
     @invariant()
-    def no_victim_is_held(self) -> None:
-        held: list[Entry] = [e for e in self.index.entries() if e.leaving and not self.index.is_evictable(e, self.now)]
+    def no_victim_is_held_but_by_force(self) -> None:
+        held: list[Entry] = [e for e in self.index.entries() if e.leaving and e.id not in self.forced and not self.index.is_evictable(e, self.now)]
         assert not held
 
     @invariant()
     def what_stays_and_what_is_promised_fit(self) -> None:
-        staying = sum(size for id_, size in self.sizes.items() if id_ not in self.leaving)
-        assert staying + self.index.reserved_bytes <= LIMIT
+        assert self.overfull or self._staying() + self.index.reserved_bytes <= LIMIT
 
     @invariant()
     def fetches_do_not_overshoot(self) -> None:
-        fetching = sum(size for token, size in self.reserved.items() if not self.waiting[token])
-        assert self.index.used_bytes + fetching <= LIMIT
+        fetching = sum(sum(sizes) for token, sizes in self.reserved.items() if not self.waiting[token])
+        assert self.overfull or self.index.used_bytes + fetching <= LIMIT
+        if not self.leaving and not any(self.waiting.values()):
+            assert self.overfull or self.index.used_bytes + self.index.reserved_bytes <= self.index.max_bytes
+        self.overfull = self.overfull and self.index.used_bytes + self.index.reserved_bytes > LIMIT
 
     @invariant()
     def the_least_recently_used_stand_first(self) -> None:
@@ -378,4 +667,4 @@ class Calls(RuleBasedStateMachine):
 
 
 TestAnySequenceOfCalls = Calls.TestCase
-TestAnySequenceOfCalls.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAnySequenceOfCalls.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
