@@ -2,15 +2,19 @@
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import grpc.aio
 
-from .errors import BY_NAME, LoraExtprocError, StagerUnavailable
+from . import credentials
+from .config import RpcSettings
+from .core.artifact import File
+from .errors import BY_NAME, LoraExtprocError, ModelNotFound, NotPermitted, StagerUnavailable
 from .pb import stager_pb2 as pb
 
 SERVICE = "lora_extproc.stager.v1.Stager"
+RETRY_AFTER_METADATA = "lora-extproc-retry-after"  # seconds
 ERROR_METADATA = "lora-extproc-error"  # trailing metadata: the name of the error's class
 
 # A stager that is gone must be noticed within seconds, not within TCP's minutes, also where packets are dropped instead of refused.
@@ -22,6 +26,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 256 * 2**20),  # a list of a hundred thousand adapters; gRPC's default ends at twenty thousand
 )
 
 
@@ -38,12 +43,24 @@ class Staged:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a flight is. `total_bytes` 0: not known yet."""
+
+    phase: str
+    origin: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeState:
-    """Whether the node may be sent requests."""
+    """Whether the node may be sent requests. Not `resumed`: what was known of its disk is worth nothing."""
 
     ready: bool
     why: str
     instance: str
+    resumed: bool = False
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,62 +69,161 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Refreshed:
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
 class Evicted:
     adapter: str
 
 
-WatchEvent = NodeState | Published | Evicted
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The node's disk budget, in bytes."""
+
+    used_bytes: int
+    reserved_bytes: int
+    max_bytes: int
+
+
+WatchEvent = NodeState | Published | Refreshed | Evicted | Space
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What another node has under a name, file by file."""
+
+    instance: str
+    digest: str
+    revision: str
+    origin: str
+    files: tuple[File, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """One adapter of a node. `leased_seconds` 0: not leased. `checked_seconds` since it was compared with its origin, -1: not since the start."""
+
+    name: str
+    digest: str
+    bytes: int
+    origin: str
+    revision: str
+    idle_seconds: float
+    leased_seconds: float
+    pinned: bool
+    checked_seconds: float
+    refresh_error: str
+    adopted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """What a node has, least recently used first, and its budget in bytes."""
+
+    adapters: tuple[OnDisk, ...]
+    used_bytes: int
+    reserved_bytes: int
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What reading one artifact back from the disk gave."""
+
+    adapter: str
+    digest: str
+    bytes: int
+    ok: bool
+    why: str
+    removed: bool
 
 
 class StagerClient:
-    """One stager at `host:port`. Every method raises StagerUnavailable if it does not answer, else the error the stager names."""
+    """One stager at `host:port`. Every method raises StagerUnavailable if it does not answer, else the error the stager names.
 
-    def __init__(self, address: str) -> None:
+    `holder` is whose leases `ensure` takes.
+    """
+
+    def __init__(self, address: str, rpc: RpcSettings | None = None, holder: str = "") -> None:
+        rpc = rpc or RpcSettings()
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        unary, stream = self._channel.unary_unary, self._channel.unary_stream
-        self._ensure = unary(f"/{SERVICE}/Ensure", pb.EnsureRequest.SerializeToString, pb.EnsureReply.FromString)
-        self._list = unary(f"/{SERVICE}/List", pb.ListRequest.SerializeToString, pb.ListReply.FromString)
-        self._evict = unary(f"/{SERVICE}/Evict", pb.EvictRequest.SerializeToString, pb.EvictReply.FromString)
-        self._watch = stream(f"/{SERVICE}/Watch", pb.WatchRequest.SerializeToString, pb.WatchEvent.FromString)
+        self.holder = holder
+        self._metadata = credentials.call_metadata(rpc)
+        self._channel = credentials.channel(address, rpc, _CHANNEL_OPTIONS)
+        self._position = ("", 0)  # of the watch: the instance, and the last change seen of it
 
-    async def ensure(self, adapter: str) -> Staged:
-        """Wait until `adapter` is on the node's disk. Cancelling ends the wait, not the fetch."""
-        try:
-            reply = await self._ensure(pb.EnsureRequest(adapter=adapter))
-        except grpc.aio.AioRpcError as error:
-            raise self._ours(error) from error
-        return Staged(reply.digest, reply.staged, reply.origin, reply.lease_seconds, reply.waited_seconds, reply.bytes)
+    async def ensure(self, adapter: str, sha256: str = "", *, prefetch: bool = False) -> Staged:
+        """Wait until `adapter` is on the node's disk. Cancelling ends the wait, not the fetch. `sha256` is what its weights must have."""
+        reply = await self._unary("Ensure", self._ensure_request(adapter, sha256, prefetch=prefetch), pb.EnsureReply)
+        return _staged(reply)
 
-    async def list(self) -> pb.ListReply:
+    async def stage(self, adapter: str, sha256: str = "") -> AsyncIterator[Progress | Staged]:
+        """The same; how far it is comes meanwhile, Staged last."""
+        async for message in self._stream("Stage", self._ensure_request(adapter, sha256), pb.StageProgress):
+            if message.HasField("reply"):
+                yield _staged(message.reply)
+            else:
+                yield Progress(message.phase, message.origin, message.done_bytes, message.total_bytes)
+
+    async def release(self, adapter: str = "") -> int:
+        """Give back the holder's lease on `adapter`, or all it has; how many there were."""
+        return int((await self._unary("Release", pb.ReleaseRequest(holder=self.holder, adapter=adapter), pb.ReleaseReply)).released)
+
+    async def list(self) -> Disk:
         """What is on the node's disk."""
-        try:
-            reply: pb.ListReply = await self._list(pb.ListRequest())
-        except grpc.aio.AioRpcError as error:
-            raise self._ours(error) from error
-        return reply
+        reply = await self._unary("List", pb.ListRequest(), pb.ListReply)
+        adapters = tuple(OnDisk(**{name: getattr(adapter, name) for name in OnDisk.__slots__}) for adapter in reply.adapters)
+        return Disk(adapters, reply.used_bytes, reply.reserved_bytes, reply.max_bytes)
+
+    async def pin(self, adapter: str, *, pinned: bool = True, sha256: str = "") -> str:
+        """Hold `adapter` on disk without an end, or no longer; its digest if pinned."""
+        return str((await self._unary("Pin", pb.PinRequest(adapter=adapter, pinned=pinned, sha256=sha256), pb.PinReply)).digest)
 
     async def evict(self, adapter: str) -> int:
         """Remove `adapter`; the bytes it took. Raises AdapterInUse or ModelNotFound."""
+        return int((await self._unary("Evict", pb.EvictRequest(adapter=adapter), pb.EvictReply)).bytes)
+
+    async def purge(self, adapter: str) -> int:
+        """Remove `adapter` whoever holds it, but for the engine; the bytes it took. Raises AdapterInUse."""
+        return int((await self._unary("Purge", pb.EvictRequest(adapter=adapter), pb.EvictReply)).bytes)
+
+    async def refresh(self, adapter: str) -> tuple[bool, str, str]:
+        """Compare with the origin now: whether a new version took its place, its digest and revision."""
+        reply = await self._unary("Refresh", pb.RefreshRequest(adapter=adapter), pb.RefreshReply)
+        return reply.changed, reply.digest, reply.revision
+
+    async def verify(self, adapter: str = "") -> AsyncIterator[Verified]:
+        """Read `adapter`, or everything, back from the node's disk."""
+        async for message in self._stream("Verify", pb.VerifyRequest(adapter=adapter), pb.VerifyResult):
+            yield Verified(**{name: getattr(message, name) for name in Verified.__slots__})
+
+    async def find(self, adapter: str, revision: str = "") -> Holding | None:
+        """Whether the node has `adapter` in that revision of its origin ("": in any)."""
         try:
-            reply: pb.EvictReply = await self._evict(pb.EvictRequest(adapter=adapter))
-        except grpc.aio.AioRpcError as error:
-            raise self._ours(error) from error
-        return reply.bytes
+            reply = await self._unary("Find", pb.FindRequest(adapter=adapter, revision=revision), pb.FindReply)
+        except ModelNotFound:
+            return None
+        files = tuple(File(file.path, file.size, file.sha256) for file in reply.files)
+        return Holding(reply.instance, reply.digest, reply.revision, reply.origin, files)
+
+    async def read(self, digest: str, path: str, offset: int = 0) -> AsyncIterator[bytes]:
+        """The bytes of one file of an artifact, from `offset` on."""
+        async for message in self._stream("Read", pb.ReadRequest(digest=digest, path=path, offset=offset), pb.ReadChunk):
+            yield message.data
 
     async def watch(self) -> AsyncIterator[WatchEvent]:
-        """The node's state now, then every change, until the stager goes away."""
-        try:
-            async for message in self._watch(pb.WatchRequest()):
-                kind = message.WhichOneof("event")
-                if kind == "node":
-                    yield NodeState(message.node.ready, message.node.why, message.node.instance)
-                elif kind == "published":
-                    yield Published(message.published)
-                elif kind == "evicted":
-                    yield Evicted(message.evicted)
-        except grpc.aio.AioRpcError as error:
-            raise self._ours(error) from error
+        """What was missed since the last watch, the node's state, then every change, until the stager goes away."""
+        instance, after = self._position
+        async for message in self._stream("Watch", pb.WatchRequest(instance=instance, after=after), pb.WatchEvent):
+            event = _event(message)
+            if isinstance(event, NodeState):
+                self._position = (event.instance, message.sequence)
+            else:
+                self._position = (self._position[0], message.sequence)
+            if event is not None:
+                yield event
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,9 +234,55 @@ class StagerClient:
     async def close(self) -> None:
         await self._channel.close(None)
 
+    def _ensure_request(self, adapter: str, sha256: str, *, prefetch: bool = False) -> pb.EnsureRequest:
+        priority = pb.Priority.PREFETCH if prefetch else pb.Priority.REQUEST
+        return pb.EnsureRequest(adapter=adapter, holder=self.holder, sha256=sha256, priority=priority)
+
+    async def _unary(self, method: str, request: Any, reply: Any) -> Any:
+        call = self._channel.unary_unary(f"/{SERVICE}/{method}", type(request).SerializeToString, reply.FromString)
+        try:
+            return await call(request, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise self._ours(error) from error
+
+    async def _stream(self, method: str, request: Any, reply: Any) -> AsyncIterator[Any]:
+        call = self._channel.unary_stream(f"/{SERVICE}/{method}", type(request).SerializeToString, reply.FromString)
+        try:
+            async for message in call(request, metadata=self._metadata):
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise self._ours(error) from error
+
     def _ours(self, error: grpc.aio.AioRpcError) -> LoraExtprocError:
         metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]  # the stubs know it as opaque
-        name = next((str(value) for key, value in metadata if key == ERROR_METADATA), "")
+        said = {key: str(value) for key, value in metadata}
+        name = said.get(ERROR_METADATA, "")
         if name in BY_NAME:
-            return BY_NAME[name](error.details() or "")
+            ours = BY_NAME[name](error.details() or "")
+            if said.get(RETRY_AFTER_METADATA, "").isdigit():
+                ours.retry_after_s = int(said[RETRY_AFTER_METADATA])  # as the origin asked, where it did
+            return ours
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return NotPermitted(f"stager {self.address}: {error.details()}")
         return StagerUnavailable(f"stager {self.address}: {error.code().name.lower()}")
+
+
+def _staged(reply: pb.EnsureReply) -> Staged:
+    return Staged(reply.digest, reply.staged, reply.origin, reply.lease_seconds, reply.waited_seconds, reply.bytes)
+
+
+def _event(message: pb.WatchEvent) -> WatchEvent | None:
+    match message.WhichOneof("event"):
+        case "node":
+            node = message.node
+            return NodeState(node.ready, node.why, node.instance, node.resumed, node.draining)
+        case "published":
+            return Published(message.published)
+        case "refreshed":
+            return Refreshed(message.refreshed)
+        case "evicted":
+            return Evicted(message.evicted)
+        case "space":
+            return Space(message.space.used_bytes, message.space.reserved_bytes, message.space.max_bytes)
+        case _:
+            return None  # of a newer stager

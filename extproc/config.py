@@ -46,6 +46,7 @@ Addresses = Annotated[str, AfterValidator(_addresses)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Group(BaseModel):
@@ -132,7 +133,7 @@ class RouterSettings(Group):
     max_streams: Annotated[int, Field(ge=1)] = 10_000
     """Concurrent ext_proc streams per connection; every held request is one."""
     tracing: bool = False
-    """Export spans for scan, decide and stage by OTLP, as children of the request's `traceparent`. Needs the extra `otel`."""
+    """Export spans for scan, decide and stage by OTLP/gRPC to `OTEL_EXPORTER_OTLP_ENDPOINT`, below the request's `traceparent`. Needs the extra `otel`."""
     tls: TlsSettings = TlsSettings()
     """TLS on `listen`. The health port is plaintext always."""
     lameduck_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
@@ -157,9 +158,13 @@ class OriginSettings(Group):
     """Where artifacts come from. `type` decides which of the others count."""
 
     type: Literal["file", "huggingface", "s3", "http"]
-    """`file`, `huggingface`, `s3` or `http`. Origins are asked in the configured order."""
+    """`file`, `huggingface`, `s3` or `http`. Origins are asked in the configured order, and the files of two are never mixed."""
+    name: str = ""
+    """What logs and metrics call it. Empty: its type. Needed where two origins have the same type."""
     path: str = ""
     """file: the directory that holds one directory per adapter."""
+    in_place: bool = False
+    """file: read where they are instead of copied: for a file system as fast as the node's own. They take nothing of `stager.max_bytes`."""
     url: str = ""
     """http: the base address, `URL/<adapter>/<file>`. huggingface: the hub's address; empty = `HF_ENDPOINT` or the public hub."""
     bucket: str = ""
@@ -170,10 +175,30 @@ class OriginSettings(Group):
     """s3: the server's address, for S3-compatible stores. Empty: AWS."""
     region: str = ""
     """s3: the region. Empty: from the environment."""
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    """s3: the bucket in the path or in the host name. `auto`: path with an `endpoint`, as AWS wants it without."""
     anonymous: bool = False
-    """s3: send no credentials. Otherwise the usual chain of environment, files and instance role."""
+    """s3: send no credentials. Otherwise the usual chain of environment, files and instance role, refreshed before they end."""
+    parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    """s3, http, huggingface: how many ranges of a large file are read at once."""
+    parallel_above_bytes: Bytes = 256 * 2**20
+    """Smaller files are read by one request."""
     token_env: str = ""
     """huggingface, http: the environment variable that holds the bearer token. Empty: `HF_TOKEN` for huggingface, none for http."""
+    token_file: str = ""
+    """huggingface, http: a file that holds the token; read anew for each adapter, so that it may be rotated."""
+    adapter_token_env: dict[str, str] = {}
+    """huggingface, http: shell pattern of adapter names -> the environment variable with the token for those. The first that matches wins."""
+    username: str = ""
+    """http: the user of basic authentication; its password is the token."""
+    allow_private: bool = False
+    """http: whether addresses that are private, loopback or link-local may be asked. Refused by default, redirects included."""
+    archives: bool = True
+    """Where there is no `<adapter>/` directory, look for `<adapter>.tar`, `.tar.gz`, `.tgz` and `.zip`, and unpack it."""
+    max_fetches: Annotated[int, Field(ge=1)] = 8
+    """How many files are fetched from it at once; requests go before refreshes, those before prefetches."""
+    max_bytes_per_s: Annotated[int, Field(ge=0)] = 0
+    """What may be fetched from it per second, in bytes; the hub's Xet transfers are not slowed. 0: no limit."""
     timeout_s: Seconds = 30.0
     """How long a connection or a silent transfer is waited for."""
 
@@ -183,6 +208,26 @@ class OriginSettings(Group):
         if needed and not getattr(self, needed):
             raise ValueError(f"an origin of type {self.type} needs {needed}")
         return self
+
+    @property
+    def label(self) -> str:
+        return self.name or self.type
+
+
+class PeerSettings(Group):
+    mode: Literal["off", "on", "preferred"] = "on"
+    """`on`: what an origin has is first looked for on the other stagers, and theirs is taken while every origin is down. `preferred`: they are
+    asked before any origin. `off`: never."""
+    addresses: tuple[Address, ...] = ()
+    """The other stagers. Empty: those of this stager's pool, or of all `pools` where its own address is in none."""
+    max_asked: Annotated[int, Field(ge=1)] = 32
+    """How many of them are asked for one adapter."""
+    ask_timeout_s: Seconds = 1.0
+    """Who has not answered by then has not got it."""
+    max_bytes_per_s: Annotated[int, Field(ge=0)] = 0
+    """What this node sends to others per second, in bytes. 0: no limit."""
+    max_reads: Annotated[int, Field(ge=1)] = 4
+    """How many files it sends at once; who asks for more takes another peer or the origin."""
 
 
 class EngineSettings(Group):
@@ -208,20 +253,76 @@ class StagerSettings(Group):
     """The node's NVMe directory; the engine's `VLLM_LORA_RESOLVER_CACHE_DIR`."""
     max_bytes: Bytes = 100 * 2**30
     """What the artifacts may take on disk. Least recently used ones that nobody holds go first."""
+    high_watermark: Share = 0.95
+    """Over this part of `max_bytes`, eviction starts in the background, so that the next request need not wait for it. 1: only when needed."""
+    low_watermark: Share = 0.9
+    """And ends at this part."""
     max_adapter_bytes: Bytes = 8 * 2**30
-    """A larger adapter is refused."""
+    """A larger adapter is refused; so is an archive that unpacks to more."""
+    max_file_bytes: Bytes = 8 * 2**30
+    """A larger file is refused."""
+    unknown_size_bytes: Bytes = 512 * 2**20
+    """Reserved for a file whose origin does not say its size, and the most that it may then have."""
     lease_s: Seconds = 300.0
     """How long a router may rely on an answer without asking again. Within it the adapter is not evicted."""
     negative_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
-    """How long \"no origin has it\" is remembered. 0: not at all."""
+    """How long \"no origin has it\" and \"the origin forbids it\" are remembered. 0: not at all."""
+    revalidate_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
+    """An adapter in use is compared with its origin after this time, in the background; a new version replaces it. 0: never by itself."""
+    adopt: bool = True
+    """Whether complete adapters that others put into `dir` (`<dir>/<adapter>/adapter_config.json` and weights) are served."""
+    evict_adopted: bool = False
+    """Whether those may be deleted for room, too. Otherwise they count as used, and stay."""
+    scan_s: Seconds = 10.0
+    """How often `dir` is looked through for them. Files must have rested that long before they count as complete."""
+    digests: dict[str, str] = {}
+    """Adapter name -> SHA-256 of its weights file, in hex. Anything else under that name is refused."""
     fetch_timeout_s: Seconds = 1800.0
     """A flight that takes longer is given up."""
     allow_pickle: bool = False
     """Accept `.bin` weights. They can run code in the engine when loaded."""
     origins: tuple[OriginSettings, ...] = ()
     """Where adapters are looked for, in this order."""
+    peers: PeerSettings = PeerSettings()
+    """Copies from other nodes."""
     engine: EngineSettings = EngineSettings()
     """The model server on this node."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StagerSettings":
+        if self.low_watermark > self.high_watermark:
+            raise ValueError(f"low_watermark {self.low_watermark:g} is above high_watermark ({self.high_watermark:g})")
+        labels = [origin.label for origin in self.origins]
+        if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"origins: two are called {repeated[0]!r}; give them names")
+        for name, digest in self.digests.items():
+            if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+                raise ValueError(f"digests.{name}: {digest!r} is no SHA-256 in lower-case hex")
+        return self
+
+
+class RpcSettings(Group):
+    """What router, stagers and command line show each other. Without any of it, nothing destructive is done for callers beyond loopback."""
+
+    token_env: str = ""
+    """The environment variable that holds the token all of them share."""
+    token_file: str = ""
+    """A file that holds it."""
+    cert_file: str = ""
+    """Mutual TLS: this process's certificate chain, PEM. Stagers read it again when it changes."""
+    key_file: str = ""
+    """Mutual TLS: its key, PEM."""
+    ca_file: str = ""
+    """Mutual TLS: the certificates that the other side's must be signed by, PEM."""
+    server_name: str = ""
+    """Mutual TLS: the name in the stagers' certificates, where it is not the one they are called by."""
+
+    @model_validator(mode="after")
+    def _check_files(self) -> "RpcSettings":
+        given = [bool(value) for value in (self.cert_file, self.key_file, self.ca_file)]
+        if any(given) and not all(given):
+            raise ValueError("mutual TLS needs cert_file, key_file and ca_file")
+        return self
 
 
 class EnvoySettings(Group):
@@ -261,6 +362,8 @@ class Settings(Group):
     """The process on each node."""
     envoy: EnvoySettings = EnvoySettings()
     """What `lora-extproc envoy-config` renders."""
+    rpc: RpcSettings = RpcSettings()
+    """Credentials between router, stagers and command line."""
     log: LogSettings = LogSettings()
     """Logging of every process."""
 

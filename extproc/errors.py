@@ -11,7 +11,8 @@
     │   ├── InvalidAdapter           422 invalid_adapter
     │   │   └── AdapterTooLarge      422 invalid_adapter
     │   ├── OriginFailed             502 origin_failed        retryable
-    │   │   └── OriginRefused        502 origin_failed        the origin wants other credentials: repeating is useless
+    │   │   ├── OriginRefused        502 origin_failed        the origin wants other credentials: repeating is useless
+    │   │   └── OriginChanged        502 origin_failed        retryable   it has something else now than it listed
     │   ├── StageDeadline            503 staging              retryable
     │   ├── NoSpace                  503 no_space             retryable
     │   └── DiskFailed               503 no_space             retryable
@@ -20,6 +21,7 @@
     ├── GatewayProtocolError         500 protocol             the gateway sent what ext_proc does not allow, or a mode we do not speak
     ├── EngineUnreachable            503 engine               never a client's answer: the stager's own evictions and health
     ├── AdapterInUse                 409 in_use               retryable   (an operator's evict, never a client's request)
+    ├── NotPermitted                 403 not_permitted        the caller of a control API showed no valid credentials
     └── StartError                   exit code 2: the process cannot start as asked
         └── ConfigError              exit code 2: a setting is wrong
 
@@ -27,6 +29,7 @@
 """
 
 import json
+import math
 from typing import ClassVar
 
 
@@ -36,7 +39,7 @@ class LoraExtprocError(Exception):
     status: ClassVar[int] = 500
     reason: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None  # seconds, for the header of that name
     shared: ClassVar[bool] = True  # True: another node would fail the same way, so trying one is useless
 
     @property
@@ -89,27 +92,50 @@ class ModelNotFound(StageError):
 
 
 class InvalidAdapter(StageError):
-    """Fetched, but not servable: pickle, broken safetensors, rank, base model, digest."""
+    """Fetched, but not servable: pickle, broken safetensors, rank, base model, digest. `what` is the word that metrics count it by.
+
+    `stated` is the SHA-256 that the caller had named for whom it was fetched, where it was refused for its digest.
+    """
 
     status, reason = 422, "invalid_adapter"
+
+    def __init__(self, message: str = "", what: str = "other") -> None:
+        super().__init__(message)
+        self.what = what
+        self.stated = ""
 
 
 class AdapterTooLarge(InvalidAdapter):
     """Larger than the disk budget or the size limit: it never fits, whatever is evicted."""
+
+    def __init__(self, message: str = "", what: str = "size") -> None:
+        super().__init__(message, what)
 
 
 class OriginFailed(StageError):
     """An origin answered 5xx, refused the credentials or could not be reached."""
 
     status, reason, retryable = 502, "origin_failed", True
-    retry_after_s: ClassVar[int | None] = 5
+    retry_after_s: int | None = 5
+
+    def __init__(self, message: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.asked_to_wait_s = retry_after_s  # what the origin itself said, in its Retry-After
+        if not self.retryable:
+            self.retry_after_s = None
+        elif retry_after_s is not None:
+            self.retry_after_s = max(1, math.ceil(retry_after_s))
 
 
 class OriginRefused(OriginFailed):
     """The origin does not accept our credentials, or the artifact is gated."""
 
-    retryable: ClassVar[bool] = False
-    retry_after_s: ClassVar[int | None] = None
+    retryable = False
+    retry_after_s = None
+
+
+class OriginChanged(OriginFailed):
+    """What was listed is not what is there now: to be resolved anew, not repeated."""
 
 
 class StageDeadline(StageError):
@@ -158,6 +184,12 @@ class AdapterInUse(LoraExtprocError):
     """An operator asked to evict what is leased, pinned or still loaded."""
 
     status, reason, retryable = 409, "in_use", True
+
+
+class NotPermitted(LoraExtprocError):
+    """The control API wants credentials that the caller did not show, or that nobody configured."""
+
+    status, reason = 403, "not_permitted"
 
 
 class StartError(LoraExtprocError):

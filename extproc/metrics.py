@@ -75,16 +75,44 @@ class StagerMetrics(Metrics):
         self.stages = Counter("lora_extproc_stages", "Flights that landed, by origin and result.", ["origin", "result"], registry=r)
         self.stage_seconds = Histogram(
             "lora_extproc_stage_seconds",
-            "Duration of one phase of a flight: resolve, reserve, fetch, verify, publish.",
+            "Duration of one phase of a flight: resolve, check, reserve, fetch, unpack, verify, publish.",
             ["phase"],
             registry=r,
             buckets=_WAIT_BUCKETS,
         )
-        self.fetched_bytes = Counter("lora_extproc_fetched_bytes", "Bytes fetched, by origin.", ["origin"], registry=r)
-        self.flights = Gauge("lora_extproc_flights", "Fetches in progress.", registry=r)
-        self.negative_hits = Counter("lora_extproc_negative_hits", "Ensure calls answered from the memory of what no origin has.", registry=r)
+        self.stage_total_seconds = Histogram(
+            "lora_extproc_stage_total_seconds", "Duration of a whole flight, by origin and result.", ["origin", "result"], registry=r, buckets=_WAIT_BUCKETS
+        )
+        self.fetch_seconds = Histogram(
+            "lora_extproc_fetch_seconds",
+            "Duration of the transfer of one file, its repetitions included, by origin and result (fetched, failed).",
+            ["origin", "result"],
+            registry=r,
+            buckets=_WAIT_BUCKETS,
+        )
+        self.fetched_bytes = Counter(
+            "lora_extproc_fetched_bytes", "Bytes fetched, by origin and result of the file (fetched, failed).", ["origin", "result"], registry=r
+        )
+        self.flights = Gauge("lora_extproc_flights", "Flights in progress: fetches and comparisons with an origin.", registry=r)
+        self.waiters = Gauge("lora_extproc_waiters", "Ensure calls that wait for a flight now.", registry=r)
+        self.breaker = Gauge("lora_extproc_breaker", "State of an origin's breaker: 0 closed, 1 half-open, 2 open.", ["origin"], registry=r)
+        self.verify_failures = Counter(
+            "lora_extproc_verify_failures",
+            "Adapters refused, by what was wrong (config, base_model, rank, code, weights, pickle, size, digest, archive, incomplete, other), and"
+            " artifacts that were found damaged on disk (disk).",
+            ["what"],
+            registry=r,
+        )
+        self.sent_bytes = Counter("lora_extproc_sent_bytes", "Bytes sent to other nodes.", registry=r)
+        self.pinned = Gauge("lora_extproc_pinned", "Adapter names that are pinned, on disk or not.", registry=r)
+        self.negative_hits = Counter(
+            "lora_extproc_negative_hits", "Ensure calls answered from the memory of what no origin has, or refuses to give.", registry=r
+        )
         self.evictions = Counter(
-            "lora_extproc_evictions", "Artifacts removed, by cause (room, asked) and result (removed, kept).", ["cause", "result"], registry=r
+            "lora_extproc_evictions",
+            "Removals by cause (room, watermark, asked, purge, refreshed, damaged) and result (removed, kept).",
+            ["cause", "result"],
+            registry=r,
         )
         self.disk = Gauge("lora_extproc_disk_bytes", "Bytes on disk by kind: used, reserved, limit; used + reserved <= limit.", ["kind"], registry=r)
         self.adapters = Gauge("lora_extproc_adapters", "Adapter names that are on disk.", registry=r)

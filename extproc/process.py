@@ -8,9 +8,10 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
+import grpc
 import grpc.aio
 import uvicorn
 import uvloop
@@ -70,22 +71,23 @@ GC_THRESHOLD = 20_000  # objects; requests leave no cycles, so looking for them 
 MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC's default of 4 MiB would cut bodies off; router.max_body_bytes is the limit that answers
 
 
-def grpc_server() -> grpc.aio.Server:
+def grpc_server(interceptors: Sequence[Any] = ()) -> grpc.aio.Server:
     """A grpc.aio server with our transport limits, not bound yet."""
     return grpc.aio.server(
+        interceptors=interceptors,
         options=(
             ("grpc.so_reuseport", 0),  # a second process on a busy port must fail, not share it
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_concurrent_streams", 10_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        )
+        ),
     )
 
 
-def listen_grpc(server: grpc.aio.Server, address: str) -> None:
-    """Bind `server`. Raises StartError, naming the address, if it cannot be had."""
+def listen_grpc(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> None:
+    """Bind `server`, with TLS if there are credentials. Raises StartError, naming the address, if it cannot be had."""
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     except RuntimeError:
         port = 0
     if port == 0:

@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
-from extproc.client import ERROR_METADATA, SERVICE, Evicted, NodeState, Published, StagerClient
-from extproc.errors import BY_NAME, NoSpace, StagerUnavailable
+from extproc.client import ERROR_METADATA, SERVICE, Evicted, Holding, NodeState, Progress, Published, Refreshed, Space, StagerClient
+from extproc.config import RpcSettings
+from extproc.core.artifact import File
+from extproc.errors import BY_NAME, NoSpace, NotPermitted, StagerUnavailable
 from extproc.pb import stager_pb2 as pb
 from tests.fakes.wait import until
 
@@ -18,30 +21,39 @@ Handler = Callable[[Any, Context], Any]
 Start = Callable[..., Awaitable[StagerClient]]
 MESSAGES: dict[str, tuple[Any, Any]] = {
     "Ensure": (pb.EnsureRequest, pb.EnsureReply),
+    "Stage": (pb.EnsureRequest, pb.StageProgress),
+    "Release": (pb.ReleaseRequest, pb.ReleaseReply),
     "List": (pb.ListRequest, pb.ListReply),
+    "Pin": (pb.PinRequest, pb.PinReply),
     "Evict": (pb.EvictRequest, pb.EvictReply),
+    "Purge": (pb.EvictRequest, pb.EvictReply),
+    "Refresh": (pb.RefreshRequest, pb.RefreshReply),
+    "Verify": (pb.VerifyRequest, pb.VerifyResult),
     "Watch": (pb.WatchRequest, pb.WatchEvent),
+    "Find": (pb.FindRequest, pb.FindReply),
+    "Read": (pb.ReadRequest, pb.ReadChunk),
 }
+STREAMS = ("Stage", "Verify", "Watch", "Read")
 
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """Serves handlers by method name; the client of that server."""
+    """Serves handlers by method name; the client of that server, whose `rpc` and `holder` may be given."""
     servers: list[grpc.aio.Server] = []
     clients: list[StagerClient] = []
 
-    async def serve(**handlers: Handler) -> StagerClient:
+    async def serve(rpc: RpcSettings | None = None, holder: str = "", **handlers: Handler) -> StagerClient:
         server = grpc.aio.server()
         methods = {}
         for name, handler in handlers.items():
-            make = grpc.unary_stream_rpc_method_handler if name == "Watch" else grpc.unary_unary_rpc_method_handler
+            make = grpc.unary_stream_rpc_method_handler if name in STREAMS else grpc.unary_unary_rpc_method_handler
             asked, answered = MESSAGES[name]
             methods[name] = make(handler, asked.FromString, answered.SerializeToString)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         servers.append(server)
-        clients.append(StagerClient(f"127.0.0.1:{port}"))
+        clients.append(StagerClient(f"127.0.0.1:{port}", rpc, holder))
         return clients[-1]
 
     yield serve
@@ -56,6 +68,24 @@ def failing(code: grpc.StatusCode, details: str = "", metadata: tuple[tuple[str,
         await context.abort(code, details, metadata)
 
     return handler
+
+
+def failing_stream(code: grpc.StatusCode, details: str = "", metadata: tuple[tuple[str, str], ...] = ()) -> Handler:
+    async def handler(_: Any, context: Context) -> AsyncIterator[Any]:
+        await context.abort(code, details, metadata)
+        yield
+
+    return handler
+
+
+async def all_of(stream: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in stream]
+
+
+def all_methods(client: StagerClient) -> list[Awaitable[Any]]:
+    """One call of each."""
+    unary = [client.ensure("a"), client.release(), client.list(), client.pin("a"), client.evict("a"), client.purge("a"), client.refresh("a"), client.find("a")]
+    return [*unary, *map(all_of, (client.stage("a"), client.verify(), client.watch(), client.read("d", "f")))]
 
 
 @pytest.mark.parametrize("name", list(BY_NAME))
@@ -77,21 +107,62 @@ async def test_an_error_without_a_known_name_is_an_unavailable_stager(start: Sta
 
 
 async def test_every_method_translates(start: Start) -> None:
-    """Evict, List and Watch as Ensure."""
-    no_space = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((ERROR_METADATA, "NoSpace"),))
+    """The streams as the single answers, also when they fail after their first message."""
+    no_space = (grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((ERROR_METADATA, "NoSpace"),))
+    client = await start(**{name: (failing_stream if name in STREAMS else failing)(*no_space) for name in MESSAGES})
+    for call in all_methods(client):
+        with pytest.raises(NoSpace, match="full"):
+            await call
 
     async def watch(_: Any, context: Context) -> AsyncIterator[pb.WatchEvent]:
         yield pb.WatchEvent(node=pb.NodeState(ready=True))
-        await no_space(_, context)
+        await failing(*no_space)(_, context)
 
-    client = await start(Ensure=no_space, List=no_space, Evict=no_space, Watch=watch)
-    for call in (client.ensure("a"), client.list(), client.evict("a")):
-        with pytest.raises(NoSpace, match="full"):
-            await call
-    watching = client.watch()
+    watching = (await start(Watch=watch)).watch()
     await anext(watching)
     with pytest.raises(NoSpace, match="full"):
         await anext(watching)
+
+
+async def test_a_caller_without_valid_credentials_is_told_so(start: Start) -> None:
+    """That is nobody's absence: asking another stager with the same credentials is useless, and the text says what is missing."""
+    why = (grpc.StatusCode.UNAUTHENTICATED, "a valid token is needed")
+    client = await start(**{name: (failing_stream if name in STREAMS else failing)(*why) for name in MESSAGES})
+    for call in all_methods(client):
+        with pytest.raises(NotPermitted, match="a valid token is needed"):
+            await call
+
+
+async def test_every_call_carries_the_token(start: Start, tmp_path: Path) -> None:
+    """Unary or stream."""
+    (tmp_path / "token").write_text("secret\n")
+    shown: list[str | None] = []
+
+    def note(context: Context) -> None:
+        shown.append(dict(context.invocation_metadata()).get("authorization"))
+
+    async def unary(_: Any, context: Context) -> None:
+        note(context)
+        await context.abort(grpc.StatusCode.INTERNAL, "")
+
+    async def stream(_: Any, context: Context) -> AsyncIterator[Any]:
+        note(context)
+        await context.abort(grpc.StatusCode.INTERNAL, "")
+        yield
+
+    handlers = {name: stream if name in STREAMS else unary for name in MESSAGES}
+    for rpc in (RpcSettings(token_file=str(tmp_path / "token")), None):
+        client = await start(rpc=rpc, **handlers)
+        for call in all_methods(client):
+            with pytest.raises(StagerUnavailable):
+                await call
+    assert shown == ["Bearer secret"] * len(MESSAGES) + [None] * len(MESSAGES)
+
+
+async def test_what_is_not_there_is_found_nowhere(start: Start) -> None:
+    """A peer without it is no error; any other of its failures is."""
+    client = await start(Find=failing(grpc.StatusCode.NOT_FOUND, "not on this node", ((ERROR_METADATA, "ModelNotFound"),)))
+    assert await client.find("a") is None
 
 
 async def test_a_method_that_is_not_there_is_an_unavailable_stager(start: Start) -> None:
@@ -102,7 +173,7 @@ async def test_a_method_that_is_not_there_is_an_unavailable_stager(start: Start)
 
 
 async def test_answers_are_values(start: Start) -> None:
-    """Each field of Ensure and Evict, and the three kinds of Watch."""
+    """Each field of Ensure, Evict and Find, and every kind of Watch; what a newer stager may send is passed over."""
 
     async def ensure(request: pb.EnsureRequest, _: Context) -> pb.EnsureReply:
         return pb.EnsureReply(digest=request.adapter * 2, staged=True, origin="s3", lease_seconds=1.5, waited_seconds=2.5, bytes=2**40)
@@ -111,16 +182,78 @@ async def test_answers_are_values(start: Start) -> None:
         return pb.EvictReply(bytes=2**41)
 
     async def watch(_: Any, __: Context) -> AsyncIterator[pb.WatchEvent]:
-        yield pb.WatchEvent(node=pb.NodeState(ready=False, why="because", instance="i"))
+        yield pb.WatchEvent(node=pb.NodeState(ready=False, why="because", instance="i", draining=True))
         yield pb.WatchEvent(published="a")
+        yield pb.WatchEvent(refreshed="a")
         yield pb.WatchEvent()
         yield pb.WatchEvent(evicted="a")
+        yield pb.WatchEvent(space=pb.Space(used_bytes=2**40, reserved_bytes=2, max_bytes=3))
+        yield pb.WatchEvent(node=pb.NodeState(ready=True, instance="i", resumed=True))
 
-    client = await start(Ensure=ensure, Evict=evict, Watch=watch)
+    async def find(request: pb.FindRequest, _: Context) -> pb.FindReply:
+        file = pb.File(path="f", size=2**40, sha256="s")
+        return pb.FindReply(instance="i", digest=request.adapter, revision=request.revision, origin="o", files=[file])
+
+    client = await start(Ensure=ensure, Evict=evict, Watch=watch, Find=find)
     staged = await client.ensure("ab")
     assert (staged.digest, staged.staged, staged.origin, staged.lease_s, staged.waited_s, staged.bytes) == ("abab", True, "s3", 1.5, 2.5, 2**40)
     assert await client.evict("a") == 2**41
-    assert [event async for event in client.watch()] == [NodeState(False, "because", "i"), Published("a"), Evicted("a")]
+    assert await client.find("a", "r") == Holding("i", "a", "r", "o", (File("f", 2**40, "s"),))
+    assert [event async for event in client.watch()] == [
+        NodeState(False, "because", "i", draining=True),
+        Published("a"),
+        Refreshed("a"),
+        Evicted("a"),
+        Space(2**40, 2, 3),
+        NodeState(True, "", "i", resumed=True),
+    ]
+
+
+async def test_an_ensure_says_who_asks_for_what_and_how_urgently(start: Start) -> None:
+    """The lease is the holder's; a prefetch waits behind requests."""
+    seen: list[pb.EnsureRequest] = []
+
+    async def ensure(request: pb.EnsureRequest, _: Context) -> pb.EnsureReply:
+        seen.append(request)
+        return pb.EnsureReply()
+
+    async def stage(request: pb.EnsureRequest, _: Context) -> AsyncIterator[pb.StageProgress]:
+        seen.append(request)
+        yield pb.StageProgress(phase="fetch", origin="s3", done_bytes=1, total_bytes=2)
+        yield pb.StageProgress(reply=pb.EnsureReply(digest="d"))
+
+    client = await start(holder="router 1", Ensure=ensure, Stage=stage)
+    await client.ensure("a")
+    await client.ensure("b", "f" * 64, prefetch=True)
+    first, last = await all_of(client.stage("c", "e" * 64))
+    assert first == Progress("fetch", "s3", 1, 2)
+    assert last.digest == "d"
+    assert [(r.adapter, r.holder, r.sha256, r.priority) for r in seen] == [
+        ("a", "router 1", "", pb.Priority.REQUEST),
+        ("b", "router 1", "f" * 64, pb.Priority.PREFETCH),
+        ("c", "router 1", "e" * 64, pb.Priority.REQUEST),
+    ]
+
+
+async def test_a_watch_goes_on_behind_the_last_change_it_was_told(start: Start) -> None:
+    """Of the instance that told it: another numbers its changes itself. A change of a kind that is not known here counts as told."""
+    asked: list[tuple[str, int]] = []
+    streams = [
+        [pb.WatchEvent(sequence=4, node=pb.NodeState(instance="i")), pb.WatchEvent(sequence=5, evicted="a"), pb.WatchEvent(sequence=6)],
+        [pb.WatchEvent(sequence=7, evicted="b"), pb.WatchEvent(sequence=7, node=pb.NodeState(instance="i", resumed=True))],
+        [pb.WatchEvent(sequence=2, node=pb.NodeState(instance="j"))],
+        [],
+    ]
+
+    async def watch(request: pb.WatchRequest, _: Context) -> AsyncIterator[pb.WatchEvent]:
+        asked.append((request.instance, request.after))
+        for event in streams[len(asked) - 1]:
+            yield event
+
+    client = await start(Watch=watch)
+    for _ in streams:
+        await all_of(client.watch())
+    assert asked == [("", 0), ("i", 6), ("i", 7), ("j", 2)]
 
 
 async def test_cancelling_a_wait_ends_the_call(start: Start) -> None:

@@ -24,33 +24,65 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cstager.proto\x12\x16lora_extproc.stager.v1\" \n\rEnsureRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"{\n\x0b\x45nsureReply\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06staged\x18\x02 \x01(\x08\x12\x0e\n\x06origin\x18\x03 \x01(\t\x12\x15\n\rlease_seconds\x18\x04 \x01(\x01\x12\x16\n\x0ewaited_seconds\x18\x05 \x01(\x01\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"\r\n\x0bListRequest\"\x86\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06origin\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x14\n\x0cidle_seconds\x18\x06 \x01(\x01\x12\x16\n\x0eleased_seconds\x18\x07 \x01(\x01\"}\n\tListReply\x12\x31\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1f.lora_extproc.stager.v1.Adapter\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\"\x1f\n\x0c\x45victRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x1b\n\nEvictReply\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"\x0e\n\x0cWatchRequest\"9\n\tNodeState\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\"p\n\nWatchEvent\x12\x31\n\x04node\x18\x01 \x01(\x0b\x32!.lora_extproc.stager.v1.NodeStateH\x00\x12\x13\n\tpublished\x18\x02 \x01(\tH\x00\x12\x11\n\x07\x65victed\x18\x03 \x01(\tH\x00\x42\x07\n\x05\x65vent2\xd6\x02\n\x06Stager\x12T\n\x06\x45nsure\x12%.lora_extproc.stager.v1.EnsureRequest\x1a#.lora_extproc.stager.v1.EnsureReply\x12N\n\x04List\x12#.lora_extproc.stager.v1.ListRequest\x1a!.lora_extproc.stager.v1.ListReply\x12Q\n\x05\x45vict\x12$.lora_extproc.stager.v1.EvictRequest\x1a\".lora_extproc.stager.v1.EvictReply\x12S\n\x05Watch\x12$.lora_extproc.stager.v1.WatchRequest\x1a\".lora_extproc.stager.v1.WatchEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cstager.proto\x12\x16lora_extproc.stager.v1\"t\n\rEnsureRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x32\n\x08priority\x18\x02 \x01(\x0e\x32 .lora_extproc.stager.v1.Priority\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x04 \x01(\t\"{\n\x0b\x45nsureReply\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06staged\x18\x02 \x01(\x08\x12\x0e\n\x06origin\x18\x03 \x01(\t\x12\x15\n\rlease_seconds\x18\x04 \x01(\x01\x12\x16\n\x0ewaited_seconds\x18\x05 \x01(\x01\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"\x8b\x01\n\rStageProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x32\n\x05reply\x18\x05 \x01(\x0b\x32#.lora_extproc.stager.v1.EnsureReply\"1\n\x0eReleaseRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\" \n\x0cReleaseReply\x12\x10\n\x08released\x18\x01 \x01(\x04\"\r\n\x0bListRequest\"\xd7\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06origin\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x14\n\x0cidle_seconds\x18\x06 \x01(\x01\x12\x16\n\x0eleased_seconds\x18\x07 \x01(\x01\x12\x0e\n\x06pinned\x18\x08 \x01(\x08\x12\x17\n\x0f\x63hecked_seconds\x18\t \x01(\x01\x12\x15\n\rrefresh_error\x18\n \x01(\t\x12\x0f\n\x07\x61\x64opted\x18\x0b \x01(\x08\"}\n\tListReply\x12\x31\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1f.lora_extproc.stager.v1.Adapter\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\"=\n\nPinRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x1a\n\x08PinReply\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1f\n\x0c\x45victRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x1b\n\nEvictReply\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"!\n\x0eRefreshRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"A\n\x0cRefreshReply\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\" \n\rVerifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"h\n\x0cVerifyResult\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\n\n\x02ok\x18\x03 \x01(\x08\x12\x0b\n\x03why\x18\x04 \x01(\t\x12\x0f\n\x07removed\x18\x05 \x01(\x08\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"/\n\x0cWatchRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\\\n\tNodeState\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0f\n\x07resumed\x18\x04 \x01(\x08\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"F\n\x05Space\x12\x12\n\nused_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\"\xc7\x01\n\nWatchEvent\x12\x31\n\x04node\x18\x01 \x01(\x0b\x32!.lora_extproc.stager.v1.NodeStateH\x00\x12\x13\n\tpublished\x18\x02 \x01(\tH\x00\x12\x11\n\x07\x65victed\x18\x03 \x01(\tH\x00\x12\x13\n\trefreshed\x18\x05 \x01(\tH\x00\x12.\n\x05space\x18\x06 \x01(\x0b\x32\x1d.lora_extproc.stager.v1.SpaceH\x00\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x42\x07\n\x05\x65vent\"0\n\x0b\x46indRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"2\n\x04\x46ile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"|\n\tFindReply\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x0e\n\x06origin\x18\x04 \x01(\t\x12+\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x1c.lora_extproc.stager.v1.File\";\n\x0bReadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x19\n\tReadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*2\n\x08Priority\x12\x0b\n\x07REQUEST\x10\x00\x12\x0b\n\x07REFRESH\x10\x01\x12\x0c\n\x08PREFETCH\x10\x02\x32\xfc\x07\n\x06Stager\x12T\n\x06\x45nsure\x12%.lora_extproc.stager.v1.EnsureRequest\x1a#.lora_extproc.stager.v1.EnsureReply\x12W\n\x05Stage\x12%.lora_extproc.stager.v1.EnsureRequest\x1a%.lora_extproc.stager.v1.StageProgress0\x01\x12W\n\x07Release\x12&.lora_extproc.stager.v1.ReleaseRequest\x1a$.lora_extproc.stager.v1.ReleaseReply\x12N\n\x04List\x12#.lora_extproc.stager.v1.ListRequest\x1a!.lora_extproc.stager.v1.ListReply\x12K\n\x03Pin\x12\".lora_extproc.stager.v1.PinRequest\x1a .lora_extproc.stager.v1.PinReply\x12Q\n\x05\x45vict\x12$.lora_extproc.stager.v1.EvictRequest\x1a\".lora_extproc.stager.v1.EvictReply\x12Q\n\x05Purge\x12$.lora_extproc.stager.v1.EvictRequest\x1a\".lora_extproc.stager.v1.EvictReply\x12W\n\x07Refresh\x12&.lora_extproc.stager.v1.RefreshRequest\x1a$.lora_extproc.stager.v1.RefreshReply\x12W\n\x06Verify\x12%.lora_extproc.stager.v1.VerifyRequest\x1a$.lora_extproc.stager.v1.VerifyResult0\x01\x12S\n\x05Watch\x12$.lora_extproc.stager.v1.WatchRequest\x1a\".lora_extproc.stager.v1.WatchEvent0\x01\x12N\n\x04\x46ind\x12#.lora_extproc.stager.v1.FindRequest\x1a!.lora_extproc.stager.v1.FindReply\x12P\n\x04Read\x12#.lora_extproc.stager.v1.ReadRequest\x1a!.lora_extproc.stager.v1.ReadChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stager_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PRIORITY']._serialized_start=1998
+  _globals['_PRIORITY']._serialized_end=2048
   _globals['_ENSUREREQUEST']._serialized_start=40
-  _globals['_ENSUREREQUEST']._serialized_end=72
-  _globals['_ENSUREREPLY']._serialized_start=74
-  _globals['_ENSUREREPLY']._serialized_end=197
-  _globals['_LISTREQUEST']._serialized_start=199
-  _globals['_LISTREQUEST']._serialized_end=212
-  _globals['_ADAPTER']._serialized_start=215
-  _globals['_ADAPTER']._serialized_end=349
-  _globals['_LISTREPLY']._serialized_start=351
-  _globals['_LISTREPLY']._serialized_end=476
-  _globals['_EVICTREQUEST']._serialized_start=478
-  _globals['_EVICTREQUEST']._serialized_end=509
-  _globals['_EVICTREPLY']._serialized_start=511
-  _globals['_EVICTREPLY']._serialized_end=538
-  _globals['_WATCHREQUEST']._serialized_start=540
-  _globals['_WATCHREQUEST']._serialized_end=554
-  _globals['_NODESTATE']._serialized_start=556
-  _globals['_NODESTATE']._serialized_end=613
-  _globals['_WATCHEVENT']._serialized_start=615
-  _globals['_WATCHEVENT']._serialized_end=727
-  _globals['_STAGER']._serialized_start=730
-  _globals['_STAGER']._serialized_end=1072
+  _globals['_ENSUREREQUEST']._serialized_end=156
+  _globals['_ENSUREREPLY']._serialized_start=158
+  _globals['_ENSUREREPLY']._serialized_end=281
+  _globals['_STAGEPROGRESS']._serialized_start=284
+  _globals['_STAGEPROGRESS']._serialized_end=423
+  _globals['_RELEASEREQUEST']._serialized_start=425
+  _globals['_RELEASEREQUEST']._serialized_end=474
+  _globals['_RELEASEREPLY']._serialized_start=476
+  _globals['_RELEASEREPLY']._serialized_end=508
+  _globals['_LISTREQUEST']._serialized_start=510
+  _globals['_LISTREQUEST']._serialized_end=523
+  _globals['_ADAPTER']._serialized_start=526
+  _globals['_ADAPTER']._serialized_end=741
+  _globals['_LISTREPLY']._serialized_start=743
+  _globals['_LISTREPLY']._serialized_end=868
+  _globals['_PINREQUEST']._serialized_start=870
+  _globals['_PINREQUEST']._serialized_end=931
+  _globals['_PINREPLY']._serialized_start=933
+  _globals['_PINREPLY']._serialized_end=959
+  _globals['_EVICTREQUEST']._serialized_start=961
+  _globals['_EVICTREQUEST']._serialized_end=992
+  _globals['_EVICTREPLY']._serialized_start=994
+  _globals['_EVICTREPLY']._serialized_end=1021
+  _globals['_REFRESHREQUEST']._serialized_start=1023
+  _globals['_REFRESHREQUEST']._serialized_end=1056
+  _globals['_REFRESHREPLY']._serialized_start=1058
+  _globals['_REFRESHREPLY']._serialized_end=1123
+  _globals['_VERIFYREQUEST']._serialized_start=1125
+  _globals['_VERIFYREQUEST']._serialized_end=1157
+  _globals['_VERIFYRESULT']._serialized_start=1159
+  _globals['_VERIFYRESULT']._serialized_end=1263
+  _globals['_WATCHREQUEST']._serialized_start=1265
+  _globals['_WATCHREQUEST']._serialized_end=1312
+  _globals['_NODESTATE']._serialized_start=1314
+  _globals['_NODESTATE']._serialized_end=1406
+  _globals['_SPACE']._serialized_start=1408
+  _globals['_SPACE']._serialized_end=1478
+  _globals['_WATCHEVENT']._serialized_start=1481
+  _globals['_WATCHEVENT']._serialized_end=1680
+  _globals['_FINDREQUEST']._serialized_start=1682
+  _globals['_FINDREQUEST']._serialized_end=1730
+  _globals['_FILE']._serialized_start=1732
+  _globals['_FILE']._serialized_end=1782
+  _globals['_FINDREPLY']._serialized_start=1784
+  _globals['_FINDREPLY']._serialized_end=1908
+  _globals['_READREQUEST']._serialized_start=1910
+  _globals['_READREQUEST']._serialized_end=1969
+  _globals['_READCHUNK']._serialized_start=1971
+  _globals['_READCHUNK']._serialized_end=1996
+  _globals['_STAGER']._serialized_start=2051
+  _globals['_STAGER']._serialized_end=3071
 # @@protoc_insertion_point(module_scope)

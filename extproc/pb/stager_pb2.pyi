@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -6,11 +7,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST: _ClassVar[Priority]
+    REFRESH: _ClassVar[Priority]
+    PREFETCH: _ClassVar[Priority]
+REQUEST: Priority
+REFRESH: Priority
+PREFETCH: Priority
+
 class EnsureRequest(_message.Message):
-    __slots__ = ("adapter",)
+    __slots__ = ("adapter", "priority", "holder", "sha256")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     adapter: str
-    def __init__(self, adapter: _Optional[str] = ...) -> None: ...
+    priority: Priority
+    holder: str
+    sha256: str
+    def __init__(self, adapter: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., holder: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class EnsureReply(_message.Message):
     __slots__ = ("digest", "staged", "origin", "lease_seconds", "waited_seconds", "bytes")
@@ -28,12 +44,40 @@ class EnsureReply(_message.Message):
     bytes: int
     def __init__(self, digest: _Optional[str] = ..., staged: _Optional[bool] = ..., origin: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., bytes: _Optional[int] = ...) -> None: ...
 
+class StageProgress(_message.Message):
+    __slots__ = ("phase", "origin", "done_bytes", "total_bytes", "reply")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    origin: str
+    done_bytes: int
+    total_bytes: int
+    reply: EnsureReply
+    def __init__(self, phase: _Optional[str] = ..., origin: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., reply: _Optional[_Union[EnsureReply, _Mapping]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("holder", "adapter")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    adapter: str
+    def __init__(self, holder: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ("released",)
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    released: int
+    def __init__(self, released: _Optional[int] = ...) -> None: ...
+
 class ListRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "bytes", "origin", "revision", "idle_seconds", "leased_seconds")
+    __slots__ = ("name", "digest", "bytes", "origin", "revision", "idle_seconds", "leased_seconds", "pinned", "checked_seconds", "refresh_error", "adopted")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +85,10 @@ class Adapter(_message.Message):
     REVISION_FIELD_NUMBER: _ClassVar[int]
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LEASED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    CHECKED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     bytes: int
@@ -48,7 +96,11 @@ class Adapter(_message.Message):
     revision: str
     idle_seconds: float
     leased_seconds: float
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., origin: _Optional[str] = ..., revision: _Optional[str] = ..., idle_seconds: _Optional[float] = ..., leased_seconds: _Optional[float] = ...) -> None: ...
+    pinned: bool
+    checked_seconds: float
+    refresh_error: str
+    adopted: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., origin: _Optional[str] = ..., revision: _Optional[str] = ..., idle_seconds: _Optional[float] = ..., leased_seconds: _Optional[float] = ..., pinned: _Optional[bool] = ..., checked_seconds: _Optional[float] = ..., refresh_error: _Optional[str] = ..., adopted: _Optional[bool] = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("adapters", "used_bytes", "reserved_bytes", "max_bytes")
@@ -62,6 +114,22 @@ class ListReply(_message.Message):
     max_bytes: int
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., used_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
 
+class PinRequest(_message.Message):
+    __slots__ = ("adapter", "pinned", "sha256")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    pinned: bool
+    sha256: str
+    def __init__(self, adapter: _Optional[str] = ..., pinned: _Optional[bool] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
 class EvictRequest(_message.Message):
     __slots__ = ("adapter",)
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -74,26 +142,136 @@ class EvictReply(_message.Message):
     bytes: int
     def __init__(self, bytes: _Optional[int] = ...) -> None: ...
 
+class RefreshRequest(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    def __init__(self, adapter: _Optional[str] = ...) -> None: ...
+
+class RefreshReply(_message.Message):
+    __slots__ = ("changed", "digest", "revision")
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    changed: bool
+    digest: str
+    revision: str
+    def __init__(self, changed: _Optional[bool] = ..., digest: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+
+class VerifyRequest(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    def __init__(self, adapter: _Optional[str] = ...) -> None: ...
+
+class VerifyResult(_message.Message):
+    __slots__ = ("adapter", "digest", "ok", "why", "removed", "bytes")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OK_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    digest: str
+    ok: bool
+    why: str
+    removed: bool
+    bytes: int
+    def __init__(self, adapter: _Optional[str] = ..., digest: _Optional[str] = ..., ok: _Optional[bool] = ..., why: _Optional[str] = ..., removed: _Optional[bool] = ..., bytes: _Optional[int] = ...) -> None: ...
+
 class WatchRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("instance", "after")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    after: int
+    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
 
 class NodeState(_message.Message):
-    __slots__ = ("ready", "why", "instance")
+    __slots__ = ("ready", "why", "instance", "resumed", "draining")
     READY_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     why: str
     instance: str
-    def __init__(self, ready: _Optional[bool] = ..., why: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+    resumed: bool
+    draining: bool
+    def __init__(self, ready: _Optional[bool] = ..., why: _Optional[str] = ..., instance: _Optional[str] = ..., resumed: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class Space(_message.Message):
+    __slots__ = ("used_bytes", "reserved_bytes", "max_bytes")
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    used_bytes: int
+    reserved_bytes: int
+    max_bytes: int
+    def __init__(self, used_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("node", "published", "evicted")
+    __slots__ = ("node", "published", "evicted", "refreshed", "space", "sequence")
     NODE_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
+    REFRESHED_FIELD_NUMBER: _ClassVar[int]
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     node: NodeState
     published: str
     evicted: str
-    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ...) -> None: ...
+    refreshed: str
+    space: Space
+    sequence: int
+    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class FindRequest(_message.Message):
+    __slots__ = ("adapter", "revision")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    revision: str
+    def __init__(self, adapter: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+
+class File(_message.Message):
+    __slots__ = ("path", "size", "sha256")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    size: int
+    sha256: str
+    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class FindReply(_message.Message):
+    __slots__ = ("instance", "digest", "revision", "origin", "files")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    digest: str
+    revision: str
+    origin: str
+    files: _containers.RepeatedCompositeFieldContainer[File]
+    def __init__(self, instance: _Optional[str] = ..., digest: _Optional[str] = ..., revision: _Optional[str] = ..., origin: _Optional[str] = ..., files: _Optional[_Iterable[_Union[File, _Mapping]]] = ...) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("digest", "path", "offset")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    path: str
+    offset: int
+    def __init__(self, digest: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class ReadChunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
