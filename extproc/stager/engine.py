@@ -34,6 +34,7 @@ class Engine:
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self.keeps_prefixes = False  # it was asked to clear its prefix cache and knows no way to
 
     @property
     def exists(self) -> bool:
@@ -42,9 +43,12 @@ class Engine:
 
     async def is_healthy(self) -> bool:
         try:
-            return (await self._call("GET", "/health"))[0] == 200
+            healthy = (await self._call("GET", "/health"))[0] == 200
         except EngineUnreachable:
-            return False
+            healthy = False
+        if not healthy:
+            self.keeps_prefixes = False  # it may come back with other settings
+        return healthy
 
     async def registered(self) -> dict[str, str]:
         """Names that the engine resolves without looking at the disk first, with the directory of each; it may read their files at any time."""
@@ -76,6 +80,13 @@ class Engine:
         status, _ = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         if status not in (200, 404):
             raise EngineUnreachable(f"the engine answers {status} to unload")
+
+    async def reset_prefix_cache(self) -> None:
+        """Make the engine forget what it computed. Only a vLLM in its development mode can."""
+        status, _ = await self._call("POST", "/reset_prefix_cache")
+        self.keeps_prefixes = status in (404, 405)
+        if status != 200:
+            raise EngineUnreachable(f"the engine answers {status} to reset_prefix_cache")
 
     async def close(self) -> None:
         if self._session is not None:

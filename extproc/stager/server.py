@@ -2,16 +2,21 @@
 
 import asyncio
 import logging
+import secrets
 
 import grpc.aio
 
+from .. import credentials
+from ..client import StagerClient
 from ..config import Settings
 from ..metrics import StagerMetrics
 from ..process import HttpServer, grpc_server, listen_grpc
 from .control import stager_app
 from .engine import Engine
 from .origins import build_origin
+from .peers import Peers, addresses
 from .service import StagerService
+from .sources import Source
 from .stager import Stager
 
 log = logging.getLogger(__name__)
@@ -24,24 +29,38 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.stager
-        self.stager = Stager(self._settings, [build_origin(origin) for origin in self._settings.origins], Engine(self._settings.engine), StagerMetrics())
+        self._rpc = settings.rpc
+        instance = secrets.token_hex(8)
+        pools = [[endpoint.stager for endpoint in pool.endpoints] for pool in settings.pools]
+        own = [pool for pool in pools if self._settings.listen in pool]  # behind a wildcard address nothing tells which pool is ours
+        others = [stager for pool in own or pools for stager in pool]
+        asked = addresses(self._settings.peers, others, self._settings.listen) if self._settings.peers.mode != "off" else []
+        peers = Peers(self._settings.peers, {address: StagerClient(address, self._rpc) for address in asked}, instance)
+        sources = [Source(build_origin(origin), origin) for origin in self._settings.origins]
+        self.stager = Stager(self._settings, sources, Engine(self._settings.engine), StagerMetrics(), peers=peers, instance=instance)
         self._grpc: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
 
     async def start(self) -> None:
         """Take the directory, then the ports. Raises StartError."""
+        token = credentials.token(self._rpc)
+        tls = credentials.server_credentials(self._rpc)
         await self.stager.open()
-        self._grpc = grpc_server()
-        StagerService(self.stager).register(self._grpc)
-        listen_grpc(self._grpc, self._settings.listen)
+        self._grpc = grpc_server([credentials.TokenInterceptor(token)] if token else [])
+        guarded = credentials.are_configured(self._rpc)
+        destructive = guarded or credentials.is_loopback(self._settings.listen)
+        StagerService(self.stager, self._settings.peers, destructive=destructive).register(self._grpc)
+        listen_grpc(self._grpc, self._settings.listen, tls)
         if self._settings.http_listen:
-            self._http = HttpServer(stager_app(self.stager), self._settings.http_listen)
+            app = stager_app(self.stager, token, destructive=bool(token) or credentials.is_loopback(self._settings.http_listen))
+            self._http = HttpServer(app, self._settings.http_listen)
             self._http.start()
         await self._grpc.start()
         log.info("stager serves on %s, fills %s", self._settings.listen, self._settings.dir)
 
     async def stop(self) -> None:
-        """End waits, give up flights without leaving a trace, let the directory go."""
+        """Say that it is draining, end waits, give up flights without leaving a trace, let the directory go."""
+        self.stager.drain()
         if self._grpc is not None:
             await self._grpc.stop(STOP_S)
         await self.stager.close()

@@ -1,31 +1,44 @@
 """The stager's gRPC service: messages in, Stager calls, messages out. Our errors cross as a status, a text and the name of their class."""
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import grpc
 import grpc.aio
 
-from ..client import ERROR_METADATA, SERVICE
+from ..client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE
+from ..config import PeerSettings
+from ..core.artifact import adapter_name
 from ..errors import (
     AdapterInUse,
     InvalidAdapter,
+    InvalidRequest,
     LoraExtprocError,
     ModelNotFound,
     NoSpace,
+    NotPermitted,
     OriginFailed,
+    Overloaded,
     RequestError,
 )
 from ..pb import stager_pb2 as pb
-from .stager import Stager
+from .changes import Change
+from .stager import Ensured, Stager
+from .store import Store, disk_errors
+from .transfer import Pace, opened
 
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _CODES: tuple[tuple[type[LoraExtprocError], grpc.StatusCode], ...] = (
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (ModelNotFound, grpc.StatusCode.NOT_FOUND),
     (InvalidAdapter, grpc.StatusCode.INVALID_ARGUMENT),
@@ -35,77 +48,219 @@ _CODES: tuple[tuple[type[LoraExtprocError], grpc.StatusCode], ...] = (
 )
 
 
-class StagerService:
-    """Registers the four methods of `protos/stager.proto` on a server."""
+READ_BYTES = 2**20  # per message; below gRPC's default limit of 4 MiB on what a client takes
+PROGRESS_S = 0.1
 
-    def __init__(self, stager: Stager) -> None:
+
+class StagerService:
+    """Registers the methods of `protos/stager.proto` on a server.
+
+    `destructive` False: Pin, Evict, Purge and Verify are refused, since whoever reaches the port could call them.
+    """
+
+    def __init__(self, stager: Stager, peers: PeerSettings | None = None, *, destructive: bool = True) -> None:
+        settings = peers or PeerSettings()
         self._stager = stager
+        self._destructive = destructive
+        self._send_pace = Pace(settings.max_bytes_per_s)
+        self._free_reads = settings.max_reads
 
     def register(self, server: grpc.aio.Server) -> None:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         methods = {
             "Ensure": unary(self.ensure, pb.EnsureRequest.FromString, pb.EnsureReply.SerializeToString),
+            "Stage": stream(self.stage, pb.EnsureRequest.FromString, pb.StageProgress.SerializeToString),
+            "Release": unary(self.release, pb.ReleaseRequest.FromString, pb.ReleaseReply.SerializeToString),
             "List": unary(self.list, pb.ListRequest.FromString, pb.ListReply.SerializeToString),
+            "Pin": unary(self.pin, pb.PinRequest.FromString, pb.PinReply.SerializeToString),
             "Evict": unary(self.evict, pb.EvictRequest.FromString, pb.EvictReply.SerializeToString),
+            "Purge": unary(self.purge, pb.EvictRequest.FromString, pb.EvictReply.SerializeToString),
+            "Refresh": unary(self.refresh, pb.RefreshRequest.FromString, pb.RefreshReply.SerializeToString),
+            "Verify": stream(self.verify, pb.VerifyRequest.FromString, pb.VerifyResult.SerializeToString),
             "Watch": stream(self.watch, pb.WatchRequest.FromString, pb.WatchEvent.SerializeToString),
+            "Find": unary(self.find, pb.FindRequest.FromString, pb.FindReply.SerializeToString),
+            "Read": stream(self.read, pb.ReadRequest.FromString, pb.ReadChunk.SerializeToString),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
     async def ensure(self, request: pb.EnsureRequest, context: Context) -> pb.EnsureReply:
         async with _errors(context):
-            held = await self._stager.ensure(request.adapter)
-        return pb.EnsureReply(
-            digest=held.digest,
-            staged=held.staged,
-            origin=held.manifest.origin,
-            lease_seconds=held.lease_s,
-            waited_seconds=held.waited_s,
-            bytes=held.manifest.size,
-        )
+            held = await self._ensure(request)
+        return ensure_reply(held)
+
+    async def stage(self, request: pb.EnsureRequest, context: Context) -> AsyncIterator[pb.StageProgress]:
+        async with _errors(context):
+            waiting = asyncio.ensure_future(self._ensure(request))
+            try:
+                while not waiting.done():
+                    await asyncio.wait({waiting}, timeout=PROGRESS_S)
+                    job = self._stager.job(request.adapter)
+                    if job is not None and not waiting.done():
+                        yield pb.StageProgress(phase=job.phase, origin=job.origin, done_bytes=job.done_bytes, total_bytes=job.total_bytes)
+                yield pb.StageProgress(reply=ensure_reply(waiting.result()))
+            finally:
+                waiting.cancel()
+
+    async def release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseReply:
+        async with _errors(context):
+            return pb.ReleaseReply(released=self._stager.release(request.holder, request.adapter))
 
     async def list(self, _request: pb.ListRequest, _context: Context) -> pb.ListReply:
         return list_reply(self._stager)
 
+    async def pin(self, request: pb.PinRequest, context: Context) -> pb.PinReply:
+        async with _errors(context):
+            self._check_permitted("Pin")
+            if request.pinned:
+                return pb.PinReply(digest=await self._stager.pin(request.adapter, stated_sha256(request.sha256)))
+            await self._stager.unpin(request.adapter)
+            return pb.PinReply()
+
     async def evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictReply:
         async with _errors(context):
+            self._check_permitted("Evict")
             return pb.EvictReply(bytes=await self._stager.evict(request.adapter))
 
-    async def watch(self, _request: pb.WatchRequest, _context: Context) -> AsyncIterator[pb.WatchEvent]:
-        with self._stager.changes() as queue:  # before the first answer: nothing between the two is missed
-            yield self._node()
-            while True:
-                change = await queue.get()
-                if change.kind == "published":
-                    yield pb.WatchEvent(published=change.adapter)
-                elif change.kind == "evicted":
-                    yield pb.WatchEvent(evicted=change.adapter)
-                else:
-                    yield self._node()
+    async def purge(self, request: pb.EvictRequest, context: Context) -> pb.EvictReply:
+        async with _errors(context):
+            self._check_permitted("Purge")
+            return pb.EvictReply(bytes=await self._stager.purge(request.adapter))
 
-    def _node(self) -> pb.WatchEvent:
-        why = self._stager.not_ready
-        return pb.WatchEvent(node=pb.NodeState(ready=why is None, why=why or "", instance=self._stager.instance))
+    async def refresh(self, request: pb.RefreshRequest, context: Context) -> pb.RefreshReply:
+        async with _errors(context):
+            changed = await self._stager.refresh(request.adapter)
+            named = self._stager.holdings.get(adapter_name(request.adapter))
+            return pb.RefreshReply(changed=changed, digest=named.digest if named else "", revision=named.revision if named else "")
+
+    async def verify(self, request: pb.VerifyRequest, context: Context) -> AsyncIterator[pb.VerifyResult]:
+        async with _errors(context):
+            self._check_permitted("Verify")  # what differs is removed, whoever holds it
+            async for found in self._stager.verify(request.adapter):
+                yield pb.VerifyResult(adapter=found.name, digest=found.digest, ok=not found.why, why=found.why, removed=found.removed, bytes=found.size)
+
+    async def watch(self, request: pb.WatchRequest, _context: Context) -> AsyncIterator[pb.WatchEvent]:
+        async with contextlib.aclosing(watch_events(self._stager, request.instance, request.after)) as events:
+            async for event in events:
+                yield event
+
+    async def find(self, request: pb.FindRequest, context: Context) -> pb.FindReply:
+        async with _errors(context):
+            named = self._stager.holdings.get(adapter_name(request.adapter))
+            manifest = await self._stager.manifest(request.adapter) if named is not None and "@" not in named.id else None
+            if named is None or manifest is None or (request.revision and named.revision != request.revision):
+                raise ModelNotFound("not on this node")
+            files = [pb.File(path=file.path, size=file.size, sha256=file.sha256) for file in manifest.files]
+            return pb.FindReply(instance=self._stager.instance, digest=named.digest, revision=named.revision, origin=named.origin, files=files)
+
+    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadChunk]:
+        async with _errors(context):
+            if not self._free_reads:
+                raise Overloaded("this node sends to others already, as many as stager.peers.max_reads")
+            self._free_reads -= 1
+            try:
+                with self._stager.reading(request.digest, request.path) as path:
+                    async with opened(lambda: _open_published(self._stager.store, request, path)) as file:
+                        while data := await asyncio.to_thread(file.read, READ_BYTES):
+                            await self._send_pace.spend(len(data))
+                            self._stager.metrics.sent_bytes.inc(len(data))
+                            yield pb.ReadChunk(data=data)
+            finally:
+                self._free_reads += 1
+
+    def _check_permitted(self, method: str) -> None:
+        if not self._destructive:
+            raise NotPermitted(f"{method} is off: stager.listen is not on loopback, and no rpc.token_env, token_file or ca_file is set")
+
+    async def _ensure(self, request: pb.EnsureRequest) -> Ensured:
+        sha256 = stated_sha256(request.sha256)
+        return await self._stager.ensure(request.adapter, priority=request.priority, holder=request.holder, sha256=sha256)
+
+
+def stated_sha256(text: str) -> str:
+    """What a caller says that the weights must have, in lower-case hex; "" if it says nothing. Raises InvalidRequest.
+
+    What can be no digest is refused here: nothing that would be fetched could have it.
+    """
+    if text and not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise InvalidRequest(f"sha256: {text[:80]!r} is not 64 hexadecimal digits")
+    return text.lower()
+
+
+async def watch_events(stager: Stager, instance: str = "", after: int = 0) -> AsyncGenerator[pb.WatchEvent, None]:
+    """What was missed since change `after` of that `instance`, the node's state, then every change. Ends for a watcher that is too slow."""
+    changes = stager.changes
+    with changes.since(after if instance == stager.instance else -1) as (queue, complete):
+        while not queue.empty():  # what was missed, before the node may count as ready again
+            if (change := queue.get_nowait()) is None:
+                return
+            yield _event(stager, change)
+        yield _node(stager, changes.last, resumed=complete)
+        while (change := await queue.get()) is not None:
+            yield _event(stager, change)
+
+
+def _event(stager: Stager, change: Change) -> pb.WatchEvent:
+    match change.kind:
+        case "published":
+            return pb.WatchEvent(sequence=change.sequence, published=change.adapter)
+        case "refreshed":
+            return pb.WatchEvent(sequence=change.sequence, refreshed=change.adapter)
+        case "evicted":
+            return pb.WatchEvent(sequence=change.sequence, evicted=change.adapter)
+        case "space":
+            index = stager.holdings.index
+            space = pb.Space(used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
+            return pb.WatchEvent(sequence=change.sequence, space=space)
+        case _:
+            return _node(stager, change.sequence, resumed=True)
+
+
+def _node(stager: Stager, sequence: int, *, resumed: bool) -> pb.WatchEvent:
+    why = stager.not_ready
+    node = pb.NodeState(ready=why is None, why=why or "", instance=stager.instance, resumed=resumed, draining=stager.is_draining)
+    return pb.WatchEvent(sequence=sequence, node=node)
+
+
+def _open_published(store: Store, request: pb.ReadRequest, path: Path) -> BinaryIO:
+    """The file at its offset, if the manifest of our own artifact lists it: others' directories may lead anywhere. Blocks."""
+    files = store.manifest(request.digest).files if "@" not in request.digest else ()
+    size = next((file.size for file in files if file.path == request.path), None)
+    if size is None:
+        raise ModelNotFound(f"{request.digest[:64]!r} has no file {request.path[:80]!r} on this node")
+    if request.offset > size:
+        raise InvalidRequest(f"offset: {request.path} has {size} bytes; {request.offset} is behind its end")
+    with disk_errors():
+        file = path.open("rb")
+        file.seek(request.offset)
+        return file
+
+
+def ensure_reply(held: Ensured) -> pb.EnsureReply:
+    """What Ensure answers."""
+    return pb.EnsureReply(digest=held.digest, staged=held.staged, origin=held.origin, lease_seconds=held.lease_s, waited_seconds=held.waited_s, bytes=held.size)
 
 
 def list_reply(stager: Stager) -> pb.ListReply:
     """What is on disk, least recently used first."""
-    by_digest: dict[str, list[str]] = {}
-    for name, digest in stager.names.items():
-        by_digest.setdefault(digest, []).append(name)
+    holdings, index = stager.holdings, stager.holdings.index
     adapters = [
         pb.Adapter(
             name=name,
-            digest=entry.id,
+            digest=named.digest,
             bytes=entry.size,
-            origin=stager.manifests[entry.id].origin,
-            revision=stager.manifests[entry.id].revision,
+            origin=named.origin,
+            revision=named.revision,
             idle_seconds=stager.idle_s(entry.id),
             leased_seconds=stager.leased_s(entry.id),
+            pinned=name in holdings.pins,
+            checked_seconds=stager.checked_s(named),
+            refresh_error=named.refresh_error,
+            adopted="@" in named.id,
         )
-        for entry in stager.index.entries()
-        for name in sorted(by_digest.get(entry.id, ()))
+        for entry in index.entries()
+        for name in sorted(holdings.names_of(entry.id))
+        if (named := holdings.get(name)) is not None
     ]
-    index = stager.index
     return pb.ListReply(adapters=adapters, used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
 
 
@@ -115,4 +270,7 @@ async def _errors(context: Context) -> AsyncIterator[None]:
         yield
     except LoraExtprocError as error:
         code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.UNAVAILABLE)
-        await context.abort(code, error.message, ((ERROR_METADATA, type(error).__name__),))
+        metadata = [(ERROR_METADATA, type(error).__name__)]
+        if error.retry_after_s is not None:
+            metadata.append((RETRY_AFTER_METADATA, str(error.retry_after_s)))
+        await context.abort(code, error.message, tuple(metadata))

@@ -1,422 +1,516 @@
-"""Make adapters present: resolve, reserve, fetch, verify, publish; and make room without taking a file from anybody who may read it."""
+"""One node: who asks for which adapter, who waits for whom, what is leased, pinned, refreshed and removed. How that is done is its parts' business.
+
+ensure ── there ──────────────────────────────────────────────► lease
+   │                                                              ▲
+   └─ not there ── flight (one per name) ── Fetcher.bring ── link ┘
+"""
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import stamina
-
 from ..config import StagerSettings
-from ..core.artifact import AdapterName, File, Manifest, adapter_name
-from ..core.lru import Index
-from ..errors import AdapterInUse, AdapterTooLarge, InvalidAdapter, LoraExtprocError, ModelNotFound, NoSpace, OriginFailed
-from ..flight import SingleFlight
+from ..core.artifact import AdapterName, Manifest, adapter_name
+from ..core.breaker import STATES, Breaker
+from ..errors import (
+    DiskFailed,
+    InvalidAdapter,
+    LoraExtprocError,
+    ModelNotFound,
+    NoSpace,
+    OriginRefused,
+)
+from ..flight import SingleFlight, to_the_end
 from ..metrics import StagerMetrics
+from .adopter import Adopter
+from .changes import Changes
 from .engine import Engine
-from .origins import Listing, Origin, RemoteFile
+from .fetcher import Fetcher
+from .flights import Flights
+from .freshness import Freshness
+from .holdings import Holdings, Named
+from .peers import Peers
+from .readiness import Readiness
+from .remover import Remover
+from .sources import Source
 from .store import Store, hash_file
-from .verify import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterConfig, check_config, check_files
+from .transfer import Job
+from .verify import CONFIG_FILE
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # per origin and step; with the back-off below a blip of a second is survived, an outage is answered within seconds
-UNKNOWN_SIZE_BYTES = 512 * 2**20  # reserved for a file whose origin does not say its size, and the most that it may then have
-HEALTH_INTERVAL_S = 1.0
+HOUSEKEEPING_S = 1.0
+TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
+FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
 MAX_REMEMBERED_MISSES = 10_000
+PINS_FILE = ".pins.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Ensured:
     """An adapter that is on disk and will stay for `lease_s` seconds."""
 
-    manifest: Manifest
     digest: str
+    size: int
     staged: bool
+    origin: str
     lease_s: float
     waited_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """Something a watcher is told: `kind` is "node", "published" or "evicted"."""
+class Verified:
+    """What reading one artifact back from the disk gave."""
 
-    kind: str
-    adapter: str = ""
+    name: AdapterName
+    digest: str
+    size: int
+    why: str  # "": it is what it was
+    removed: bool = False
 
 
 class Stager:
     """One node. `open` before anything else, `close` at the end."""
 
     def __init__(
-        self, settings: StagerSettings, origins: Sequence[Origin], engine: Engine, metrics: StagerMetrics, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: StagerSettings,
+        sources: Sequence[Source],
+        engine: Engine,
+        metrics: StagerMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        peers: Peers | None = None,
+        instance: str = "",
     ) -> None:
-        self.instance = secrets.token_hex(8)
-        self.not_ready: str | None = "starting"
+        self.instance = instance or secrets.token_hex(8)
         self.metrics = metrics
+        self.changes = Changes()
+        self.holdings = Holdings(settings.max_bytes)
+        self.store = Store(Path(settings.dir))
+        self.is_draining = False
+        self._readiness = Readiness(self.changes)
+        self._flights = Flights(settings.fetch_timeout_s, metrics, clock, self._learn_from)
         self._settings = settings
-        self._origins = origins
+        self._sources = sources
         self._engine = engine
         self._clock = clock
-        self._store = Store(Path(settings.dir))
-        self.index = Index(settings.max_bytes)
-        self.names: dict[AdapterName, str] = {}  # adapter name -> digest
-        self.manifests: dict[str, Manifest] = {}
-        self._flights: SingleFlight[AdapterName, Ensured] = SingleFlight()
-        self._removals: SingleFlight[str, bool] = SingleFlight()
-        self._missing: dict[AdapterName, float] = {}  # what no origin has -> until when that is remembered
-        self._watchers: set[asyncio.Queue[Change]] = set()
-        self._health: asyncio.Task[None] | None = None
+        self._remover = Remover(self.store, self.holdings, engine, self.changes, self._readiness, metrics, clock)
+        peers = peers or Peers(settings.peers, {}, self.instance)
+        self._fetcher = Fetcher(settings, sources, peers, self.store, self.holdings, self._remover, metrics, clock)
+        self._adopter = Adopter(settings, self.store, self.holdings, self.changes, clock)
+        self._freshness = Freshness(
+            settings.revalidate_s,
+            self.store,
+            self.holdings,
+            engine,
+            self._fetcher,
+            self._remover,
+            self._adopter,
+            self._flights,
+            self.changes,
+            clock,
+        )
+        self._pins_file = asyncio.Lock()
+        self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
+        self._missing: dict[AdapterName, tuple[float, LoraExtprocError]] = {}  # what no origin gives -> until when that is remembered, and why
+        self._space_told: tuple[int, int] = (-1, -1)
+        self._next_scan = 0.0
+        self._next_trim = 0.0
+        self._scan: asyncio.Task[None] | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
+        self._expose()
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why the node should be sent nothing now; None if it should."""
+        return self._readiness.not_ready
 
     async def open(self) -> None:
         """Take the directory and adopt what is in it. Raises StartError."""
-        scan = await asyncio.to_thread(self._store.open)
-        now = self._clock()
-        for digest, (manifest, _modified) in sorted(scan.artifacts.items(), key=lambda item: item[1][1]):
-            self.index.add(digest, manifest.size, now)
-            self.manifests[digest] = manifest
-        self.names.update(scan.names)
-        log.info("%s: adopted %d adapters (%d bytes), removed %d leftovers", self._settings.dir, len(self.names), self.index.used_bytes, len(scan.removed))
-        self._show()
-        self.not_ready = None if not self._engine.exists else "the engine was not asked yet"
+        scan = await asyncio.to_thread(self.store.open)
+        now, by_age = self._clock(), scan.by_age()
+        for name, found in scan.take():
+            own = found.name == name  # another name's revision is not in the manifest
+            self.holdings.index.add(found.digest, found.disk_bytes, now)
+            self.holdings.put(name, Named(found.digest, found.origin, found.revision if own else "", final=found.final and own))
+        self.holdings.index.order(by_age)
+        del by_age
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps a tenth of what a hundred thousand took on the way
+            trim(0)
+        await asyncio.to_thread(self._read_pins)
+        await asyncio.to_thread(self._adopter.open)
+        await self._fetcher.open()
+        index = self.holdings.index
+        log.info("%s: adopted %d adapters (%d bytes), removed %d leftovers", self._settings.dir, len(self.holdings), index.used_bytes, len(scan.removed))
+        for left in scan.removed[:20]:
+            log.info("%s: removed %s: it was not whole, or a newer version is there", self._settings.dir, left)
+        if self._settings.adopt:
+            await asyncio.wait({self._start_scan()}, timeout=FIRST_SCAN_S)
         if self._engine.exists:
-            self._health = asyncio.create_task(self._watch_engine(), name="engine health")
+            self._readiness.set("engine", "the engine was not asked yet")
+        self._readiness.set("start", None)
+        self._housekeeping = asyncio.create_task(self._keep_house(), name="housekeeping")
+
+    def drain(self) -> None:
+        """Tell routers that this node will be gone soon."""
+        self.is_draining = True
+        self._readiness.set("draining", "the stager is stopping")
 
     async def close(self) -> None:
         """Give up flights, leave nothing half done, and let the directory go."""
-        if self._health is not None:
-            self._health.cancel()
-        await self._flights.close()
-        await self._removals.close()
-        for origin in self._origins:
-            await origin.close()
+        for task in (self._housekeeping, self._scan):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await self._freshness.close()
+        await self._in_flight.close()
+        await self._remover.close()
+        await self._fetcher.close()
         await self._engine.close()
-        self._store.close()
+        self.store.close()
 
     # -- what routers ask
 
-    async def ensure(self, raw_name: str) -> Ensured:
-        """Wait until the adapter is on disk, and lease it. Cancelling ends the wait, not the fetch. Raises a StageError or InvalidRequest."""
+    async def ensure(self, raw_name: str, *, priority: int = Job.REQUEST, holder: str = "", sha256: str = "") -> Ensured:
+        """Wait until the adapter is on disk, and lease it for `holder`. Cancelling ends the wait, not the fetch.
+
+        With `sha256` its weights must have that digest: other content that is here is compared with its origin first.
+        Raises a StageError or InvalidRequest.
+        """
         name = adapter_name(raw_name)
-        began = self._clock()
         try:
-            held = self._lease(name, began, staged=False, waited_s=0.0)
-            if held is None:
-                self._refuse_missing(name, began)
-                landed = await self._flights.join(name, lambda: self._fly(name))
-                now = self._clock()
-                held = self._lease(name, now, staged=landed.staged, waited_s=now - began) or landed
+            held = await self._ensure(name, priority, holder, sha256)
+            if sha256 and await self._weights_sha256(name) != sha256:
+                if not held.staged and await self.refresh(name):
+                    held = await self._ensure(name, priority, holder, sha256)
+                if (found := await self._weights_sha256(name)) != sha256:
+                    raise InvalidAdapter(f"the weights of {name} have SHA-256 {found}; {sha256} is asked for", "digest")
         except LoraExtprocError as error:
             self.metrics.ensures.labels(error.reason).inc()
             raise
         self.metrics.ensures.labels("staged" if held.staged else "hit").inc()
         return held
 
-    async def evict(self, raw_name: str) -> int:
-        """Remove one adapter because an operator asked; the bytes freed. Raises ModelNotFound or AdapterInUse."""
+    async def _ensure(self, name: AdapterName, priority: int, holder: str, sha256: str) -> Ensured:
+        began = self._clock()
+        held = self._lease(name, began, holder, staged=False, waited_s=0.0)
+        if held is not None:
+            if not self.is_draining:
+                self._freshness.revalidate(name)
+            return held
+        self._refuse_missing(name, began)
+        self._flights.hurry(name, priority)
+        try:
+            landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256))
+        except InvalidAdapter as error:
+            if error.stated in ("", sha256):
+                raise
+            return await self._ensure(name, priority, holder, sha256)  # refused for what the first caller stated, which says nothing to this one
+        now = self._clock()
+        return self._lease(name, now, holder, staged=landed.staged, waited_s=now - began) or landed
+
+    def job(self, raw_name: str) -> Job | None:
+        """The flight of an adapter that is on its way."""
+        return self._flights.get(AdapterName(raw_name))
+
+    def release(self, holder: str, raw_name: str = "") -> int:
+        """Give back what `holder` leased: one adapter, or all; how many there were."""
+        named = self.holdings.get(adapter_name(raw_name)) if raw_name else None
+        if raw_name and named is None:
+            return 0
+        return self.holdings.index.release(holder, named.id if named is not None else None)
+
+    # -- what operators ask
+
+    async def pin(self, raw_name: str, sha256: str = "") -> str:
+        """Put the adapter on disk and hold it without an end; its digest. Survives restarts. Raises a StageError."""
+        held = await self.ensure(raw_name, sha256=sha256)
         name = adapter_name(raw_name)
-        digest = self.names.get(name)
-        entry = self.index.get(digest) if digest is not None else None
-        if digest is None or entry is None:
+        before = self.holdings.pins.get(name)
+        self.holdings.pin(name, sha256)
+        try:
+            await self._write_pins()
+        except LoraExtprocError:  # a pin that would not survive is none
+            if before is None:
+                self.holdings.unpin(name)
+            else:
+                self.holdings.pin(name, before)
+            raise
+        return held.digest
+
+    async def unpin(self, raw_name: str) -> None:
+        """Let it be evicted again when its time comes."""
+        self.holdings.unpin(adapter_name(raw_name))
+        await self._write_pins()
+
+    async def evict(self, raw_name: str) -> int:
+        """Remove one adapter unless somebody holds it; the bytes freed. Raises ModelNotFound or AdapterInUse."""
+        name = adapter_name(raw_name)
+        if self.holdings.get(name) is None:
             raise ModelNotFound(f"{name} is not on this node")
-        if not self.index.leave(digest, self._clock()):
-            raise AdapterInUse(f"{name} is leased for {max(0.0, entry.leased_until - self._clock()):.0f} s more")
-        if not await self._remove(digest, "asked", (name,)):
-            raise AdapterInUse(f"{name} may still be read by the engine")
-        return entry.size if digest not in self.index else 0
+        return await self._remover.take_away(name, "asked", force=False)
 
-    def leased_s(self, digest: str) -> float:
-        """Seconds until the last lease on `digest` ends; 0 without one."""
-        entry = self.index.get(digest)
-        return max(0.0, entry.leased_until - self._clock()) if entry is not None else 0.0
+    async def purge(self, raw_name: str) -> int:
+        """Remove one adapter whoever leased or pinned it, and forget that it was not found; the bytes freed. Raises AdapterInUse for the engine's sake."""
+        name = adapter_name(raw_name)
+        self._missing.pop(name, None)
+        freed = await self._remover.take_away(name, "purge", force=True)
+        if name in self.holdings.pins:  # after it: a full disk may have no room for the list before
+            await self.unpin(name)
+        return freed
 
-    def idle_s(self, digest: str) -> float:
-        """Seconds since `digest` was last asked for (or found at start)."""
-        entry = self.index.get(digest)
+    async def refresh(self, raw_name: str) -> bool:
+        """Compare the adapter with its origin; True if a new version took its place. What is here is served meanwhile, and stays if it fails.
+
+        Raises ModelNotFound where it is not on this node, else what went wrong.
+        """
+        name = adapter_name(raw_name)
+        if self.holdings.get(name) is None:
+            raise ModelNotFound(f"{name} is not on this node")
+        return await self._freshness.refresh(name)
+
+    async def verify(self, raw_name: str = "") -> AsyncIterator[Verified]:
+        """Read artifacts back from the disk and compare them with their digests. What differs is removed, unless the engine may read it.
+
+        What others put here is only reported: its owner may be writing a new version.
+        """
+        if raw_name and self.holdings.get(adapter_name(raw_name)) is None:
+            raise ModelNotFound(f"{raw_name} is not on this node")
+        for name in [adapter_name(raw_name)] if raw_name else sorted(self.holdings):
+            named = self.holdings.get(name)
+            entry = self.holdings.index.get(named.id) if named is not None else None
+            if named is None or entry is None:
+                continue
+            why = await asyncio.to_thread(self._differs, name, named)
+            names, removed = self.holdings.names_of(named.id), False
+            if why:
+                self.metrics.verify_failures.labels("disk").inc()
+                log.error("%s: %s", name, why)
+                # With all its names: while one is left, the content is, and whoever stages another would be shown it as there already.
+                if "@" not in named.id and self.holdings.index.leave(named.id, self._clock(), force=True):
+                    removed = await self._remover.remove(named.id, "damaged") is None
+            for each in names if removed else (name,):
+                yield Verified(each, named.digest, entry.size, why, removed)
+
+    # -- what peers and lists need
+
+    async def manifest(self, raw_name: str) -> Manifest | None:
+        """What is on disk under a name, file by file; None if nothing is."""
+        named = self.holdings.get(adapter_name(raw_name))
+        if named is None or self.holdings.index.get(named.id) is None:
+            return None
+        if "@" in named.id:
+            return await self._adopter.look(adapter_name(raw_name))
+        return await asyncio.to_thread(self.store.manifest, named.digest)
+
+    @contextlib.contextmanager
+    def reading(self, digest: str, path: str) -> Iterator[Path]:
+        """The path of one file of a published artifact, which stays as long as it is read. Raises ModelNotFound."""
+        holder = f"read {secrets.token_hex(4)}"
+        index = self.holdings.index
+        entry = index.get(digest)
+        if entry is None or "/" in path or path.startswith(".") or not path:
+            raise ModelNotFound(f"{digest[:64]!r} has no file {path[:80]!r} on this node")
+        index.lease(digest, float("inf"), entry.last_used, holder)
+        try:
+            yield self.store.path(digest) / path
+        finally:
+            index.release(holder, digest)
+
+    def leased_s(self, id_: str) -> float:
+        """Seconds until the last lease ends; 0 without one. Who reads it for another node counts as one that was just granted."""
+        entry = self.holdings.index.get(id_)
+        return min(max(0.0, entry.leased_until - self._clock()), self._settings.lease_s) if entry is not None else 0.0
+
+    def idle_s(self, id_: str) -> float:
+        """Seconds since it was last asked for (or found at start)."""
+        entry = self.holdings.index.get(id_)
         return self._clock() - entry.last_used if entry is not None else 0.0
 
-    @contextmanager
-    def changes(self) -> Iterator["asyncio.Queue[Change]"]:
-        """A queue of all changes from now on."""
-        queue: asyncio.Queue[Change] = asyncio.Queue()
-        self._watchers.add(queue)
-        try:
-            yield queue
-        finally:
-            self._watchers.discard(queue)
+    def checked_s(self, named: Named) -> float:
+        """Seconds since it was compared with its origin; -1: not since the start."""
+        return self._clock() - named.checked if named.checked is not None else -1.0
 
     # -- staging
 
-    def _lease(self, name: AdapterName, now: float, *, staged: bool, waited_s: float) -> Ensured | None:
-        digest = self.names.get(name)
-        if digest is None or not self.index.lease(digest, now + self._settings.lease_s, now):
+    def _lease(self, name: AdapterName, now: float, holder: str, *, staged: bool, waited_s: float) -> Ensured | None:
+        named = self.holdings.get(name)
+        index = self.holdings.index
+        if named is None or not index.lease(named.id, now + self._settings.lease_s, now, holder):
             return None
-        return Ensured(self.manifests[digest], digest, staged, self._settings.lease_s, waited_s)
+        entry = index.get(named.id)
+        assert entry is not None
+        return Ensured(named.digest, entry.size, staged, named.origin, self._settings.lease_s, waited_s)
 
     def _refuse_missing(self, name: AdapterName, now: float) -> None:
-        until = self._missing.get(name)
-        if until is None:
+        until, error = self._missing.get(name, (0.0, None))
+        if error is None:
             return
         if now < until:
             self.metrics.negative_hits.inc()
-            raise ModelNotFound(f"no origin has {name}")
+            raise type(error)(error.message)
         del self._missing[name]
 
-    async def _fly(self, name: AdapterName) -> Ensured:
-        """One flight, with its one log line and its metrics."""
-        phases: dict[str, float] = {}
-        began = self._clock()
-        origin, result = "none", "cancelled"
-        self.metrics.flights.inc()
-        try:
-            async with asyncio.timeout(self._settings.fetch_timeout_s):
-                origin, ensured = await self._stage(name, phases)
-                result = "staged"
-                return ensured
-        except TimeoutError:
-            result = OriginFailed.reason
-            raise OriginFailed(f"{name} did not arrive within {self._settings.fetch_timeout_s:g} s") from None
-        except LoraExtprocError as error:
-            result = error.reason
-            log.info("%s: %s: %s", name, error.reason, error.message)
-            raise
-        finally:
-            self.metrics.flights.dec()
-            self.metrics.stages.labels(origin, result).inc()
-            for phase, seconds in phases.items():
-                self.metrics.stage_seconds.labels(phase).observe(seconds)
-            self._show()
-            if result == "staged":
-                text = ", ".join(f"{phase} {seconds * 1000:.0f}" for phase, seconds in phases.items())
-                log.info("%s: staged from %s in %.0f ms (%s)", name, origin, (self._clock() - began) * 1000, text)
-
-    async def _stage(self, name: AdapterName, phases: dict[str, float]) -> tuple[str, Ensured]:
-        if (leaving := self.names.get(name)) is not None:  # it is being removed: let that end, or find it kept
-            await self._removals_of(leaving)
-            kept = self._lease(name, self._clock(), staged=False, waited_s=0.0)
-            if kept is not None:
-                return kept.manifest.origin, kept
-        with self._phase(phases, "resolve"):
-            origin, listing = await self._resolve(name)
-        size = sum(UNKNOWN_SIZE_BYTES if file.size is None else file.size for file in listing.files)
-        if size > self._settings.max_adapter_bytes:
-            raise AdapterTooLarge(f"{name} has {size} bytes; stager.max_adapter_bytes is {self._settings.max_adapter_bytes}")
-        await asyncio.to_thread(self._store.check_name, name)
-        with self._store.staging() as directory:
-            with self._phase(phases, "check"):
-                config_file, config = await self._fetch_config(origin, listing, directory)
-            token = f"{name} ({directory.name})"
-            try:
-                with self._phase(phases, "reserve"):
-                    await self._reserve(token, size)
-                with self._phase(phases, "fetch"):
-                    rest = [await self._fetch(origin, listing, file, directory) for file in listing.files if file.path != CONFIG_FILE]
-                with self._phase(phases, "verify"):
-                    await asyncio.to_thread(check_files, directory, config, allow_pickle=self._settings.allow_pickle)
-                with self._phase(phases, "publish"):
-                    manifest = Manifest(tuple(sorted((config_file, *rest))), name, origin.label, listing.revision)
-                    await self._removals_of(manifest.digest)
-                    self.index.lease(manifest.digest, self._clock() + self._settings.lease_s, self._clock())  # content that is here stays here
-                    digest = await asyncio.to_thread(self._store.publish, directory, manifest)
-                    self.index.commit(token, digest, manifest.size, self._clock())
-                    self.manifests[digest] = manifest
-                    await asyncio.to_thread(self._store.link, name, digest)
-                self.names[name] = digest
-            finally:
-                self.index.abort(token)
-        ensured = self._lease(name, self._clock(), staged=True, waited_s=0.0)
-        assert ensured is not None
-        self._tell(Change("published", name))
-        return origin.label, ensured
-
-    async def _resolve(self, name: AdapterName) -> tuple[Origin, Listing]:
-        """The first origin, in order, that has `name`. One that fails is passed over; if none of the others has it, the failure is the answer."""
-        failure: OriginFailed | None = None
-        for origin in self._origins:
-            try:
-                async for attempt in _attempts():
-                    with attempt:
-                        listing = await origin.resolve(name)
-            except OriginFailed as error:
-                log.warning("%s: %s", name, error.message)
-                failure = failure or error
-                continue
-            if listing is not None:
-                return origin, listing
-        if failure is not None:
-            raise failure
-        self._remember_missing(name)
-        raise ModelNotFound(f"no origin has {name}")
-
-    def _remember_missing(self, name: AdapterName) -> None:
+    def _remember_missing(self, name: AdapterName, error: LoraExtprocError) -> None:
         if self._settings.negative_ttl_s:
             if len(self._missing) >= MAX_REMEMBERED_MISSES:
                 del self._missing[next(iter(self._missing))]
-            self._missing[name] = self._clock() + self._settings.negative_ttl_s
+            self._missing[name] = (self._clock() + self._settings.negative_ttl_s, error)
 
-    async def _fetch_config(self, origin: Origin, listing: Listing, directory: Path) -> tuple[File, AdapterConfig]:
-        """The configuration first: what it rules out need not be downloaded."""
-        paths = [file.path for file in listing.files]
-        if len(paths) < 2:
-            raise InvalidAdapter(f"{listing.name} has no weights file")
-        if any(path.endswith(".bin") for path in paths) and not self._settings.allow_pickle:
-            raise InvalidAdapter(f"{listing.name} has only pickled weights (.bin), which can run code; safetensors are needed")
-        config_file = next(file for file in listing.files if file.path == CONFIG_FILE)
-        if config_file.size is not None and config_file.size > MAX_CONFIG_BYTES:
-            raise InvalidAdapter(f"{CONFIG_FILE} has {config_file.size} bytes; the limit is {MAX_CONFIG_BYTES}")
-        fetched = await self._fetch(origin, listing, config_file, directory)
-        text = await asyncio.to_thread((directory / CONFIG_FILE).read_bytes)
-        engine = self._settings.engine
-        return fetched, check_config(text, base_model=engine.base_model, max_rank=engine.max_lora_rank)
+    async def _fly(self, name: AdapterName, priority: int, holder: str, sha256: str) -> Ensured:
+        """One flight, with its one log line and its metrics."""
+        async with self._flights.book(name, priority, "staged") as job:
+            kept = await self._already(name, holder)
+            if kept is None:
+                try:
+                    named = await self._fetcher.bring(name, job, expected=sha256)
+                except InvalidAdapter as error:
+                    error.stated = sha256 if error.what == "digest" else ""
+                    raise
+                assert named is not None
+                try:
+                    return await to_the_end(self._show_under(name, named, holder))
+                finally:
+                    await self._fetcher.let_go(named)
+            job.outcome = "kept"
+            return kept
 
-    async def _fetch(self, origin: Origin, listing: Listing, file: RemoteFile, directory: Path) -> File:
-        """One file, hashed, and compared with what the origin states of it."""
-        target = directory / file.path
-        if file.size is None:
-            file = replace(file, limit=UNKNOWN_SIZE_BYTES)
-        async for attempt in _attempts():
-            with attempt:
-                sha256 = await origin.fetch(listing, file, target)
-        size = target.stat().st_size
-        got = await asyncio.to_thread(hash_file, target, file.path) if sha256 is None else File(file.path, size, sha256)
-        self.metrics.fetched_bytes.labels(origin.label).inc(got.size)
-        if file.size is not None and got.size != file.size:
-            raise InvalidAdapter(f"{file.path} has {got.size} bytes; the {origin.label} origin states {file.size}")
-        if file.size is None and got.size > UNKNOWN_SIZE_BYTES:
-            raise AdapterTooLarge(f"{file.path} has {got.size} bytes, and its origin did not say so; the limit then is {UNKNOWN_SIZE_BYTES}")
-        if file.sha256 is not None and got.sha256 != file.sha256:
-            raise InvalidAdapter(f"{file.path} has SHA-256 {got.sha256}; the {origin.label} origin states {file.sha256}")
-        return got
+    async def _show_under(self, name: AdapterName, named: Named, holder: str) -> Ensured:
+        await asyncio.to_thread(self.store.link, name, named.id)
+        self._missing.pop(name, None)
+        self.holdings.put(name, named)
+        self.changes.tell("published", name)
+        ensured = self._lease(name, self._clock(), holder, staged=True, waited_s=0.0)
+        assert ensured is not None
+        return ensured
 
-    # -- making room
+    async def _already(self, name: AdapterName, holder: str) -> Ensured | None:
+        """What needs no fetch after all: a removal that ended in keeping it, or something that others put here."""
+        if (leaving := self.holdings.get(name)) is not None:
+            await self._remover.settle(leaving.id)
+            kept = self._lease(name, self._clock(), holder, staged=False, waited_s=0.0)
+            if kept is not None:
+                return kept
+        if self._settings.adopt and await asyncio.to_thread(self._adopter.is_there, name):
+            await self._adopter.adopt(name)
+            return self._lease(name, self._clock(), holder, staged=False, waited_s=0.0)
+        return None
 
-    async def _reserve(self, token: str, size: int) -> None:
-        """Set room aside; whoever must go for it is gone when this returns. A victim the engine will not let go is passed over."""
-        refused: set[str] = set()
-        while True:
-            victims = self.index.reserve(token, size, self._clock())
-            removed = await asyncio.gather(*(self._remove(victim, "room") for victim in victims))
-            # A victim of which an operator removed only one of several names is still there, whatever its removal says.
-            if all(removed) and self.index.used_bytes + self.index.reserved_bytes <= self.index.max_bytes:
-                return
-            self.index.abort(token)
-            kept = {victim for victim, gone in zip(victims, removed, strict=True) if not gone}
-            if kept and kept <= refused:
-                raise NoSpace(f"{token} needs {size} bytes; what could go for it may still be read by the engine")
-            refused |= kept
+    def _learn_from(self, name: AdapterName, error: LoraExtprocError) -> None:
+        """What a failed flight says of the next."""
+        if isinstance(error, ModelNotFound | OriginRefused):
+            self._remember_missing(name, error)
+        elif isinstance(error, InvalidAdapter):
+            self.metrics.verify_failures.labels(error.what).inc()
+        elif isinstance(error, DiskFailed):
+            self._readiness.set("disk", error.message)
 
-    async def _remove(self, digest: str, cause: str, names: Sequence[AdapterName] | None = None) -> bool:
-        """Unload, see it gone and not running, delete. False if it had to stay. The removal goes on when its caller is cancelled.
+    # -- reading back
 
-        With `names`, only these go; the content stays while another name leads to it.
-        """
+    async def _weights_sha256(self, name: AdapterName) -> str:
+        manifest = await self.manifest(name)
+        return next((file.sha256 for file in manifest.files if file.path != CONFIG_FILE), "") if manifest is not None else ""
 
-        async def remove() -> bool:
-            removed = await self._remove_now(digest, [name for name, named in self.names.items() if named == digest], names)
-            self.metrics.evictions.labels(cause, "removed" if removed else "kept").inc()
-            self._show()
-            return removed
-
-        return await self._removals.join(digest, remove)
-
-    async def _removals_of(self, digest: str) -> None:
-        if digest in self._removals:
-            await self._remove(digest, "room")
-
-    async def _remove_now(self, digest: str, all_names: Sequence[AdapterName], only: Sequence[AdapterName] | None) -> bool:
-        names = all_names if only is None else only
-        content_goes = set(all_names) <= set(names)
+    def _differs(self, name: AdapterName, named: Named) -> str:
+        """Why what is on disk is not what was published; "" if it is. Blocks."""
+        directory = self.store.path(named.id)
         try:
-            if not await self._engine_lets_go(names):
-                self.index.kept(digest, self._clock())
-                return False
-            if content_goes:
-                await asyncio.to_thread(self._store.remove, digest)
-        except Exception as error:  # whatever it was: an entry that stayed "leaving" could neither be leased nor evicted any more
-            log.warning("%s stays: %s", ", ".join(names) or digest, error, exc_info=not isinstance(error, LoraExtprocError | OSError))
-            self.index.kept(digest, self._clock())
-            return False
-        for name in names:
-            self.names.pop(name, None)
-            self._tell(Change("evicted", name))
-        if content_goes:
-            self.manifests.pop(digest, None)
-            self.index.removed(digest)
-        else:
-            self.index.kept(digest, self._clock())
-        log.info("evicted %s", ", ".join(names) or digest)
-        return True
+            if "@" in named.id:
+                return self._adopter.differs(name, named)
+            for file in self.store.manifest(named.digest).files:
+                if hash_file(directory / file.path, file.path) != file:
+                    return f"{file.path} is not what was published"
+        except (OSError, LoraExtprocError) as error:
+            return f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+        return ""
 
-    async def _engine_lets_go(self, names: Sequence[AdapterName]) -> bool:
-        """Make certain that no engine can read the files any more. True: the names are unloaded and their links are gone.
+    def _read_pins(self) -> None:
+        pins = self.store.read_json(PINS_FILE)
+        for name, sha256 in pins.items() if isinstance(pins, dict) else ():
+            with contextlib.suppress(LoraExtprocError):
+                self.holdings.pin(adapter_name(str(name)), str(sha256))
 
-        The order matters. While the link is there, a request that slips in between registers the name again, which the second look sees.
-        Taking the link first would kill the engine: a registered adapter that fell out of its slots is read again from the link.
-        """
-        if self._engine.exists:
-            requests = await self._engine.requests()
-            if requests.running & set(names):
-                return False
-            if requests.waiting and set(names) & set(await self._engine.registered()):
-                return False  # who waits for a slot is in no label, and reads the files when it gets one
-            for name in names:
-                await self._engine.unload(name)
-            if await self._engine_reads(names):
-                return False
-        for name in names:
-            await asyncio.to_thread(self._store.unlink, name)
-        gone = False
-        try:
-            gone = not self._engine.exists or not await self._engine_reads(names)
-        finally:
-            if not gone:
-                for name in names:
-                    await asyncio.to_thread(self._store.link, name, self.names[name])
-        return gone
-
-    async def _engine_reads(self, names: Sequence[AdapterName]) -> bool:
-        registered = await self._engine.registered()
-        known = registered.keys() | (await self._engine.requests()).running
-        return bool(set(names) & known) or any(root.endswith(f"/{name}") for root in registered.values() for name in names)
+    async def _write_pins(self) -> None:
+        async with self._pins_file:  # else of two at once the older list may be written last
+            try:
+                await asyncio.to_thread(self.store.write_json, PINS_FILE, dict(self.holdings.pins))
+            except DiskFailed as error:
+                self._readiness.set("disk", error.message)
+                raise
 
     # -- the node's state
 
-    async def _watch_engine(self) -> None:
+    async def _keep_house(self) -> None:
+        """Every second: the engine's health, the disk's, room in advance, what others put here."""
         while True:
-            why = None if await self._engine.is_healthy() else "the engine is not healthy"
-            if why != self.not_ready:
-                log.log(logging.INFO if why is None else logging.WARNING, "node is %s", "ready" if why is None else f"not ready: {why}")
-                self.not_ready = why
-                self._tell(Change("node"))
-            await asyncio.sleep(HEALTH_INTERVAL_S)
+            try:
+                await self._check_engine()
+                await self._check_disk()
+                await self._trim()
+                if self._settings.adopt and self._clock() >= self._next_scan and self._scan is not None and self._scan.done():
+                    self._start_scan()
+                self._tell_space()
+            except Exception:  # whatever one round stumbles over, the next must come
+                log.exception("housekeeping")
+            await asyncio.sleep(HOUSEKEEPING_S)
 
-    def _tell(self, change: Change) -> None:
-        for queue in self._watchers:
-            queue.put_nowait(change)
+    def _start_scan(self) -> asyncio.Task[None]:
+        """In a task of its own: what others put here may be terabytes, which are hashed once."""
+        self._next_scan = self._clock() + self._settings.scan_s
+        self._scan = asyncio.create_task(self._adopter.scan(), name="scan")
+        return self._scan
 
-    def _show(self) -> None:
-        self.metrics.disk.labels("used").set(self.index.used_bytes)
-        self.metrics.disk.labels("reserved").set(self.index.reserved_bytes)
-        self.metrics.disk.labels("limit").set(self.index.max_bytes)
-        self.metrics.adapters.set(len(self.names))
+    async def _check_engine(self) -> None:
+        if self._engine.exists:
+            self._readiness.set("engine", None if await self._engine.is_healthy() else "the engine is not healthy")
 
-    @contextmanager
-    def _phase(self, phases: dict[str, float], phase: str) -> Iterator[None]:
-        began = self._clock()
-        try:
-            yield
-        finally:
-            phases[phase] = self._clock() - began
+    async def _check_disk(self) -> None:
+        """After a failure: whether the disk can be written again."""
+        if self.store.has_leftovers:
+            await asyncio.to_thread(self.store.clear_leftovers)
+        if "disk" in self._readiness:
+            try:
+                await asyncio.to_thread(self.store.probe)
+            except NoSpace:
+                pass  # it can be written, when there is room
+            except DiskFailed:
+                return
+            self._readiness.set("disk", None)
+
+    async def _trim(self) -> None:
+        """Room in advance, unless it would be in vain: what has to stay counts as used just now, and the order in which they go would be lost."""
+        index, settings = self.holdings.index, self._settings
+        if "engine" in self._readiness or "disk" in self._readiness or self._clock() < self._next_trim:
+            return
+        is_above = index.used_bytes + index.reserved_bytes > settings.high_watermark * settings.max_bytes
+        if is_above and settings.high_watermark < 1 and not await self._remover.trim(int(settings.low_watermark * settings.max_bytes)):
+            self._next_trim = self._clock() + TRIM_PAUSE_S
+
+    def _tell_space(self) -> None:
+        index = self.holdings.index
+        if (index.used_bytes, index.reserved_bytes) != self._space_told:
+            self._space_told = (index.used_bytes, index.reserved_bytes)
+            self.changes.tell("space")
+
+    def _expose(self) -> None:
+        """Gauges read when they are asked, so that a scrape shows the moment and not the last round of the house."""
+        index, metrics = self.holdings.index, self.metrics
+        metrics.disk.labels("used").set_function(lambda: index.used_bytes)
+        metrics.disk.labels("reserved").set_function(lambda: index.reserved_bytes)
+        metrics.disk.labels("limit").set_function(lambda: index.max_bytes)
+        metrics.adapters.set_function(lambda: len(self.holdings))
+        metrics.pinned.set_function(lambda: len(self.holdings.pins))
+        metrics.waiters.set_function(lambda: sum(self._in_flight.waiters(name) for name in self._flights.names()))
+        for source in self._sources:
+            metrics.breaker.labels(source.label).set_function(partial(_number, source.breaker))
 
 
-def _attempts() -> AsyncIterator[stamina.Attempt]:
-    """Repeat what an origin failed at, unless it refused: a second try with the same credentials is refused again."""
-    return stamina.retry_context(on=_is_worth_repeating, attempts=ATTEMPTS, timeout=None, wait_initial=0.2, wait_max=2.0, wait_jitter=0.2).__aiter__()
-
-
-def _is_worth_repeating(error: Exception) -> bool:
-    return isinstance(error, OriginFailed) and error.retryable
+def _number(breaker: Breaker) -> float:
+    return STATES.index(breaker.state)

@@ -16,7 +16,7 @@ from ..errors import InvalidAdapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")  # what vLLM reads where there are no safetensors
 
 MAX_CONFIG_BYTES = 2**20  # real ones have some kilobytes
 MAX_NUMBER = 2**63 - 1  # readers keep sizes and ranges in machine words
@@ -52,12 +52,12 @@ def check_config(text: bytes, *, base_model: str = "", max_rank: int = 0) -> Ada
     if raw.get("peft_type") != "LORA":
         _refuse(CONFIG_FILE, f"has peft_type {raw.get('peft_type')!r}; LORA is needed")
     if raw.get("auto_map"):
-        _refuse(CONFIG_FILE, "has auto_map: code from the repository is never run")
+        _refuse(CONFIG_FILE, "has auto_map: code from the repository is never run", "code")
     base = raw.get("base_model_name_or_path")
     if not isinstance(base, str):
         _refuse(CONFIG_FILE, "has no base_model_name_or_path")
     if base_model and base != base_model:
-        _refuse(CONFIG_FILE, f"is for base model {base!r}; this node serves {base_model!r}")
+        _refuse(CONFIG_FILE, f"is for base model {base!r}; this node serves {base_model!r}", "base_model")
     rank = raw.get("r")
     if not isinstance(rank, int) or not _is_count(rank):
         _refuse(CONFIG_FILE, f"has r {rank!r}; a positive whole number is needed")
@@ -68,7 +68,7 @@ def check_config(text: bytes, *, base_model: str = "", max_rank: int = 0) -> Ada
         _refuse(CONFIG_FILE, "has a rank_pattern that is not an object of positive whole numbers")
     ranks = frozenset({rank, *pattern.values()})
     if max_rank and max(ranks) > max_rank:
-        _refuse(CONFIG_FILE, f"has rank {max(ranks)}; this node's engine takes up to {max_rank}")
+        _refuse(CONFIG_FILE, f"has rank {max(ranks)}; this node's engine takes up to {max_rank}", "rank")
     targets = raw.get("target_modules")
     if isinstance(targets, str) and targets:
         return AdapterConfig(base, rank, ranks, frozenset())
@@ -105,10 +105,10 @@ def check_weights(path: Path, config: AdapterConfig) -> int:
 
 
 def check_files(directory: Path, config: AdapterConfig, *, allow_pickle: bool) -> None:
-    """Check an artifact's directory before it is published."""
+    """Check what is in an artifact's directory beside its configuration, before it is published."""
     if os.path.lexists(directory / WEIGHTS_FILE):
         check_weights(directory / WEIGHTS_FILE, config)
-    elif not (allow_pickle and (directory / PICKLE_FILE).exists()):
+    elif not (allow_pickle and any((directory / path).exists() for path in PICKLE_FILES)):
         _refuse(WEIGHTS_FILE, "is missing")
 
 
@@ -171,5 +171,5 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _refuse(file: str, why: str) -> NoReturn:
-    raise InvalidAdapter(f"{file} {why}")
+def _refuse(file: str, why: str, what: str = "") -> NoReturn:
+    raise InvalidAdapter(f"{file} {why}", what or ("config" if file == CONFIG_FILE else "weights"))

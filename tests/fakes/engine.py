@@ -18,12 +18,13 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class RunningEngine:
-    """`calls` are the paths asked for, but for health. `step` may answer instead of the engine."""
+    """`calls` are the paths asked for, but for health, which says no while `is_sick`. `step` may answer anything else instead of the engine."""
 
     adapters: Adapters
     url: str = ""
     calls: list[str] = field(default_factory=list)
     deaths: int = 0
+    is_sick: bool = False
     step: Step | None = None
     runner: web.AppRunner | None = None
 
@@ -42,7 +43,9 @@ class RunningEngine:
 
 
 @contextlib.asynccontextmanager
-async def running_engine(cache_dir: Path, *, max_loras: int = 2, max_cpu_loras: int = 4, token_s: float = 0.0) -> AsyncIterator[RunningEngine]:
+async def running_engine(
+    cache_dir: Path, *, max_loras: int = 2, max_cpu_loras: int = 4, token_s: float = 0.0, dev_mode: bool = False
+) -> AsyncIterator[RunningEngine]:
     """An engine that serves `base` and reads adapters from `cache_dir`."""
     adapters = Adapters(base_model="base", root=BASE_MODEL, cache_dir=str(cache_dir), max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=8)
     running = RunningEngine(adapters)
@@ -52,13 +55,15 @@ async def running_engine(cache_dir: Path, *, max_loras: int = 2, max_cpu_loras: 
 
     @web.middleware
     async def note(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if request.path == "/health" and running.is_sick:
+            return web.Response(status=503)
         if request.path != "/health":
             running.calls.append(request.path)
             if running.step is not None and (answer := await running.step(request.path)) is not None:
                 return answer
         return await handler(request)
 
-    app = SimEngine(adapters, token_s=token_s, die=die).app()
+    app = SimEngine(adapters, token_s=token_s, dev_mode=dev_mode, die=die).app()
     app.middlewares.insert(0, note)
     running.runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await running.runner.setup()

@@ -3,12 +3,12 @@
 
 import asyncio
 from collections import Counter
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 from extproc.core.artifact import AdapterName
 from extproc.errors import LoraExtprocError
-from extproc.stager.origins import Listing, RemoteFile
-from extproc.stager.store import disk_errors
+from extproc.stager.listing import Listing, RemoteFile
+from extproc.stager.transfer import Download
 
 from .adapters import Files
 
@@ -25,11 +25,13 @@ class Stall:
 
 
 class FakeOrigin:
-    """`files` by adapter name. What is in `says` is stated of a file instead of the truth."""
+    """`files` by adapter name. What is in `says` is stated of a file instead of the truth; the file comes as from a client that does not look."""
 
     def __init__(self, label: str = "fake") -> None:
         self.label = label
         self.files: dict[str, Files] = {}
+        self.revisions: dict[str, str] = {}  # by adapter name; "1" where none is given
+        self.final: set[str] = set()  # names whose revision can never change
         self.says: dict[tuple[str, str], RemoteFile] = {}
         self.resolve_failures: list[Exception] = []  # one per call, then it is well
         self.fetch_failures: list[Exception] = []
@@ -51,6 +53,9 @@ class FakeOrigin:
         self.stalls[name, path] = Stall()
         return self.stalls[name, path]
 
+    async def open(self) -> None:
+        pass
+
     async def resolve(self, name: AdapterName) -> Listing | None:
         self.resolved[name] += 1
         if self.down is not None:
@@ -59,22 +64,31 @@ class FakeOrigin:
             raise self.resolve_failures.pop(0)
         if name not in self.files:
             return None
-        return Listing(name, "1", tuple(self.says.get((name, path)) or RemoteFile(path, len(data)) for path, data in self.files[name].items()))
+        files = tuple(self.says.get((name, path)) or RemoteFile(path, len(data)) for path, data in self.files[name].items())
+        return Listing(name, self.revisions.get(name, "1"), files, final=name in self.final)
 
-    async def fetch(self, listing: Listing, file: RemoteFile, target: Path) -> str | None:
+    async def fetch(self, listing: Listing, file: RemoteFile, download: Download) -> None:
         self.fetched[listing.name, file.path] += 1
         if self.down is not None:
             raise self.down
         if self.fetch_failures:
             raise self.fetch_failures.pop(0)
         data = self.files[listing.name][file.path]
+        if (listing.name, file.path) in self.says:
+            theirs = download.target.with_name(".theirs")
+            await asyncio.to_thread(theirs.write_bytes, data)
+            await download.take(theirs)
+            return
         if stall := self.stalls.get((listing.name, file.path)):
-            target.write_bytes(data[: len(data) // 2])
+            half = len(data) // 2
+            await download.write(_once(data[:half]), download.received, half)
             stall.reached.set()
             await stall.go_on.wait()
-        with disk_errors():
-            target.write_bytes(data)
-        return None
+        await download.write(_once(data[download.received :]))
 
     async def close(self) -> None:
         self.closed = True
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data

@@ -1,6 +1,7 @@
 """Wait for a condition that another task or thread brings about, without sleeping for a time."""
 
 import asyncio
+import selectors
 from collections.abc import Callable
 
 PATIENCE_S = 60.0  # only a test that would hang reaches it
@@ -27,3 +28,28 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """A loop whose time stands still while anything is ready, and else jumps to the next timer: hours pass at once, and to the digit."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        super().__init__(_Jumping(self))
+
+    def time(self) -> float:
+        return self._now
+
+    def jump(self, seconds: float) -> None:
+        self._now += seconds
+
+
+class _Jumping(selectors.DefaultSelector):
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout:
+            self._loop.jump(timeout)
+        return super().select(None if timeout is None else 0)

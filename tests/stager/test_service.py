@@ -9,7 +9,8 @@ import grpc.aio
 import pytest
 from httpx import ASGITransport, AsyncClient
 
-from extproc.client import Evicted, NodeState, Published, StagerClient
+from extproc.client import Evicted, NodeState, Published, Space, StagerClient, WatchEvent
+from extproc.core.artifact import adapter_name
 from extproc.errors import BY_NAME, AdapterInUse, InvalidRequest, LoraExtprocError, ModelNotFound, StageError, StagerUnavailable
 from extproc.process import grpc_server, listen
 from extproc.stager.control import stager_app
@@ -34,6 +35,19 @@ def below(kind: type[LoraExtprocError]) -> dict[str, type[LoraExtprocError]]:
 
 
 CROSSING = {**BY_NAME, **below(StageError)}
+
+
+def digest_of(stager: Stager, name: str) -> str:
+    named = stager.holdings.get(adapter_name(name))
+    assert named is not None
+    return named.digest
+
+
+async def changes(client: StagerClient) -> AsyncIterator[WatchEvent]:
+    """A watch without the budget, which is told when the house is kept, once a second."""
+    async for event in client.watch():
+        if not isinstance(event, Space):
+            yield event
 
 
 @pytest.fixture
@@ -65,8 +79,8 @@ async def test_ensure_tells_what_was_staged(serve: Serve, origin: FakeOrigin) ->
     stager, _, client = await serve()
     cold, warm = await client.ensure("acme/ü"), await client.ensure("acme/ü")
     assert (cold.staged, warm.staged) == (True, False)
-    assert cold.digest == warm.digest == stager.names["acme/ü"]  # type: ignore[index]
-    assert (cold.origin, cold.bytes, cold.lease_s) == ("fake", sum(map(len, files.values())), 300.0)
+    assert cold.digest == warm.digest == digest_of(stager, "acme/ü")
+    assert (cold.origin, cold.bytes, cold.lease_s) == ("fake", size_of(files), 300.0)
 
 
 async def test_list_is_least_recently_used_first(serve: Serve, origin: FakeOrigin, clock: Clock) -> None:
@@ -82,7 +96,7 @@ async def test_list_is_least_recently_used_first(serve: Serve, origin: FakeOrigi
     reply = await client.list()
     assert [adapter.name for adapter in reply.adapters] == ["acme/b", "acme/a", "acme/same"]
     first = reply.adapters[0]
-    assert (first.digest, first.origin, first.revision) == (stager.names["acme/b"], "fake", "1")  # type: ignore[index]
+    assert (first.digest, first.origin, first.revision) == (digest_of(stager, "acme/b"), "fake", "1")
     assert (first.idle_seconds, first.leased_seconds) == (305.0, 0.0)
     assert reply.adapters[1].leased_seconds == pytest.approx(5.0)
     size = size_of(small_files())
@@ -144,9 +158,9 @@ async def test_a_client_that_goes_away_ends_its_wait_not_the_fetch(serve: Serve,
     await stall.reached.wait()
     waiting.cancel()
     await asyncio.wait({waiting})
-    await until(lambda: not stager._flights.waiters("acme/a"))  # type: ignore[arg-type]
+    await until(lambda: not stager._in_flight.waiters("acme/a"))  # type: ignore[arg-type]
     stall.release()
-    await until(lambda: "acme/a" in stager.names)
+    await until(lambda: "acme/a" in set(stager.holdings))
     assert not (await client.ensure("acme/a")).staged
     assert set(origin.fetched.values()) == {1}
 
@@ -157,7 +171,7 @@ async def test_watch_gives_the_state_then_every_change(serve: Serve, origin: Fak
         origin.add(name, small_files(seed=seed))
     stager, _, client = await serve()
     await client.ensure("acme/a")
-    watching = client.watch()
+    watching = changes(client)
     assert await anext(watching) == NodeState(True, "", stager.instance)
     await client.ensure("acme/b")
     assert await anext(watching) == Published("acme/b")
@@ -170,13 +184,14 @@ async def test_watch_tells_when_the_node_is_ready(serve: Serve, node: Path) -> N
     """Not before its engine is."""
     async with running_engine(node) as engine:
         stager, _, client = await serve(engine_url=engine.url)
-        states = client.watch()
-        seen = [await anext(states)]
-        if not seen[0].ready:  # type: ignore[union-attr]  # the engine may have been asked before the watch came
-            seen.append(await anext(states))
-        assert seen[-1] == NodeState(True, "", stager.instance)
-        for state in seen[:-1]:
-            assert state == NodeState(False, "the engine was not asked yet", stager.instance)
+        seen: list[tuple[bool, str, str]] = []
+        async for state in changes(client):
+            assert isinstance(state, NodeState)
+            seen.append((state.ready, state.why, state.instance))
+            if state.ready:
+                break
+        # the engine may have been asked before the watch came
+        assert seen[-2:] in ([(True, "", stager.instance)], [(False, "the engine was not asked yet", stager.instance), (True, "", stager.instance)])
 
 
 async def test_a_watcher_that_goes_away_is_forgotten(serve: Serve) -> None:
@@ -184,9 +199,9 @@ async def test_a_watcher_that_goes_away_is_forgotten(serve: Serve) -> None:
     stager, _, client = await serve()
     watching = client.watch()
     await anext(watching)
-    assert len(stager._watchers) == 1
+    assert len(stager.changes._watchers) == 1
     await client.close()
-    await until(lambda: not stager._watchers)
+    await until(lambda: not stager.changes._watchers)
 
 
 async def test_a_stager_that_goes_away_is_unavailable(serve: Serve, origin: FakeOrigin) -> None:
@@ -196,7 +211,7 @@ async def test_a_stager_that_goes_away_is_unavailable(serve: Serve, origin: Fake
     _, server, client = await serve()
     waiting = asyncio.create_task(client.ensure("acme/a"))
     await stall.reached.wait()
-    watching = client.watch()
+    watching = changes(client)
     await anext(watching)
     await server.stop(None)
     with pytest.raises(StagerUnavailable):
@@ -228,7 +243,7 @@ async def test_the_control_api_shows_the_same(serve: Serve, origin: FakeOrigin) 
         assert int(shown["used_bytes"]) == size_of(small_files())
         assert (await http.get("/healthz")).status_code == 200
         assert (await http.get("/readyz")).status_code == 200
-        stager.not_ready = "the engine is not healthy"
+        stager._readiness.set("engine", "the engine is not healthy")
         unready = await http.get("/readyz")
         assert (unready.status_code, unready.json()["why"]) == (503, "the engine is not healthy")
         assert 'lora_extproc_ensures_total{result="staged"} 1.0' in (await http.get("/metrics")).text

@@ -198,7 +198,9 @@ def test_a_start_adopts_what_is_whole(store: Store, node: Path) -> None:
     scan = again.open()
     again.close()
     assert set(scan.artifacts) == {digest}
-    assert scan.artifacts[digest][0].name == "acme/a"
+    found = scan.artifacts[digest]
+    assert (found.name, found.origin, found.revision, found.final) == ("acme/a", "fake", "1", False)
+    assert found.disk_bytes == sum(map(len, small_files().values()))
     assert scan.names == {"acme/a": digest, "acme/b": digest}
     assert scan.removed == []
 
@@ -252,16 +254,18 @@ def test_a_crash_between_the_two_renames_is_made_good(store: Store, node: Path) 
     assert (node / "acme" / "sql").resolve() == store.path(digest)
 
 
-def test_a_start_does_not_take_a_name_that_leads_elsewhere(store: Store, node: Path) -> None:
-    """Old content whose name has moved on is adopted without a name."""
+def test_a_start_removes_the_version_that_a_newer_one_replaced(store: Store, node: Path) -> None:
+    """A crash after the name moved on: no name leads to the old content any more, so none could ever ask for it."""
     old = serve(store, small_files(seed=1))
     new = serve(store, small_files(seed=2))
     store.close()
     again = Store(node)
     scan = again.open()
     again.close()
-    assert set(scan.artifacts) == {old, new}
+    assert set(scan.artifacts) == {new}
     assert scan.names == {NAME: new}
+    assert scan.removed == [f".store/{old}"]
+    assert [path.name for path in (node / ".store").iterdir()] == [new]
 
 
 def test_foreign_files_are_left_alone(store: Store, node: Path, tmp_path: Path) -> None:
@@ -458,7 +462,8 @@ async def test_kill_9_in_mid_download_leaves_nothing_behind(node: Path, tmp_path
     http_server.stall.add("/acme/sql/adapter_model.safetensors")
     with listen("127.0.0.1:0") as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {"listen": address, "http_listen": "", "dir": str(node), "engine": {"url": ""}, "origins": [{"type": "http", "url": http_server.url}]}
+    origin = {"type": "http", "url": http_server.url, "allow_private": True}
+    settings = {"listen": address, "http_listen": "", "dir": str(node), "engine": {"url": ""}, "origins": [origin]}
     config = tmp_path / "settings.yaml"
     config.write_text(yaml.safe_dump({"stager": settings}))
 

@@ -1,9 +1,9 @@
 """Where artifacts come from. Each origin answers two questions: what is it made of, and give me this file."""
 
 from ...config import OriginSettings
-from .base import Listing, Origin, RemoteFile
+from .base import Origin
 
-__all__ = ["Listing", "Origin", "RemoteFile", "build_origin"]
+__all__ = ["Origin", "build_origin"]
 
 
 def build_origin(settings: OriginSettings) -> Origin:

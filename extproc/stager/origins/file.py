@@ -2,34 +2,59 @@
 
 import asyncio
 import os
-import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 from ...config import OriginSettings
 from ...core.artifact import AdapterName
-from ...errors import OriginFailed
-from ..store import disk_errors
+from ...errors import OriginChanged, OriginFailed
+from ..listing import ARCHIVE_SUFFIXES, Listing, RemoteFile, wanted
+from ..transfer import Download, opened
 from ..verify import CONFIG_FILE
-from .base import Listing, RemoteFile, wanted
 
 
 class FileOrigin:
-    """`<path>/<adapter>/adapter_config.json` and its weights, copied: what is published never changes when the original does."""
+    """`<path>/<adapter>/adapter_config.json` and its weights, copied: what is published never changes when the original does.
 
-    label = "file"
+    With `in_place` the stager links to them instead, and whoever changes them changes them under the engine.
+    """
 
     def __init__(self, settings: OriginSettings) -> None:
-        self._root = Path(settings.path)
+        self.label = settings.label
+        self.in_place = settings.in_place
+        self._root = Path(settings.path).absolute()
+        self._archives = settings.archives
+
+    async def open(self) -> None:
+        pass
 
     async def resolve(self, name: AdapterName) -> Listing | None:
         return await asyncio.to_thread(self._resolve, name)
 
-    async def fetch(self, listing: Listing, file: RemoteFile, target: Path) -> str | None:
-        await asyncio.to_thread(self._copy, self._root / listing.name / file.path, target, file)
-        return None
+    async def fetch(self, _listing: Listing, file: RemoteFile, download: Download) -> None:
+        async with opened(lambda: self._open(file)) as original:
+            try:
+                original.seek(download.received)
+                await download.copy(original)
+            except OriginFailed:  # another length than listed
+                if _version(os.fstat(original.fileno())) == file.version:
+                    raise
+            if _version(os.fstat(original.fileno())) != file.version:
+                await download.restart()
+                raise OriginChanged(f"{self.label} origin: {file.path} changed after it was listed")
 
     async def close(self) -> None:
         pass
+
+    def path(self, file: RemoteFile) -> Path:
+        """Where the original lies."""
+        return self._root / file.key
+
+    def _open(self, file: RemoteFile) -> BinaryIO:
+        try:
+            return self.path(file).open("rb")
+        except OSError as error:
+            raise OriginChanged(f"{self.label} origin: {file.path}: {error.strerror}") from error
 
     def _resolve(self, name: AdapterName) -> Listing | None:
         directory = self._root / name
@@ -37,23 +62,24 @@ class FileOrigin:
             stats = {path.name: path.stat() for path in directory.iterdir() if path.is_file()}
         except (FileNotFoundError, NotADirectoryError) as error:
             if not self._root.is_dir():
-                raise OriginFailed("file origin: its directory is not there") from error
-            return None
+                raise OriginFailed(f"{self.label} origin: its directory is not there") from error
+            stats = {}
         except OSError as error:
-            raise OriginFailed(f"file origin: {name}: {error.strerror}") from error
+            raise OriginFailed(f"{self.label} origin: {name}: {error.strerror}") from error
         if CONFIG_FILE not in stats:
-            return None
-        files = tuple(RemoteFile(path, stats[path].st_size, version=str(stats[path].st_mtime_ns)) for path in wanted(stats))
-        revision = "-".join(str(stats[file.path].st_mtime_ns) for file in files)
-        return Listing(name, revision, files)
+            return self._resolve_archive(name) if self._archives else None
+        files = tuple(RemoteFile(path, stats[path].st_size, version=_version(stats[path]), key=f"{name}/{path}") for path in wanted(stats))
+        return Listing(name, "-".join(file.version for file in files), files)
 
-    def _copy(self, source: Path, target: Path, file: RemoteFile) -> None:
-        try:
-            opened = source.open("rb")
-        except OSError as error:
-            raise OriginFailed(f"file origin: {file.path}: {error.strerror}") from error
-        with opened, disk_errors(), target.open("wb") as copy:
-            shutil.copyfileobj(opened, copy, 2**20)
-            version = str(os.fstat(opened.fileno()).st_mtime_ns)
-        if target.stat().st_size != file.size or version != file.version:
-            raise OriginFailed(f"file origin: {file.path} changed while it was copied")
+    def _resolve_archive(self, name: AdapterName) -> Listing | None:
+        for suffix in ARCHIVE_SUFFIXES:
+            path = self._root / (name + suffix)
+            if path.is_file():
+                stat = path.stat()
+                file = RemoteFile(f"archive{suffix}", stat.st_size, version=_version(stat), key=name + suffix)
+                return Listing(name, file.version, (file,), archive=True)
+        return None
+
+
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_mtime_ns}.{stat.st_size}"

@@ -1,88 +1,76 @@
 """A plain HTTP(S) server: `<url>/<adapter>/<file>`."""
 
-import os
-from collections.abc import AsyncIterator
-from pathlib import Path
+import base64
 from urllib.parse import quote
 
 import aiohttp
 
 from ...config import OriginSettings
 from ...core.artifact import AdapterName
-from ...errors import OriginFailed, OriginRefused
-from ..verify import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
-from .base import WRITE_BYTES, Listing, RemoteFile, wanted, write_stream
+from ..listing import ARCHIVE_SUFFIXES, Listing, RemoteFile, wanted
+from ..transfer import Download
+from ..verify import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
+from .base import token_for
+from .web import Web, version
 
 
 class HttpOrigin:
     """Asks with HEAD what is there. The revision is the files' ETags (or dates): all of them, since weights can change alone."""
 
-    label = "http"
-
     def __init__(self, settings: OriginSettings) -> None:
+        self.label = settings.label
+        self._settings = settings
         self._url = settings.url.rstrip("/")
-        token = os.environ.get(settings.token_env, "") if settings.token_env else ""
-        self._headers = {"authorization": f"Bearer {token}"} if token else {}
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.timeout_s, sock_read=settings.timeout_s)
-        self._session: aiohttp.ClientSession | None = None
+        self._web = Web(settings.label, settings.timeout_s, allow_private=settings.allow_private)
+
+    async def open(self) -> None:
+        pass
 
     async def resolve(self, name: AdapterName) -> Listing | None:
-        found: dict[str, tuple[RemoteFile, str]] = {}
-        for path in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
-            if path == PICKLE_FILE and WEIGHTS_FILE in found:
-                continue
-            try:
-                async with self._client().head(self._address(name, path), allow_redirects=True) as response:
-                    if not self._is_there(response):
-                        if path == CONFIG_FILE:
-                            return None
-                        continue
-                    length = response.headers.get("content-length")
-                    version = _version(response)
-                    found[path] = (RemoteFile(path, int(length) if length and length.isdigit() else None, version=version), version)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                raise OriginFailed(f"http origin: {type(error).__name__} for {path}") from error
-        files = wanted(found)
-        return Listing(name, " ".join(found[path][1] for path in files), tuple(found[path][0] for path in files))
+        found: dict[str, RemoteFile] = {}
+        for path in (CONFIG_FILE, WEIGHTS_FILE, *PICKLE_FILES):
+            head = await self._head(name, f"{name}/{path}")
+            if head is not None:
+                found[path] = _file(path, f"{name}/{path}", head)
+                if path != CONFIG_FILE:
+                    break
+            elif path == CONFIG_FILE:
+                return await self._archive(name) if self._settings.archives else None
+        files = [found[path] for path in wanted(found)]
+        return Listing(name, " ".join(file.version for file in files), tuple(files))
 
-    async def fetch(self, listing: Listing, file: RemoteFile, target: Path) -> str | None:
-        try:
-            async with self._client().get(self._address(listing.name, file.path)) as response:
-                if not self._is_there(response):
-                    raise OriginFailed(f"http origin: {file.path} is gone")
-                if file.version and _version(response) != file.version:
-                    raise OriginFailed(f"http origin: {file.path} changed after it was listed")
-                return await write_stream(_body(response), target, file.size, file.limit)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise OriginFailed(f"http origin: {type(error).__name__} while fetching {file.path}") from error
+    async def fetch(self, listing: Listing, file: RemoteFile, download: Download) -> None:
+        if not file.version and download.on_disk:
+            await download.restart()  # nothing would tell the halves of two versions apart
+        parallel = self._settings.parallel if file.version and (file.size or 0) > self._settings.parallel_above_bytes else 1
+        await self._web.read(self._address(file.key), file, download, self._credentials(listing.name), parallel=parallel)
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._web.close()
 
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            headers = {**self._headers, "accept-encoding": "identity"}  # sizes and hashes are of the file, not of its compression
-            self._session = aiohttp.ClientSession(headers=headers, timeout=self._timeout)
-        return self._session
+    async def _archive(self, name: AdapterName) -> Listing | None:
+        for suffix in ARCHIVE_SUFFIXES:
+            head = await self._head(name, name + suffix)
+            if head is not None:
+                file = _file(f"archive{suffix}", name + suffix, head)
+                return Listing(name, file.version, (file,), archive=True)
+        return None
 
-    def _address(self, name: AdapterName, path: str) -> str:
-        return f"{self._url}/{quote(name, safe='/')}/{quote(path)}"
+    async def _head(self, name: AdapterName, key: str) -> aiohttp.ClientResponse | None:
+        return await self._web.head(self._address(key), self._credentials(name))
 
-    def _is_there(self, response: aiohttp.ClientResponse) -> bool:
-        if response.status in (404, 410):
-            return False
-        if response.status in (401, 403):
-            raise OriginRefused(f"http origin: status {response.status}: it wants other credentials")
-        if response.status != 200:
-            raise OriginFailed(f"http origin: status {response.status}")
-        return True
+    def _address(self, key: str) -> str:
+        return f"{self._url}/{quote(key, safe='/')}"
 
-
-def _version(response: aiohttp.ClientResponse) -> str:
-    return response.headers.get("etag") or response.headers.get("last-modified") or ""
+    def _credentials(self, name: AdapterName) -> dict[str, str]:
+        token = token_for(self._settings, name)
+        if self._settings.username:
+            pair = base64.b64encode(f"{self._settings.username}:{token}".encode()).decode()
+            return {"authorization": f"Basic {pair}"}
+        return {"authorization": f"Bearer {token}"} if token else {}
 
 
-async def _body(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    async for chunk in response.content.iter_chunked(WRITE_BYTES):
-        yield chunk
+def _file(path: str, key: str, head: aiohttp.ClientResponse) -> RemoteFile:
+    length = head.headers.get("content-length", "")
+    size = int(length) if length.isdigit() and head.status == 200 else None
+    return RemoteFile(path, size, version=version(head), key=key)

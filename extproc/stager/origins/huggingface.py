@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import errno
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported; it would call home from every node
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, ModelInfo, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -20,88 +23,166 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import HfFileMetadata
 
 from ...config import OriginSettings
 from ...core.artifact import AdapterName
-from ...errors import OriginFailed, OriginRefused
+from ...errors import LoraExtprocError, OriginChanged, OriginFailed, OriginRefused
+from ..listing import Listing, RemoteFile, archive_suffix, wanted
+from ..store import disk_errors
+from ..transfer import Download
 from ..verify import CONFIG_FILE
-from .base import Listing, RemoteFile, wanted
+from .base import token_for
+from .web import Web, retry_after_s
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class HuggingFaceOrigin:
-    """Pins the branch to a commit when it resolves, so that no two files come from different ones. Files larger than a pointer carry their SHA-256."""
+    """Pins the branch to a commit when it resolves, so that no two files come from different ones. Files larger than a pointer carry their SHA-256.
 
-    label = "huggingface"
+    What the hub keeps in Xet storage is brought by the hub's client, which fetches in deduplicated chunks. Everything else is plain HTTP from
+    where the hub sends us, and that we can go on with where it broke off.
+    """
 
     def __init__(self, settings: OriginSettings) -> None:
-        token = os.environ.get(settings.token_env or "HF_TOKEN") or False  # False: not whatever the machine is logged in with
+        self.label = settings.label
+        self._settings = settings
         self._endpoint = settings.url.rstrip("/") or None
-        self._token = token
         self._timeout_s = settings.timeout_s
-        self._api = HfApi(endpoint=self._endpoint, token=token, library_name="lora-extproc")
+        self._api = HfApi(endpoint=self._endpoint, token=False, library_name="lora-extproc")
+        self._web = Web(settings.label, settings.timeout_s, allow_private=True)  # the operator names the hub; a mirror may well be private
+
+    async def open(self) -> None:
+        pass
 
     async def resolve(self, name: AdapterName) -> Listing | None:
         return await asyncio.to_thread(self._resolve, name)
 
-    async def fetch(self, listing: Listing, file: RemoteFile, target: Path) -> str | None:
-        abandoned = threading.Event()
-        try:
-            await asyncio.to_thread(self._fetch, listing, file, target, abandoned)
-        finally:
-            abandoned.set()
-        return None
+    async def fetch(self, listing: Listing, file: RemoteFile, download: Download) -> None:
+        repo, _, _ = _split(listing.name)
+        url = hf_hub_url(repo, file.key, revision=listing.revision, endpoint=self._endpoint)
+        metadata = await asyncio.to_thread(self._metadata, listing.name, file, url)
+        if metadata.xet_file_data is not None:
+            await self._fetch_xet(listing, file, download)
+            return
+        token = self._token(listing.name)
+        same_host = urlsplit(metadata.location).netloc == urlsplit(url).netloc
+        headers = {"authorization": f"Bearer {token}"} if token and same_host else {}
+        parallel = self._settings.parallel if (file.size or 0) > self._settings.parallel_above_bytes else 1
+        await self._web.read(metadata.location, file, download, headers, parallel=parallel)
 
     async def close(self) -> None:
-        pass
+        await self._web.close()
+
+    def _token(self, name: str) -> str | bool:
+        return token_for(self._settings, name, "HF_TOKEN") or False  # False: not whatever the machine is logged in with
 
     def _resolve(self, name: AdapterName) -> Listing | None:
-        repo, folder = _split(name)
+        repo, revision, folder = _split(name)
         try:
-            with _hub_errors(name):
-                info = self._api.model_info(repo, files_metadata=True, timeout=self._timeout_s)
+            with self._hub_errors(name):
+                info = self._api.model_info(repo, revision=revision, files_metadata=True, timeout=self._timeout_s, token=self._token(name))
+                return self._listing(name, info, folder, final=revision is not None and _COMMIT.fullmatch(revision) is not None)
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             return None
-        siblings = {s.rfilename.removeprefix(folder): s for s in info.siblings or () if s.rfilename.startswith(folder)}
-        if CONFIG_FILE not in siblings or info.sha is None:
+
+    def _listing(self, name: AdapterName, info: ModelInfo, folder: str, *, final: bool) -> Listing | None:
+        """What the hub's list says. The client passes on whatever JSON it was sent: TypeError where that is not what it should be."""
+        if info.sha is None:
             return None
-        files = tuple(RemoteFile(path, siblings[path].size, lfs.sha256 if (lfs := siblings[path].lfs) is not None else None) for path in wanted(siblings))
-        return Listing(name, info.sha, files)
+        if not isinstance(info.sha, str):
+            raise TypeError("sha")
+        siblings = {s.rfilename.removeprefix(folder): s for s in info.siblings or () if s.rfilename.startswith(folder)}
+        paths, archives = wanted(siblings), [path for path in siblings if "/" not in path and archive_suffix(path)]
+        is_archive = CONFIG_FILE not in siblings
+        if is_archive:
+            if len(archives) != 1 or not self._settings.archives:
+                return None
+            paths = archives
+        files = tuple(
+            RemoteFile(
+                f"archive{archive_suffix(path)}" if is_archive else path,
+                _size(siblings[path].size),
+                lfs.sha256 if (lfs := siblings[path].lfs) is not None else None,
+                key=siblings[path].rfilename,
+            )
+            for path in paths
+        )
+        return Listing(name, info.sha, files, archive=is_archive, final=final)
 
-    def _fetch(self, listing: Listing, file: RemoteFile, target: Path, abandoned: threading.Event) -> None:
-        repo, folder = _split(listing.name)
-        work = target.parent / f".hub-{target.name}"  # the client keeps its locks and partial files beside what it downloads
+    def _metadata(self, name: str, file: RemoteFile, url: str) -> HfFileMetadata:
         try:
-            with _hub_errors(listing.name):
-                got = hf_hub_download(repo, folder + file.path, revision=listing.revision, local_dir=work, endpoint=self._endpoint, token=self._token)
-            Path(got).replace(target)
+            with self._hub_errors(name):
+                return get_hf_file_metadata(url, token=self._token(name), timeout=self._timeout_s, library_name="lora-extproc", endpoint=self._endpoint)
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-            raise OriginFailed(f"huggingface origin: {file.path} of {listing.name} is gone") from error
+            raise OriginChanged(f"{self.label} origin: {file.path} of {name} is gone") from error
+
+    async def _fetch_xet(self, listing: Listing, file: RemoteFile, download: Download) -> None:
+        abandoned = threading.Event()
+        work = download.target.parent / f".hub-{download.target.name}"  # the client keeps its locks and partial files beside what it downloads
+        try:
+            await download.take(await asyncio.to_thread(self._download_xet, listing, file, work, abandoned))
         finally:
+            abandoned.set()
             shutil.rmtree(work, ignore_errors=True)
+
+    def _download_xet(self, listing: Listing, file: RemoteFile, work: Path, abandoned: threading.Event) -> Path:
+        repo, _, _ = _split(listing.name)
+        try:
+            with self._hub_errors(listing.name):
+                got = hf_hub_download(
+                    repo,
+                    file.key,
+                    revision=listing.revision,
+                    local_dir=work,
+                    endpoint=self._endpoint,
+                    token=self._token(listing.name),
+                    etag_timeout=self._timeout_s,
+                )
+            return Path(got)
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            raise OriginChanged(f"{self.label} origin: {file.path} of {listing.name} is gone") from error
+        finally:
             if abandoned.is_set():  # the client makes folders anew: the staging directory was cleared under it
-                shutil.rmtree(target.parent, ignore_errors=True)
+                shutil.rmtree(work.parent, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _hub_errors(self, name: str) -> Iterator[None]:
+        """The client's errors as ours, but for "not there", which the caller understands."""
+        try:
+            yield
+        except LoraExtprocError:  # of the token
+            raise
+        except GatedRepoError as error:  # a kind of RepositoryNotFoundError
+            raise OriginRefused(f"{self.label} origin: {name} is gated; the token has no access") from error
+        except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: the hub could not be reached
+            raise OriginFailed(f"{self.label} origin: the hub could not be reached for {name}") from error
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError):
+            raise
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            if status in (401, 403):
+                raise OriginRefused(f"{self.label} origin: status {status} for {name}") from error
+            asked = retry_after_s(error.response.headers.get("retry-after")) if error.response is not None else None
+            raise OriginFailed(f"{self.label} origin: status {status} for {name}", asked) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                with disk_errors():
+                    raise
+            raise OriginFailed(f"{self.label} origin: {type(error).__name__} for {name}") from error
+        except Exception as error:  # the client lets its HTTP library's errors through, and which library that is changes between versions
+            raise OriginFailed(f"{self.label} origin: {type(error).__name__} for {name}") from error
 
 
-def _split(name: str) -> tuple[str, str]:
-    """`org/name/sub/dir` -> (`org/name`, `sub/dir/`)."""
+def _size(stated: object) -> int | None:
+    if stated is None or (isinstance(stated, int) and not isinstance(stated, bool)):
+        return stated
+    raise TypeError("size")
+
+
+def _split(name: str) -> tuple[str, str | None, str]:
+    """`org/name@revision/sub/dir` -> (`org/name`, `revision`, `sub/dir/`). A revision is a branch, tag or commit without a slash."""
     parts = name.split("/")
-    return "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """The client's errors as ours, but for "not there", which the caller understands."""
-    try:
-        yield
-    except GatedRepoError as error:  # a kind of RepositoryNotFoundError
-        raise OriginRefused(f"huggingface origin: {name} is gated; the token has no access") from error
-    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: the hub could not be reached
-        raise OriginFailed(f"huggingface origin: the hub could not be reached for {name}") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError):
-        raise
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        kind = OriginRefused if status in (401, 403) else OriginFailed
-        raise kind(f"huggingface origin: status {status} for {name}") from error
-    except Exception as error:  # the client lets its HTTP library's errors through, and which library that is changes between versions
-        raise OriginFailed(f"huggingface origin: {type(error).__name__} for {name}") from error
+    repo, _, revision = "/".join(parts[:2]).partition("@")
+    return repo, revision or None, "".join(f"{part}/" for part in parts[2:])

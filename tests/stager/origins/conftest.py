@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from extproc.stager.origins import Listing, Origin
+from extproc.core.artifact import File
+from extproc.stager.listing import Listing, RemoteFile
+from extproc.stager.origins import Origin
+from extproc.stager.transfer import Download
 from tests.fakes.adapters import Files
 
 
@@ -16,10 +19,20 @@ def target(tmp_path: Path) -> Path:
     return directory
 
 
+async def fetch(origin: Origin, listing: Listing, file: RemoteFile, target: Path) -> File:
+    """One attempt at one file of a listing."""
+    download = Download(file, target)
+    try:
+        await origin.fetch(listing, file, download)
+        return await download.finish()
+    finally:
+        download.close()
+
+
 async def fetch_all(origin: Origin, listing: Listing, directory: Path) -> Files:
     """Every file of a listing, as it arrived."""
     arrived: Files = {}
     for file in listing.files:
-        await origin.fetch(listing, file, directory / file.path)
+        await fetch(origin, listing, file, directory / file.path)
         arrived[file.path] = (directory / file.path).read_bytes()
     return arrived

@@ -7,7 +7,7 @@ import pytest
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
-from extproc.errors import NoSpace, OriginFailed
+from extproc.errors import NoSpace, OriginChanged, OriginFailed
 from extproc.stager.origins.file import FileOrigin
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, small_files, write_small
 
@@ -61,7 +61,7 @@ async def test_a_file_that_is_gone_is_a_failure(origin: FileOrigin, root: Path, 
     listing = await origin.resolve(NAME)
     assert listing is not None
     (root / NAME / WEIGHTS).unlink()
-    with pytest.raises(OriginFailed, match=WEIGHTS):
+    with pytest.raises(OriginChanged, match=WEIGHTS):
         await fetch_all(origin, listing, target)
 
 
@@ -70,7 +70,7 @@ async def test_a_file_that_was_truncated_is_a_failure(origin: FileOrigin, root: 
     listing = await origin.resolve(NAME)
     assert listing is not None
     os.truncate(root / NAME / WEIGHTS, 100)
-    with pytest.raises(OriginFailed, match="changed while it was copied"):
+    with pytest.raises(OriginChanged, match="changed after it was listed"):
         await fetch_all(origin, listing, target)
 
 
@@ -83,7 +83,7 @@ async def test_a_file_that_was_replaced_after_the_listing_is_a_failure(origin: F
     weights.write_bytes(small_files(seed=1)[WEIGHTS])
     os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns + 1_000_000_000))
     assert weights.stat().st_size == was.st_size
-    with pytest.raises(OriginFailed):
+    with pytest.raises(OriginChanged):
         await fetch_all(origin, listing, target)
 
 

@@ -1,27 +1,36 @@
 """A plain HTTP server as an origin."""
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
-from extproc.errors import NoSpace, OriginFailed, OriginRefused
+from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.process import listen
+from extproc.stager.listing import ARCHIVE_SUFFIXES, Listing
 from extproc.stager.origins.http import HttpOrigin
+from extproc.stager.transfer import Download, Job
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, sha256, small_files
-from tests.fakes.http import FileServer
+from tests.fakes.http import FileServer, file_server
 
-from .conftest import fetch_all
+from .conftest import fetch, fetch_all
 
 NAME = adapter_name("acme/sql")
+
+
+def private(url: str, **settings: Any) -> OriginSettings:
+    """An origin on this machine, which has to be allowed."""
+    return OriginSettings(type="http", url=url, allow_private=True, **settings)
 
 
 @pytest.fixture
 async def origin(http_server: FileServer) -> AsyncIterator[HttpOrigin]:
     http_server.add(NAME, small_files())
-    origin = HttpOrigin(OriginSettings(type="http", url=http_server.url + "/"))
+    origin = HttpOrigin(private(http_server.url + "/"))
     yield origin
     await origin.close()
 
@@ -32,14 +41,15 @@ async def test_it_lists_and_fetches_an_adapter(origin: HttpOrigin, http_server: 
     assert listing is not None
     assert [(file.path, file.size) for file in listing.files] == [(path, len(data)) for path, data in sorted(small_files().items())]
     assert await fetch_all(origin, listing, target) == small_files()
-    assert await origin.fetch(listing, listing.files[1], target / "again") == sha256(small_files()[WEIGHTS])
+    again = await fetch(origin, listing, listing.files[1], target / "again")
+    assert (again.size, again.sha256) == (len(small_files()[WEIGHTS]), sha256(small_files()[WEIGHTS]))
     assert [method for method, path in http_server.requests if PICKLE in path] == []
 
 
 async def test_what_is_not_there_is_not_found(origin: HttpOrigin, http_server: FileServer) -> None:
-    """404 and 410 of the configuration; nothing else is asked then."""
+    """404 and 410 of the configuration and of every archive; nothing else is asked then."""
     assert await origin.resolve(adapter_name("acme/other")) is None
-    assert http_server.requests == [("HEAD", f"/acme/other/{CONFIG}")]
+    assert http_server.requests == [("HEAD", f"/acme/other/{CONFIG}"), *(("HEAD", f"/acme/other{suffix}") for suffix in ARCHIVE_SUFFIXES)]
     http_server.status = 410
     assert await origin.resolve(NAME) is None
 
@@ -75,15 +85,15 @@ async def test_the_token_of_the_environment_is_sent(http_server: FileServer, mon
     http_server.add(NAME, small_files())
     http_server.token = "secret"
     monkeypatch.setenv("MY_TOKEN", "secret")
-    having = HttpOrigin(OriginSettings(type="http", url=http_server.url, token_env="MY_TOKEN"))
-    lacking = HttpOrigin(OriginSettings(type="http", url=http_server.url))
+    having = HttpOrigin(private(http_server.url, token_env="MY_TOKEN"))
+    lacking = HttpOrigin(private(http_server.url))
     listing = await having.resolve(NAME)
     assert listing is not None
     with pytest.raises(OriginRefused) as raised:
         await lacking.resolve(NAME)
     assert not raised.value.retryable
     with pytest.raises(OriginRefused):
-        await lacking.fetch(listing, listing.files[0], Path("/dev/null"))
+        await fetch(lacking, listing, listing.files[0], Path("/dev/null"))
     await having.close()
     await lacking.close()
 
@@ -108,7 +118,7 @@ async def test_a_closed_port_is_a_failure() -> None:
     """The message names no address."""
     with listen("127.0.0.1:0") as free:
         port = free.getsockname()[1]
-    origin = HttpOrigin(OriginSettings(type="http", url=f"http://127.0.0.1:{port}"))
+    origin = HttpOrigin(private(f"http://127.0.0.1:{port}"))
     with pytest.raises(OriginFailed) as raised:
         await origin.resolve(NAME)
     assert str(port) not in str(raised.value)
@@ -121,9 +131,165 @@ async def test_a_truncated_body_is_a_failure(origin: HttpOrigin, http_server: Fi
     assert listing is not None
     http_server.cut_at = 100
     with pytest.raises(OriginFailed, match=WEIGHTS):
-        await origin.fetch(listing, listing.files[1], target / WEIGHTS)
+        await fetch(origin, listing, listing.files[1], target / WEIGHTS)
     http_server.cut_at = None
     assert await fetch_all(origin, listing, target) == small_files()
+
+
+LARGE = 12 * 2**20  # of which a client that is cut off at 8 MiB has read something
+
+
+async def broken(origin: HttpOrigin, http_server: FileServer, target: Path) -> tuple[Listing, Download]:
+    """A download whose first attempt broke off in the middle of its weights."""
+    http_server.add(NAME, {WEIGHTS: os.urandom(LARGE)})
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    download = Download(listing.files[1], target / WEIGHTS)
+    http_server.cut_at = 8 * 2**20
+    with pytest.raises(OriginFailed, match=WEIGHTS):
+        await origin.fetch(listing, listing.files[1], download)
+    assert 0 < download.received < LARGE
+    http_server.cut_at = None
+    return listing, download
+
+
+async def test_a_transfer_goes_on_where_it_broke_off(origin: HttpOrigin, http_server: FileServer, target: Path) -> None:
+    """What is on disk is not asked for again; the hash is that of the whole."""
+    listing, download = await broken(origin, http_server, target)
+    had = download.received
+    await origin.fetch(listing, download.file, download)
+    whole = http_server.files[f"/{NAME}/{WEIGHTS}"]
+    assert http_server.ranges == [f"bytes={had}-"]
+    assert (target / WEIGHTS).read_bytes() == whole
+    assert (await download.finish()).sha256 == sha256(whole)
+    download.close()
+
+
+async def test_a_server_that_knows_no_ranges_is_asked_from_the_start(origin: HttpOrigin, http_server: FileServer, target: Path) -> None:
+    """It answers 200 with the whole, which must not land behind what is there."""
+    listing, download = await broken(origin, http_server, target)
+    http_server.knows_ranges = False
+    await origin.fetch(listing, download.file, download)
+    whole = http_server.files[f"/{NAME}/{WEIGHTS}"]
+    assert (target / WEIGHTS).read_bytes() == whole
+    assert (await download.finish()).sha256 == sha256(whole)
+    download.close()
+
+
+@pytest.mark.parametrize("length", [LARGE, 100])
+async def test_a_file_that_was_replaced_in_mid_transfer_is_started_anew(origin: HttpOrigin, http_server: FileServer, target: Path, length: int) -> None:
+    """Half of one and half of the other are no file. A shorter one answers 416. Of the old one nothing is kept."""
+    listing, download = await broken(origin, http_server, target)
+    http_server.add(NAME, {WEIGHTS: os.urandom(length)})
+    with pytest.raises(OriginChanged, match=WEIGHTS):
+        await origin.fetch(listing, download.file, download)
+    assert download.received == 0
+    download.close()
+
+
+# -- in parts
+
+PART = 2**20
+
+
+async def in_parts(http_server: FileServer, target: Path, *there: int) -> tuple[HttpOrigin, Listing, Download, Job]:
+    """A file of three parts, read in parallel, of which those of the given numbers are on disk."""
+    data = os.urandom(3 * PART)
+    http_server.add(NAME, {**small_files(), WEIGHTS: data})
+    origin = HttpOrigin(private(http_server.url, parallel=2, parallel_above_bytes=PART))
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    job = Job()
+    download = Download(listing.files[1], target / WEIGHTS, job=job)
+    for number in there:
+        await download.write(once(data[number * PART : (number + 1) * PART]), number * PART, (number + 1) * PART)
+    return origin, listing, download, job
+
+
+async def once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+@pytest.mark.parametrize(
+    ("there", "ranges"),
+    [
+        ([], []),
+        ([0], [f"bytes={PART}-"]),
+        ([2], [f"bytes=0-{2 * PART - 1}"]),
+        ([0, 2], [f"bytes={PART}-{2 * PART - 1}"]),
+        ([1], [f"bytes=0-{PART - 1}", f"bytes={2 * PART}-{3 * PART - 1}"]),
+    ],
+)
+@pytest.mark.parametrize("knows_ranges", [True, False])
+async def test_only_what_is_missing_is_asked_for(http_server: FileServer, target: Path, there: list[int], ranges: list[str], knows_ranges: bool) -> None:
+    """What lies behind a gap since an earlier attempt stays, unless the server sends everything anyway. Nothing counts twice."""
+    origin, listing, download, job = await in_parts(http_server, target, *there)
+    http_server.knows_ranges = knows_ranges
+    await origin.fetch(listing, download.file, download)
+    whole = http_server.files[f"/{NAME}/{WEIGHTS}"]
+    assert http_server.ranges == ranges[: None if knows_ranges else 1]
+    assert (target / WEIGHTS).read_bytes() == whole
+    assert (await download.finish()).sha256 == sha256(whole)
+    assert job.done_bytes == download.on_disk == len(whole)
+    download.close()
+    await origin.close()
+
+
+async def test_a_file_that_was_replaced_between_its_parts_leaves_nothing(http_server: FileServer, target: Path) -> None:
+    """Of no part, and nothing is shown as done."""
+    origin, listing, download, job = await in_parts(http_server, target, 1)
+    http_server.add(NAME, {WEIGHTS: os.urandom(3 * PART)})
+    with pytest.raises(OriginChanged):
+        await origin.fetch(listing, download.file, download)
+    assert job.done_bytes == download.on_disk == 0
+    download.close()
+    await origin.close()
+
+
+# -- where it may go
+
+
+PRIVATE = ["127.0.0.1", "localhost", "[::1]", "[::]", "0x7f.0.0.1", "10.1.2.3", "100.64.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]"]
+EMBEDDED = ["[::ffff:127.0.0.1]", "[64:ff9b::10.1.2.3]", "[64:ff9b:1::a01:203]", "[2002:a01:203::1]", "[::10.1.2.3]"]  # mapped, NAT64, 6to4, IPv4-compatible
+
+
+@pytest.mark.parametrize("host", PRIVATE + EMBEDDED)
+async def test_a_private_address_is_refused_unless_that_is_allowed(http_server: FileServer, host: str) -> None:
+    """Written as a name, a number or an address: what is behind it is asked nothing."""
+    http_server.add(NAME, small_files())
+    origin = HttpOrigin(OriginSettings(type="http", url=f"http://{host}:{http_server.url.rpartition(':')[2]}"))
+    with pytest.raises(OriginRefused, match="allow_private is off"):
+        await origin.resolve(NAME)
+    assert http_server.requests == []
+    await origin.close()
+
+
+async def test_a_redirect_is_followed_and_keeps_the_credentials_on_its_host(http_server: FileServer, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same host they go along, to another they do not."""
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    http_server.token = "secret"
+    http_server.files = {f"/moved/{path}": data for path, data in small_files().items()}
+    origin = HttpOrigin(private(http_server.url, token_env="MY_TOKEN"))
+    async with file_server() as other:
+        other.add("elsewhere", small_files())
+        for start in ("/moved", f"{other.url}/elsewhere"):
+            http_server.redirects = {f"/{NAME}/{path}": f"{start}/{path}" for path in small_files()}
+            listing = await origin.resolve(NAME)
+            assert listing is not None
+            assert await fetch_all(origin, listing, target) == small_files()
+        assert len(other.requests) == 4
+        assert other.authorizations == {None}
+    await origin.close()
+
+
+async def test_a_redirect_to_another_scheme_is_refused(origin: HttpOrigin, http_server: FileServer) -> None:
+    """Nor is one followed for ever."""
+    http_server.redirects = {f"/{NAME}/{CONFIG}": "https://127.0.0.1/"}
+    with pytest.raises(OriginRefused, match="from http to https"):
+        await origin.resolve(NAME)
+    http_server.redirects = {f"/{NAME}/{CONFIG}": f"/{NAME}/{CONFIG}"}
+    with pytest.raises(OriginFailed, match="over 5 redirects"):
+        await origin.resolve(NAME)
 
 
 async def test_a_truncated_body_without_a_length_is_a_failure(origin: HttpOrigin, http_server: FileServer, target: Path) -> None:
@@ -134,7 +300,7 @@ async def test_a_truncated_body_without_a_length_is_a_failure(origin: HttpOrigin
     assert [file.size is None for file in listing.files] == [False, True]
     http_server.cut_at = 100
     with pytest.raises(OriginFailed, match=WEIGHTS):
-        await origin.fetch(listing, listing.files[1], target / WEIGHTS)
+        await fetch(origin, listing, listing.files[1], target / WEIGHTS)
 
 
 async def test_a_silent_server_is_a_failure(origin: HttpOrigin, http_server: FileServer, target: Path) -> None:
@@ -142,9 +308,9 @@ async def test_a_silent_server_is_a_failure(origin: HttpOrigin, http_server: Fil
     http_server.stall.add(f"/{NAME}/{WEIGHTS}")
     listing = await origin.resolve(NAME)
     assert listing is not None
-    impatient = HttpOrigin(OriginSettings(type="http", url=http_server.url, timeout_s=0.05))
+    impatient = HttpOrigin(private(http_server.url, timeout_s=0.05))
     with pytest.raises(OriginFailed, match=WEIGHTS):
-        await impatient.fetch(listing, listing.files[1], target / WEIGHTS)
+        await fetch(impatient, listing, listing.files[1], target / WEIGHTS)
     await impatient.close()
 
 
@@ -153,8 +319,8 @@ async def test_a_file_that_is_gone_is_a_failure(origin: HttpOrigin, http_server:
     listing = await origin.resolve(NAME)
     assert listing is not None
     del http_server.files[f"/{NAME}/{WEIGHTS}"]
-    with pytest.raises(OriginFailed, match="is gone"):
-        await origin.fetch(listing, listing.files[1], target / WEIGHTS)
+    with pytest.raises(OriginChanged, match="is gone"):
+        await fetch(origin, listing, listing.files[1], target / WEIGHTS)
 
 
 async def test_a_file_that_was_replaced_after_the_listing_is_a_failure(origin: HttpOrigin, http_server: FileServer, target: Path) -> None:
@@ -162,7 +328,7 @@ async def test_a_file_that_was_replaced_after_the_listing_is_a_failure(origin: H
     listing = await origin.resolve(NAME)
     assert listing is not None
     http_server.add(NAME, {WEIGHTS: small_files(seed=1)[WEIGHTS]})
-    with pytest.raises(OriginFailed):
+    with pytest.raises(OriginChanged, match=WEIGHTS):
         await fetch_all(origin, listing, target)
 
 

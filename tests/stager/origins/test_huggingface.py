@@ -1,6 +1,9 @@
 """The Hugging Face hub as an origin: its own client against a hub on this machine."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,15 +14,17 @@ from huggingface_hub import close_session
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import AdapterName, adapter_name
-from extproc.errors import InvalidAdapter, OriginFailed, OriginRefused
-from extproc.stager.origins import Listing
+from extproc.errors import InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
+from extproc.stager.listing import Listing
 from extproc.stager.origins.huggingface import HuggingFaceOrigin
-from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, sha256, small_files
+from extproc.stager.sources import Source
+from extproc.stager.transfer import Job
+from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, read_files, sha256, small_files
 from tests.fakes.hub import Hub
-from tests.fakes.wait import turns, until
+from tests.fakes.wait import Clock, turns, until
 from tests.stager.conftest import OpenStager
 
-from .conftest import fetch_all
+from .conftest import fetch, fetch_all
 
 NAME = adapter_name("acme/sql")
 OpenOrigin = Callable[..., HuggingFaceOrigin]
@@ -35,11 +40,16 @@ async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
 
 
 @pytest.fixture
-def open_origin(hub: Hub) -> OpenOrigin:
-    def open_(**settings: Any) -> HuggingFaceOrigin:
-        return HuggingFaceOrigin(OriginSettings(type="huggingface", url=hub.url, **{"timeout_s": 5.0, **settings}))
+async def open_origin(hub: Hub) -> AsyncIterator[OpenOrigin]:
+    opened: list[HuggingFaceOrigin] = []
 
-    return open_
+    def open_(**settings: Any) -> HuggingFaceOrigin:
+        opened.append(HuggingFaceOrigin(OriginSettings(type="huggingface", url=hub.url, **{"timeout_s": 5.0, **settings})))
+        return opened[-1]
+
+    yield open_
+    for origin in opened:
+        await origin.close()
 
 
 async def resolved(origin: HuggingFaceOrigin, name: AdapterName = NAME) -> Listing:
@@ -63,7 +73,6 @@ async def test_it_lists_and_fetches_an_adapter(hub: Hub, open_origin: OpenOrigin
     assert stated == {CONFIG: (len(files[CONFIG]), None), WEIGHTS: (len(files[WEIGHTS]), sha256(files[WEIGHTS]))}
     assert await fetch_all(origin, listing, target) == files
     assert hub.gets() == 2
-    await origin.close()
 
 
 async def test_what_is_fetched_lies_alone(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
@@ -201,7 +210,7 @@ async def test_a_hub_that_is_down_is_a_failure(hub: Hub, open_origin: OpenOrigin
     origin = open_origin()
     listing = await resolved(origin)
     await hub.stop()
-    for asking in (origin.resolve(NAME), origin.fetch(listing, listing.files[0], target / CONFIG)):
+    for asking in (origin.resolve(NAME), fetch(origin, listing, listing.files[0], target / CONFIG)):
         with pytest.raises(OriginFailed) as raised:
             await asking
         assert hub.url not in str(raised.value)
@@ -235,12 +244,15 @@ async def test_a_body_that_never_arrives_whole_is_a_failure(hub: Hub, open_origi
 
 
 async def test_a_body_that_breaks_once_arrives(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
-    """The client goes on where it broke."""
-    hub.add(NAME, small_files())
+    """The second attempt goes on where the first broke: where the hub redirects to, ranges are known."""
+    weights = os.urandom(16 * 2**20)
+    hub.add(NAME, {**small_files(), WEIGHTS: weights})
     origin = open_origin()
     listing = await resolved(origin)
-    hub.fault("truncate", f"*{WEIGHTS}")
-    assert await fetch_all(origin, listing, target) == small_files()
+    hub.fault("truncate", f"*{WEIGHTS}", at=12 * 2**20)
+    got = await Source(origin).fetch(listing, listing.files[1], target / WEIGHTS, Job())
+    assert (got.size, got.sha256) == (len(weights), sha256(weights))
+    assert [status for method, path, status in hub.requests if method == "GET" and path.endswith(WEIGHTS)] == [200, 206]
 
 
 async def test_a_commit_that_is_gone_is_a_failure(hub: Hub, open_origin: OpenOrigin, target: Path) -> None:
@@ -249,7 +261,7 @@ async def test_a_commit_that_is_gone_is_a_failure(hub: Hub, open_origin: OpenOri
     origin = open_origin()
     listing = await resolved(origin)
     gone = Listing(NAME, "f" * 40, listing.files)
-    with pytest.raises(OriginFailed, match="is gone"):
+    with pytest.raises(OriginChanged, match="is gone"):
         await fetch_all(origin, gone, target)
 
 
@@ -279,3 +291,88 @@ async def test_an_abandoned_download_leaves_nothing_behind(hub: Hub, open_origin
     await asyncio.wait({waiting})
     await asyncio.get_running_loop().shutdown_default_executor()
     assert list((node / ".staging").iterdir()) == []
+
+
+# -- revisions, folders and mirrors
+
+
+def visible(node: Path) -> dict[str, Files]:
+    """What an engine finds: adapter name -> its files."""
+    return {str(path.relative_to(node)): read_files(path) for path in node.rglob("*") if path.is_symlink()}
+
+
+async def test_a_name_may_name_a_revision(hub: Hub, open_origin: OpenOrigin, open_stager: OpenStager, node: Path) -> None:
+    """A branch, a tag, a commit or none: each is another adapter, beside the others, pinned to the commit that it meant when it was asked for."""
+    old, new, other = (small_files(seed=seed) for seed in range(3))
+    first = hub.add(NAME, old)
+    second = hub.add(NAME, new)
+    third = hub.add(NAME, other, revision="v2")
+    stager = await open_stager(open_origin())
+    for raw, files, commit in (("", new, second), ("@main", new, second), ("@v2", other, third), (f"@{first}", old, first), (f"@{third}", other, third)):
+        await stager.ensure(NAME + raw)
+        assert visible(node)[NAME + raw] == files
+        named = stager.holdings.get(adapter_name(NAME + raw))
+        assert named is not None
+        assert (named.revision, named.final) == (commit, raw in (f"@{first}", f"@{third}"))
+
+
+async def test_a_revision_and_a_folder_may_be_named_together(hub: Hub, open_origin: OpenOrigin, open_stager: OpenStager, node: Path) -> None:
+    """`org/name@revision/sub/dir`."""
+    old, new = small_files(seed=1), small_files(seed=2)
+    commit = hub.add("acme/many", renamed(old, "sql/v1/"))
+    hub.add("acme/many", {**renamed(new, "sql/v1/"), **renamed(old, "legal/")})
+    stager = await open_stager(open_origin())
+    for raw, files in ((f"acme/many@{commit}/sql/v1", old), ("acme/many@main/sql/v1", new), ("acme/many@main/legal", old), ("acme/many/sql/v1", new)):
+        await stager.ensure(raw)
+        assert visible(node)[raw] == files
+    for raw in (f"acme/many@{commit}/legal", "acme/many@main/sql", "acme/many@main"):
+        assert await open_origin().resolve(adapter_name(raw)) is None
+
+
+@pytest.mark.parametrize("raw", ["@nosuch", "@" + "f" * 40, "@main@main", "@refs"])
+async def test_a_revision_that_is_not_there_is_not_found(hub: Hub, open_origin: OpenOrigin, raw: str) -> None:
+    """The next origin is asked."""
+    hub.add(NAME, small_files())
+    assert await open_origin().resolve(adapter_name(NAME + raw)) is None
+
+
+async def test_a_name_that_ends_in_an_at_sign_means_no_revision(hub: Hub, open_origin: OpenOrigin) -> None:
+    """It is the branch that the hub itself would take."""
+    commit = hub.add(NAME, small_files())
+    assert (await resolved(open_origin(), adapter_name(f"{NAME}@"))).revision == commit
+
+
+async def test_a_commit_is_never_compared_again(hub: Hub, open_origin: OpenOrigin, open_stager: OpenStager, clock: Clock) -> None:
+    """What a commit means does not change; what a branch means is looked up after revalidate_s."""
+    commit = hub.add(NAME, small_files())
+    stager = await open_stager(open_origin(), revalidate_s=10.0)
+    for raw in (f"@{commit}", "@main"):
+        await stager.ensure(NAME + raw)
+    asked = len(hub.requests)
+    clock.now += 11
+    await stager.ensure(f"{NAME}@{commit}")
+    await turns(100)
+    assert len(hub.requests) == asked
+    await stager.ensure(f"{NAME}@main")
+    await until(lambda: len(hub.requests) > asked)
+
+
+async def test_a_mirror_may_be_named_by_the_environment(hub: Hub) -> None:
+    """HF_ENDPOINT, as the client reads it: when the process starts. Where the settings name one, that counts."""
+    hub.add(NAME, small_files())
+    program = """
+import asyncio, sys
+from extproc.config import OriginSettings
+from extproc.core.artifact import adapter_name
+from extproc.stager.origins import build_origin
+async def main():
+    origin = build_origin(OriginSettings(type="huggingface", url=sys.argv[1]))
+    print([file.path for file in (await origin.resolve(adapter_name("acme/sql"))).files])
+    await origin.close()
+asyncio.run(main())
+"""
+    for endpoint, url in ((hub.url, ""), ("http://127.0.0.1:1", hub.url)):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint}
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, url, stdout=subprocess.PIPE, env=environment)
+        printed, _ = await process.communicate()
+        assert printed.decode().strip() == str([CONFIG, WEIGHTS])

