@@ -4,18 +4,23 @@ Each command imports what it needs when it runs: the whole takes two seconds, an
 """
 
 import asyncio
+import dataclasses
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from . import __version__
-from .config import OriginSettings, Settings, build_pools, load, settings_table
+from .config import OriginSettings, RpcSettings, Settings, build_pools, load, settings_table
 from .errors import ConfigError, LoraExtprocError, StartError
+
+if TYPE_CHECKING:
+    from .client import StagerClient
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,26 +33,28 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file
 RequiredConfigFile = Annotated[Path, typer.Option("--config", help="Settings file (YAML).")]
 StagerAddress = Annotated[str, typer.Option("--stager", help="The stager's gRPC address, host:port.", envvar="LORA_EXTPROC_STAGER")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RpcConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file whose `rpc` holds the credentials.", envvar="LORA_EXTPROC_CONFIG")]
+Sha256 = Annotated[str, typer.Option("--sha256", help="What the weights file must have; anything else is refused.")]
+Sort = Literal["idle", "size", "checked", "name"]
+TOKEN_ENV = "LORA_EXTPROC_TOKEN"  # noqa: S105  # the variable's name
 DEFAULT_STAGER = "127.0.0.1:9102"
 
 
 def main() -> NoReturn:
     """Run the command line. Our errors become one sentence and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # what a command's typer.Exit carries is returned here, not raised
     except StartError as error:
         _fail(str(error), 2)
     except LoraExtprocError as error:
         _fail(f"{error.reason}: {error.message}", 1)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             _fail(error.format_message(), 2)
         raise
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -177,14 +184,20 @@ def owner(
 
 
 @app.command()
-def stage(name: str, stager: StagerAddress = DEFAULT_STAGER, as_json: AsJson = False) -> None:
+def stage(name: str, stager: StagerAddress = DEFAULT_STAGER, sha256: Sha256 = "", config: RpcConfigFile = None, as_json: AsJson = False) -> None:
     """Put an adapter on a node's disk and wait until it is there."""
+    from .client import Staged
+    from .show import StageBar
 
-    from .client import StagerClient
-
-    async def ask() -> None:
-        async with StagerClient(stager) as client:
-            staged = await client.ensure(name)
+    async def ask(client: "StagerClient") -> None:
+        staged: Staged | None = None
+        with StageBar(name, enabled=not as_json) as bar:
+            async for event in client.stage(name, sha256):
+                if isinstance(event, Staged):
+                    staged = event
+                else:
+                    bar.show(event)
+        assert staged is not None
         if as_json:
             shown = {"adapter": name, "digest": staged.digest, "staged": staged.staged, "origin": staged.origin, "bytes": staged.bytes}
             typer.echo(json.dumps(shown | {"waited_s": staged.waited_s, "lease_s": staged.lease_s}))
@@ -192,50 +205,126 @@ def stage(name: str, stager: StagerAddress = DEFAULT_STAGER, as_json: AsJson = F
         how = f"staged from {staged.origin} in {staged.waited_s:.2f} s" if staged.staged else "was there already"
         typer.echo(f"{name}: {how}, {staged.bytes} bytes, sha256 {staged.digest}")
 
-    asyncio.run(ask())
+    _ask(stager, config, ask)
 
 
 @app.command("list")
-def list_adapters(stager: StagerAddress = DEFAULT_STAGER, as_json: AsJson = False) -> None:
-    """Show what is on a node's disk, least recently used first."""
+def list_adapters(
+    stager: StagerAddress = DEFAULT_STAGER,
+    sort: Annotated[Sort, typer.Option(help="What comes first: the least recently used, the largest, the oldest in its check, or by name.")] = "idle",
+    config: RpcConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is on a node's disk, what holds it there, and what fills the disk."""
 
-    from .client import StagerClient
-
-    async def ask() -> None:
-        async with StagerClient(stager) as client:
-            reply = await client.list()
+    async def ask(client: "StagerClient") -> None:
+        disk = await client.list()
         if as_json:
-            from google.protobuf.json_format import MessageToDict
-
-            typer.echo(json.dumps(MessageToDict(reply, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)))
+            typer.echo(json.dumps(dataclasses.asdict(disk)))
             return
-        from rich.console import Console
-        from rich.table import Table
+        from .show import show_list
 
-        table = Table("adapter", "size", "idle", "leased", "origin", "digest")
-        for a in reply.adapters:
-            leased = f"{a.leased_seconds:.0f} s" if a.leased_seconds else "-"
-            table.add_row(a.name, f"{a.bytes / 2**20:.1f} MiB", f"{a.idle_seconds:.0f} s", leased, a.origin, a.digest[:12])
-        console = Console()
-        console.print(table)
-        used, reserved, limit = reply.used_bytes / 2**20, reply.reserved_bytes / 2**20, reply.max_bytes / 2**20
-        console.print(f"{used:.1f} MiB used, {reserved:.1f} MiB reserved, limit {limit:.1f} MiB", highlight=False)
+        show_list(disk, sort)
 
-    asyncio.run(ask())
+    _ask(stager, config, ask)
 
 
 @app.command()
-def evict(name: str, stager: StagerAddress = DEFAULT_STAGER) -> None:
+def evict(name: str, stager: StagerAddress = DEFAULT_STAGER, config: RpcConfigFile = None, as_json: AsJson = False) -> None:
     """Remove an adapter from a node's disk, unless somebody holds it."""
 
+    async def ask(client: "StagerClient") -> None:
+        freed = await client.evict(name)
+        _say(as_json, f"{name}: evicted, {freed} bytes freed", adapter=name, bytes=freed)
+
+    _ask(stager, config, ask)
+
+
+@app.command()
+def purge(name: str, stager: StagerAddress = DEFAULT_STAGER, config: RpcConfigFile = None, as_json: AsJson = False) -> None:
+    """Remove an adapter whoever leased or pinned it, and forget that it was not found. Only what the engine still reads stays."""
+
+    async def ask(client: "StagerClient") -> None:
+        freed = await client.purge(name)
+        _say(as_json, f"{name}: purged, {freed} bytes freed", adapter=name, bytes=freed)
+
+    _ask(stager, config, ask)
+
+
+@app.command()
+def pin(name: str, stager: StagerAddress = DEFAULT_STAGER, sha256: Sha256 = "", config: RpcConfigFile = None, as_json: AsJson = False) -> None:
+    """Put an adapter on a node's disk and hold it there without an end."""
+
+    async def ask(client: "StagerClient") -> None:
+        digest = await client.pin(name, sha256=sha256)
+        _say(as_json, f"{name}: pinned, sha256 {digest}", adapter=name, pinned=True, digest=digest)
+
+    _ask(stager, config, ask)
+
+
+@app.command()
+def unpin(name: str, stager: StagerAddress = DEFAULT_STAGER, config: RpcConfigFile = None, as_json: AsJson = False) -> None:
+    """Let a pinned adapter be evicted again when its time comes."""
+
+    async def ask(client: "StagerClient") -> None:
+        await client.pin(name, pinned=False)
+        _say(as_json, f"{name}: no longer pinned", adapter=name, pinned=False)
+
+    _ask(stager, config, ask)
+
+
+@app.command()
+def refresh(name: str, stager: StagerAddress = DEFAULT_STAGER, config: RpcConfigFile = None, as_json: AsJson = False) -> None:
+    """Compare an adapter with its origin now; a new version replaces it."""
+
+    async def ask(client: "StagerClient") -> None:
+        changed, digest, revision = await client.refresh(name)
+        text = f"{name}: {'a new version is there' if changed else 'is as its origin has it'}, sha256 {digest}"
+        _say(as_json, text, adapter=name, changed=changed, digest=digest, revision=revision)
+
+    _ask(stager, config, ask)
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="One adapter; all without it.")] = "",
+    stager: StagerAddress = DEFAULT_STAGER,
+    config: RpcConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read adapters back from a node's disk and compare them with their digests. Exit code 1 if one differs; it is removed."""
+
+    async def ask(client: "StagerClient") -> None:
+        good = bad = 0
+        async for found in client.verify(name):
+            good, bad = (good + 1, bad) if found.ok else (good, bad + 1)
+            what = "ok" if found.ok else f"{found.why}; {'removed' if found.removed else 'the engine may read it: it stays'}"
+            _say(as_json, f"{found.adapter}: {what}, {found.bytes} bytes", **dataclasses.asdict(found))
+        if not as_json:
+            typer.echo(f"{good} good, {bad} damaged")
+        if bad:
+            raise typer.Exit(1)
+
+    _ask(stager, config, ask)
+
+
+def _say(as_json: bool, text: str, **fields: object) -> None:
+    typer.echo(json.dumps(fields) if as_json else text)
+
+
+def _ask(address: str, config: Path | None, ask: "Callable[[StagerClient], Awaitable[None]]") -> None:
+    """Talk to one stager, with the credentials of the settings file or of the environment."""
     from .client import StagerClient
 
-    async def ask() -> None:
-        async with StagerClient(stager) as client:
-            freed = await client.evict(name)
-        typer.echo(f"{name}: evicted, {freed} bytes freed")
+    rpc = _settings(config).rpc
+    if config is None and TOKEN_ENV in os.environ:
+        rpc = RpcSettings(token_env=TOKEN_ENV)
 
-    asyncio.run(ask())
+    async def talk() -> None:
+        async with StagerClient(address, rpc) as client:
+            await ask(client)
+
+    asyncio.run(talk())
 
 
 @app.command("envoy-config")
@@ -261,7 +350,7 @@ def parse_origin(text: str) -> OriginSettings:
         if bucket:
             return OriginSettings(type="s3", bucket=bucket, prefix=prefix, endpoint=os.environ.get("AWS_ENDPOINT_URL", ""))
     elif text.startswith(("http://", "https://")):
-        return OriginSettings(type="http", url=text)
+        return OriginSettings(type="http", url=text, allow_private=True)  # whoever types an address means it
     elif text.startswith(("/", "./", "~")):
         return OriginSettings(type="file", path=str(Path(text).expanduser().absolute()))
     raise StartError(f"--origin {text}: `hf`, `s3://bucket/prefix`, `https://host/prefix` or `/path` is needed")

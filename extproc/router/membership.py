@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ..client import Evicted, NodeState, Published, StagerClient
+from ..client import Evicted, NodeState, StagerClient
 from ..core.endpoint import Endpoint
 from ..core.placement import Pool, Snapshot
 from ..errors import LoraExtprocError, StagerUnavailable
@@ -81,14 +81,14 @@ class Membership:
         await asyncio.gather(*self._watches, return_exceptions=True)
 
     async def _watch(self, client: StagerClient, endpoints: Sequence[Endpoint]) -> None:
-        instance = ""
+        instance = said = ""
         while True:
             why = f"stager {client.address}: stream ended"
             try:
                 async for event in client.watch():
                     match event:
-                        case NodeState(ready, node_why, now_instance):
-                            if instance not in ("", now_instance):  # a restarted stager remembers no lease of ours
+                        case NodeState(ready, node_why, now_instance, resumed):
+                            if instance != now_instance or not resumed:  # a restarted stager remembers no lease of ours
                                 self._residency.forget_stager(client.address)
                             instance = now_instance
                             for endpoint in endpoints:
@@ -98,14 +98,15 @@ class Membership:
                                     self.set_down(endpoint, node_why)
                         case Evicted(adapter):
                             self._residency.forget(client.address, adapter)
-                        case Published():
+                        case _:
                             pass  # nothing is believed that was not asked for
             except StagerUnavailable as error:
                 why = error.message
             except LoraExtprocError as error:
-                why = f"stager {client.address}: {error.message}"
-                log.warning("watch: %s", why)
-            self._residency.forget_stager(client.address)
-            for endpoint in endpoints:
+                why = f"stager {client.address}: {error.message.removeprefix(f'stager {client.address}: ')}"
+                if why != said:
+                    log.warning("watch: %s", why)
+                said = why
+            for endpoint in endpoints:  # leases are not used meanwhile; what went since then is told when the stream is back
                 self.set_down(endpoint, why)
             await asyncio.sleep(RECONNECT_S)

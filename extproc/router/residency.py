@@ -1,8 +1,10 @@
 """What this router knows to be on which node's disk: leases, so that a warm request makes no RPC."""
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..client import Staged, StagerClient
@@ -15,6 +17,7 @@ log = logging.getLogger(__name__)
 
 SAFETY_S = 1.0  # a lease is not used in its last second: the engine still has to open the files
 RENEW_AT = 0.5  # a lease in use is renewed in the background after this part of its time
+RELEASE_S = 1.0  # at the end of the process, for every stager at once
 SWEEP_ABOVE = 1024  # leases that ended are dropped when the table has doubled since the last sweep, and not below this
 
 
@@ -35,6 +38,7 @@ class Residency:
         self._metrics = metrics
         self._clock = clock
         self._leases: dict[tuple[str, str], Lease] = {}
+        self._asked: dict[tuple[str, str], bool] = {}  # calls under way -> whether what they will answer can still be believed
         self._flights: SingleFlight[tuple[str, str], Staged] = SingleFlight()
         self._sweep_at = SWEEP_ABOVE
 
@@ -62,18 +66,38 @@ class Residency:
         return self._flights.waiters((endpoint.stager, adapter))
 
     def forget(self, stager: str, adapter: str) -> None:
-        """The stager says that it is gone."""
-        self._leases.pop((stager, adapter), None)
-        self._metrics.leases.set(len(self._leases))
+        """The stager says that it is gone.
+
+        An answer that is on its way may be older than that: the stager grants a lease; it removes the adapter because somebody asked; the
+        watch tells so; the answer with the lease arrives. It serves who waits for it, and makes no lease.
+        """
+        self._forget([(stager, adapter)])
 
     def forget_stager(self, stager: str) -> None:
         """Nothing is known of that node any more."""
-        for key in [key for key in self._leases if key[0] == stager]:
-            del self._leases[key]
+        self._forget([key for key in (*self._leases, *self._asked) if key[0] == stager])
+
+    def _forget(self, keys: Sequence[tuple[str, str]]) -> None:
+        for key in keys:
+            self._leases.pop(key, None)
+            if key in self._asked:
+                self._asked[key] = False
         self._metrics.leases.set(len(self._leases))
 
     async def close(self) -> None:
         await self._flights.close()
+
+    async def release_all(self) -> None:
+        """Give every lease back, so that the nodes may use the room. Who does not answer at once keeps them until they end by themselves."""
+
+        async def release(client: StagerClient) -> None:
+            with contextlib.suppress(LoraExtprocError, TimeoutError):
+                async with asyncio.timeout(RELEASE_S):
+                    await client.release()
+
+        held = {stager for stager, _ in self._leases}
+        await asyncio.gather(*(release(self._clients[stager]) for stager in held))
+        self._leases.clear()
 
     async def _ask(self, key: tuple[str, str]) -> Staged:
         stager, adapter = key
@@ -81,15 +105,21 @@ class Residency:
         if client is None:
             raise StagerUnavailable("the endpoint has no stager")
         asked = self._clock()
+        self._asked[key] = True
         try:
             staged = await client.ensure(adapter)
         except LoraExtprocError as error:
             log.info("%s on %s: %s: %s", adapter, stager, error.reason, error.message)
             raise
+        finally:
+            is_believed = self._asked.pop(key)
         answered = self._clock()
         if staged.staged:
             log.info("%s on %s: staged from %s in %.3f s, %d bytes", adapter, stager, staged.origin, answered - asked, staged.bytes)
-        self._leases[key] = Lease(staged.digest, answered + staged.lease_s - SAFETY_S, answered + staged.lease_s * RENEW_AT)
+        if not is_believed:
+            return staged
+        granted = min(answered, asked + staged.waited_s)  # the answer may have been late: the lease runs since the stager gave it
+        self._leases[key] = Lease(staged.digest, granted + staged.lease_s - SAFETY_S, granted + staged.lease_s * RENEW_AT)
         if len(self._leases) >= self._sweep_at:
             self._sweep(answered)
         self._metrics.leases.set(len(self._leases))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 
 from ..client import StagerClient
 from ..config import Settings, build_pools
@@ -35,7 +36,8 @@ class Server:
         self.metrics = RouterMetrics()
         pools = build_pools(settings)
         stagers = sorted({e.stager for pool in pools for e in pool.table.endpoints if e.stager})
-        self._clients = {address: StagerClient(address) for address in stagers}
+        holder = f"router {secrets.token_hex(4)}"
+        self._clients = {address: StagerClient(address, settings.rpc, holder) for address in stagers}
         self._residency = Residency(self._clients, self.metrics)
         self.membership = Membership(pools, self._residency, self.metrics)
         policy = Policy(
@@ -107,6 +109,7 @@ class Server:
         await asyncio.gather(*(listener.stop(self._settings.drain_s) for listener in self._listeners))
         await self.membership.stop()
         await self._residency.close()
+        await self._residency.release_all()
         await asyncio.gather(*(client.close() for client in self._clients.values()))
         if self._http is not None:
             await self._http.stop()

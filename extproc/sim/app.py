@@ -21,11 +21,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class SimEngine:
-    """One engine. `token_s` is the time one token takes, in seconds."""
+    """One engine. `token_s` is the time one token takes, in seconds; with `dev_mode` it has what vLLM has with VLLM_SERVER_DEV_MODE."""
 
-    def __init__(self, adapters: Adapters, *, token_s: float = 0.0, die: Callable[[], None] = lambda: os._exit(1)) -> None:
+    def __init__(self, adapters: Adapters, *, token_s: float = 0.0, dev_mode: bool = False, die: Callable[[], None] = lambda: os._exit(1)) -> None:
         self._adapters = adapters
         self._token_s = token_s
+        self._dev_mode = dev_mode
         self._die = die
         self.dead = False
         self._started = int(time.time())
@@ -46,6 +47,8 @@ class SimEngine:
                 web.post("/v1/unload_lora_adapter", self._unload),
             ]
         )
+        if self._dev_mode:
+            app.add_routes([web.post("/reset_prefix_cache", self._reset_prefix_cache)])
         return app
 
     @web.middleware
@@ -156,6 +159,9 @@ class SimEngine:
             raise SimError(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
         self._adapters.unload(name)
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def _reset_prefix_cache(self, _request: web.Request) -> web.Response:
+        return web.Response()  # there is none
 
 
 async def _json(request: web.Request) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 NAMES = tuple(f"demo/{name}" for name in ("sql", "legal", "support", "medical", "code-review", "summarize", "translate", "json"))
 BASE_MODEL = "demo/base"
 
+_PIECE_BYTES = 2**26  # written at once; a multiple of the generator's words, so that the bytes are the same as in one piece
 _HIDDEN, _LAYERS = 4096, 16
 _RANKS = (16, 24, 32, 40)  # 2 bytes x 16 layers x 2 modules x 2 matrices x 4096 x rank = 8.4 to 21 MB; two modules more double it
 
@@ -48,7 +49,9 @@ def write_adapter(
     with weights.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        file.write(random.Random(seed).randbytes(offset))  # noqa: S311  # the same adapter each time, not a secret
+        source = random.Random(seed)  # noqa: S311  # the same adapter each time, not a secret
+        for begin in range(0, offset, _PIECE_BYTES):
+            file.write(source.randbytes(min(_PIECE_BYTES, offset - begin)))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -11,6 +11,7 @@ import aiohttp
 from extproc.config import OriginSettings
 from extproc.up.stack import Stack
 from tests.fakes.origin_server import OriginServer
+from tests.fakes.wait import PATIENCE_S
 
 from .client import Answer, Client, weights_of
 from .conftest import StackFactory
@@ -21,7 +22,7 @@ WEIGHTS = f"{HEAVY}/adapter_model.safetensors"
 
 @contextlib.asynccontextmanager
 async def _serving(start: StackFactory, root: Path, raw: dict[str, object] | None = None) -> AsyncIterator[tuple[Stack, Client, OriginServer]]:
-    async with OriginServer(root) as server, start(raw, origins=(OriginSettings(type="http", url=server.url),)) as stack:
+    async with OriginServer(root) as server, start(raw, origins=(OriginSettings(type="http", url=server.url, allow_private=True),)) as stack:
         client = Client(stack.address)
         try:
             yield stack, client, server
@@ -31,7 +32,7 @@ async def _serving(start: StackFactory, root: Path, raw: dict[str, object] | Non
 
 async def _until(stack: Stack, metric: str, value: float) -> None:
     """Wait until the router shows `metric value`."""
-    async with aiohttp.ClientSession() as session:
+    async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
         while True:
             async with session.get(f"http://{stack.router_http}/metrics") as response:
                 if f"\n{metric} {value}\n" in await response.text():
@@ -134,7 +135,7 @@ async def test_without_the_router_nothing_passes_unprocessed(start: StackFactory
 async def test_eviction_never_costs_an_engine_its_life(start: StackFactory, origin: Path) -> None:
     """A disk that holds two of four adapters and leases that end at once: adapters come and go, every answer has its own weights."""
     size = sum(path.stat().st_size for path in (origin / "team/a").iterdir()) + 3 * 4096
-    raw = {"stager": {"max_bytes": 2 * size, "lease_s": 0.2}}
+    raw = {"stager": {"max_bytes": 2 * size, "lease_s": 0.6}}
     names = ("team/a", "team/b", "team/c", "flat")
     async with start(raw, nodes=1) as stack:
         client = Client(stack.address)

@@ -22,11 +22,14 @@ from extproc.router.tracing import Tracing
 
 
 class ScriptedStager(StagerClient):
-    """Answers every Ensure with `error`, or with a lease once `gate` is open."""
+    """Answers every Ensure and Release with `error`, or with a lease once `gate` is open. Each watch begins with `first_state`, if there is one."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.asked: list[str] = []
+        self.watched = 0
+        self.first_state: NodeState | None = NodeState(True, "", "first")
+        self.released: list[str] = []
         self.cancelled = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -35,8 +38,19 @@ class ScriptedStager(StagerClient):
         self.known: set[str] = set()
         self.events: asyncio.Queue[WatchEvent | LoraExtprocError] = asyncio.Queue()
 
-    async def ensure(self, adapter: str) -> Staged:
+    async def ensure(self, adapter: str, sha256: str = "", *, prefetch: bool = False) -> Staged:
         self.asked.append(adapter)
+        await self._answer()
+        staged = adapter not in self.known
+        self.known.add(adapter)
+        return Staged("d" * 64, staged, "file", self.lease_s, 0.1, 1000)
+
+    async def release(self, adapter: str = "") -> int:
+        self.released.append(adapter)
+        await self._answer()
+        return 1
+
+    async def _answer(self) -> None:
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
@@ -44,12 +58,11 @@ class ScriptedStager(StagerClient):
             raise
         if self.error is not None:
             raise self.error
-        staged = adapter not in self.known
-        self.known.add(adapter)
-        return Staged("d" * 64, staged, "file", self.lease_s, 0.1, 1000)
 
     async def watch(self) -> AsyncIterator[WatchEvent]:
-        yield NodeState(True, "", "first")
+        self.watched += 1
+        if self.first_state is not None:
+            yield self.first_state
         while True:
             event = await self.events.get()
             if isinstance(event, LoraExtprocError):

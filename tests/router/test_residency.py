@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from extproc.errors import StagerUnavailable
+from tests.fakes.wait import VirtualLoop
 
 from .fakes import Router
 
@@ -68,7 +69,7 @@ async def test_a_thousand_waiters_are_one_call() -> None:
 
 
 async def test_forgetting_is_by_adapter_or_by_stager() -> None:
-    """Evicted: one name. Stream lost: everything of that node, nothing of others."""
+    """Evicted: one name. Another instance: everything of that node, nothing of others."""
     router = Router(2)
     one, two = router.pool.table.endpoints
     for endpoint in (one, two):
@@ -96,3 +97,24 @@ async def test_an_endpoint_without_stager_cannot_stage() -> None:
     router = Router(1)
     with pytest.raises(StagerUnavailable):
         await router.residency.ensure(type(router.owner("a"))("10.9.9.9:8000"), "a")
+
+
+def test_leases_are_given_back_at_the_end() -> None:
+    """By every stager that granted one, at once; one that fails or does not answer holds nobody up for longer than a second."""
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        router = Router(4)
+        unused, good, failing, silent = router.pool.table.endpoints
+        for endpoint in (good, failing, silent):
+            await router.residency.ensure(endpoint, "a")
+            await router.residency.ensure(endpoint, "b")
+        router.stager_of(failing).error = StagerUnavailable("gone")
+        router.stager_of(silent).gate.clear()
+        began = loop.time()
+        await router.residency.release_all()
+        assert loop.time() - began == 1.0
+        assert [router.stager_of(endpoint).released for endpoint in (unused, good, failing, silent)] == [[], [""], [""], [""]]
+        assert not router.residency.holds(good, "a")
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main(runner.get_loop()))
