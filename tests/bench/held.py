@@ -40,7 +40,7 @@ async def router_with_slow_origin() -> AsyncIterator[tuple[Child, str, str, Orig
                     "listen": stager,
                     "http_listen": "",
                     "dir": str(directory / "node"),
-                    "origins": [{"type": "http", "url": origin.url, "timeout_s": 600}],
+                    "origins": [{"type": "http", "url": origin.url, "timeout_s": 600, "allow_private": True}],
                     "engine": {"url": ""},
                 },
             }

@@ -1,0 +1,316 @@
+"""`python -m tests.bench.stage`: one adapter of several sizes from each origin, cold to published, beside the tools that only copy.
+
+What limits each figure: at 16 MB requests and fsyncs; at 1,500 MB the disk, the hash (one core's SHA-256), and the server, which shares the
+machine. The others neither hash nor fsync nor verify. `dd` with fsync is what the disk takes.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from extproc.client import StagerClient
+from extproc.config import EngineSettings, OriginSettings, PeerSettings, StagerSettings
+from extproc.core.artifact import adapter_name
+from extproc.metrics import StagerMetrics
+from extproc.stager.engine import Engine
+from extproc.stager.origins import build_origin
+from extproc.stager.peers import Peers
+from extproc.stager.sources import Source
+from extproc.stager.stager import Stager
+from extproc.up.demo import write_adapter
+from extproc.up.processes import free_ports, python
+from tests.fakes.hub import Hub
+from tests.fakes.rclone import ACCESS_KEY, SECRET_KEY, rclone
+
+from .harness import machine
+
+# rank x layers of a hidden size of 4096 with two modules in BF16: 32,768 bytes per rank and layer
+SIZES = {"16 MB": (16, 32), "100 MB": (96, 32), "1,500 MB": (720, 64)}
+PARALLEL = 8
+LAG_EVERY_S = 0.002
+
+Run = Callable[[Path], Awaitable[None]]
+
+
+async def main(rounds: int, sizes: list[str], parallel: int) -> None:
+    """One table per size, then eight at once."""
+    console = Console(width=140)
+    console.print(machine())
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=os.environ.get("BENCH_DIR")) as top:
+        for size in sizes:
+            rank, layers = SIZES[size]
+            files = Path(top) / "origin" / "models" / "acme"
+            write_adapter(files / "one", seed=1, rank=rank, layers=layers)
+            table = Table("from", "by", "seconds", "MB/s", "beside the best other", "beside dd", "longest turn ms", title=f"{size}, cold to published")
+            async with servers(Path(top) / "origin", rank * layers * 32_768) as given:
+                await measure(table, Path(top), files / "one", given, rounds, parallel)
+            console.print(table)
+            shutil.rmtree(Path(top) / "origin")
+        if "1,500 MB" in sizes:
+            await eight(console, Path(top))
+    console.print(f"medians of {rounds} runs; the longest turn is the longest the event loop did not come round, of all runs")
+
+
+async def measure(table: Table, top: Path, files: Path, given: dict[str, Any], rounds: int, parallel: int) -> None:
+    size = sum(path.stat().st_size for path in files.iterdir())
+    dd = statistics.median([disk(top, size) for _ in range(rounds)])
+    table.add_row("zeros", "dd conv=fsync", f"{dd:.2f}", f"{size / dd / 1e6:.0f}", "", "", "")
+    for origin, (settings, others) in given["origins"].items():
+        times: dict[str, list[float]] = {"lora-extproc": [], **{name: [] for name in others}}
+        longest = 0.0
+        for _ in range(rounds):  # in turns, so that what else the machine does falls on all
+            took, lag = await ours(top, settings | ({"parallel": parallel} if settings.get("type") == "s3" else {}), given["peer"] if origin == "peer" else "")
+            longest = max(longest, lag)
+            times["lora-extproc"].append(took)
+            for name, run in others.items():
+                times[name].append(await timed(top, run))
+        best = min((statistics.median(taken) for name, taken in times.items() if name != "lora-extproc"), default=0.0)
+        for name, taken in times.items():
+            took = statistics.median(taken)
+            is_ours = name == "lora-extproc"
+            beside = f"{best / took:.2f}" if is_ours and best else ""
+            table.add_row(
+                origin,
+                name,
+                f"{took:.2f}",
+                f"{size / took / 1e6:.0f}",
+                beside,
+                f"{dd / took:.2f}" if is_ours else "",
+                f"{longest * 1000:.0f}" if is_ours else "",
+            )
+
+
+async def ours(top: Path, origin: dict[str, Any], peer: str) -> tuple[float, float]:
+    """Seconds from the question to the answer, and the longest turn of the event loop meanwhile."""
+    with fresh(top) as directory:
+        stager = build(directory, [origin] if origin else [], peer)
+        await stager.open()
+        lag = asyncio.create_task(longest_turn())
+        try:
+            began = time.perf_counter()
+            await stager.ensure("acme/one")
+            took = time.perf_counter() - began
+        finally:
+            lag.cancel()
+            await stager.close()
+        return took, await lag
+
+
+async def longest_turn() -> float:
+    longest = 0.0
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(LAG_EVERY_S)
+            longest = max(longest, time.perf_counter() - began - LAG_EVERY_S)
+    return longest
+
+
+def build(directory: Path, origins: list[dict[str, Any]], peer: str = "") -> Stager:
+    settings = StagerSettings(
+        dir=str(directory),
+        engine=EngineSettings(url=""),
+        origins=tuple(OriginSettings(**origin) for origin in origins),
+        peers=PeerSettings(mode="preferred" if peer else "off"),
+    )
+    peers = Peers(settings.peers, {peer: StagerClient(peer)} if peer else {}, "bench")
+    sources = [Source(build_origin(origin), origin) for origin in settings.origins]
+    return Stager(settings, sources, Engine(settings.engine), StagerMetrics(), peers=peers)
+
+
+async def timed(top: Path, run: Run) -> float:
+    with fresh(top) as directory:
+        began = time.perf_counter()
+        await run(directory)
+        return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def fresh(top: Path) -> Any:
+    """An empty directory, and nothing left to write back before or after."""
+    directory = Path(tempfile.mkdtemp(dir=top))
+    os.sync()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+        os.sync()
+
+
+def disk(top: Path, size: int) -> float:
+    """Seconds that the disk takes for as many zeros."""
+    with fresh(top) as directory:
+        began = time.perf_counter()
+        subprocess.run(
+            ["dd", "if=/dev/zero", f"of={directory}/zeros", "bs=1M", f"count={size // 2**20}", "conv=fsync"],
+            check=True,
+            capture_output=True,
+        )
+        return time.perf_counter() - began
+
+
+async def program(*command: str, **environment: str) -> None:
+    process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **environment}, stdout=asyncio.subprocess.DEVNULL)
+    if await process.wait():
+        raise SystemExit(f"{command[0]} failed")
+
+
+@contextlib.asynccontextmanager
+async def servers(root: Path, size: int) -> AsyncIterator[dict[str, Any]]:
+    """Every origin with the adapter `acme/one`, each in a process of its own; and what else can copy from it."""
+    s3_port, http_port, peer_port = free_ports(3)
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+    os.environ |= keys
+    with tempfile.TemporaryDirectory(dir=root.parent) as node:
+        config = Path(node) / "peer.yaml"
+        config.write_text(
+            f'stager: {{listen: "127.0.0.1:{peer_port}", http_listen: "", dir: {node}/store, engine: {{url: ""}}, origins: [{{type: file, path: {root}/models}}]}}\n'
+        )
+        commands = [
+            [rclone(), "serve", "s3", "--addr", f"127.0.0.1:{s3_port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--config", "", str(root)],
+            [rclone(), "serve", "http", "--addr", f"127.0.0.1:{http_port}", "--config", "", str(root / "models")],
+            python("stager", "--config", str(config)),
+        ]
+        processes = [start(command, subprocess.DEVNULL) for command in commands]
+        processes.append(start([*this_module(), "--serve-hub", str(root / "models" / "acme" / "one")], subprocess.PIPE))
+        try:
+            for port in (s3_port, http_port):
+                await listening(port)
+            assert processes[-1].stdout is not None
+            hub = processes[-1].stdout.readline().strip()
+            peer = f"127.0.0.1:{peer_port}"
+            await listening(peer_port)
+            async with StagerClient(peer) as client:
+                await client.ensure("acme/one")
+            s3 = {"type": "s3", "bucket": "models", "endpoint": f"http://127.0.0.1:{s3_port}", "region": "us-east-1"}
+            remote = f":s3,provider=Rclone,endpoint='http://127.0.0.1:{s3_port}',access_key_id={ACCESS_KEY},secret_access_key={SECRET_KEY}:models/acme/one"
+            origins: dict[str, tuple[dict[str, Any], dict[str, Run]]] = {
+                "s3": (s3, {"rclone copy": lambda d: program(rclone(), "copy", "--config", "", remote, str(d))}),
+                "http": (
+                    {"type": "http", "url": f"http://127.0.0.1:{http_port}", "allow_private": True},
+                    {"rclone copy": lambda d: program(rclone(), "copy", "--config", "", f":http,url='http://127.0.0.1:{http_port}':acme/one", str(d))},
+                ),
+                "hub": ({"type": "huggingface", "url": hub}, {"huggingface_hub": lambda d: hub_alone(hub, d)}),
+                "file": (
+                    {"type": "file", "path": str(root / "models")},
+                    {"cp -r": lambda d: program("cp", "-r", str(root / "models" / "acme" / "one"), str(d))},
+                ),
+                "peer": ({}, {}),
+            }
+            if shutil.which("aws") and subprocess.run(["aws", "--version"], capture_output=True, check=False).returncode == 0:  # noqa: ASYNC221
+                origins["s3"][1]["aws s3 cp"] = lambda d: program(
+                    "aws", "s3", "cp", "--recursive", "--endpoint-url", f"http://127.0.0.1:{s3_port}", "s3://models/acme/one", str(d), AWS_REGION="us-east-1"
+                )
+            yield {"origins": origins, "peer": peer, "size": size}
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def start(command: list[str], output: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL, text=True)
+
+
+def this_module() -> list[str]:
+    return [sys.executable, "-m", "tests.bench.stage"]
+
+
+async def listening(port: int) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                return
+            await asyncio.sleep(0.05)
+
+
+async def hub_alone(url: str, directory: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    await asyncio.to_thread(snapshot_download, "acme/one", endpoint=url, local_dir=directory, token=False)
+
+
+async def serve_hub(files: Path) -> None:
+    hub = Hub()
+    hub.add("acme/one", {path.name: path.read_bytes() for path in files.iterdir()})
+    await hub.start()
+    print(hub.url, flush=True)
+    await asyncio.Event().wait()
+
+
+async def eight(console: Console, top: Path) -> None:
+    """As many large adapters at once, in a process of their own whose memory is looked at."""
+    root = top / "origin"
+    rank, layers = SIZES["1,500 MB"]
+    write_adapter(root / "models" / "acme" / "n0", seed=1, rank=rank, layers=layers)
+    for number in range(1, PARALLEL):
+        directory = root / "models" / "acme" / f"n{number}"
+        directory.mkdir()
+        for path in (root / "models" / "acme" / "n0").iterdir():
+            (directory / path.name).hardlink_to(path)
+        text = (directory / "adapter_config.json").read_text()
+        (directory / "adapter_config.json").unlink()
+        (directory / "adapter_config.json").write_text(text + "\n" * number)  # other content, so that each is stored
+    (port,) = free_ports(1)
+    command = [rclone(), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--config", "", str(root)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+    try:
+        await listening(port)
+        with fresh(top) as directory:
+            process = await asyncio.create_subprocess_exec(*this_module(), "--eight", str(directory), "--ports", str(port), stdout=asyncio.subprocess.PIPE)
+            out, _ = await process.communicate()
+            console.print(out.decode().strip())
+    finally:
+        server.kill()
+        server.wait()
+
+
+async def fetch_eight(directory: Path, port: int) -> None:
+    origin = {"type": "s3", "bucket": "models", "endpoint": f"http://127.0.0.1:{port}", "region": "us-east-1"}
+    stager = build(directory, [origin])
+    await stager.open()
+    lag = asyncio.create_task(longest_turn())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    began = time.perf_counter()
+    await asyncio.gather(*(stager.ensure(adapter_name(f"acme/n{number}")) for number in range(PARALLEL)))
+    took = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lag.cancel()
+    await stager.close()
+    total = PARALLEL * SIZES["1,500 MB"][0] * SIZES["1,500 MB"][1] * 32_768 / 1e6
+    print(f"{PARALLEL} x 1,500 MB at once from s3: {took:.1f} s, {total / took:.0f} MB/s; peak memory {peak:.0f} MiB ({before:.0f} before),", end=" ")
+    print(f"longest turn {await lag * 1000:.0f} ms")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", action="append", choices=list(SIZES), help="repeatable; default: all")
+    parser.add_argument("--parallel", type=int, default=4, help="ranges of one S3 object at once")
+    parser.add_argument("--serve-hub", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--eight", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--ports", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve_hub:
+        asyncio.run(serve_hub(arguments.serve_hub))
+    elif arguments.eight:
+        asyncio.run(fetch_eight(arguments.eight, *arguments.ports))
+    else:
+        asyncio.run(main(arguments.rounds, arguments.size or list(SIZES), arguments.parallel))
+    sys.exit(0)
