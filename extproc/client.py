@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Self
 
 import grpc
@@ -40,6 +41,15 @@ class Staged:
     lease_s: float
     waited_s: float
     bytes: int
+    model: str = ""  # what a request's `model` must be for this node's engine; "": the adapter's name
+
+
+class Loading(IntEnum):
+    """What the node's engine must know before the answer: nothing; this version, by a name of its own; the adapter's own name."""
+
+    NONE = pb.NO_LOADING
+    VERSIONED = pb.VERSIONED
+    PLAIN = pb.PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +97,32 @@ class Space:
     max_bytes: int
 
 
-WatchEvent = NodeState | Published | Refreshed | Evicted | Space
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How many adapters compete for the slots of the node's engine: those that are leased. `cpu_slots` 0: no limit is known."""
+
+    adapters: int
+    cpu_slots: int
+
+
+WatchEvent = NodeState | Published | Refreshed | Evicted | Space | Demand
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model as vLLM would list it. `max_model_len` 0: not told."""
+
+    id: str
+    root: str
+    max_model_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What a node can answer for."""
+
+    bases: tuple[Model, ...] = ()
+    adapters: tuple[Model, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +151,7 @@ class OnDisk:
     checked_seconds: float
     refresh_error: str
     adopted: bool
+    loaded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +190,12 @@ class StagerClient:
         self._channel = credentials.channel(address, rpc, _CHANNEL_OPTIONS)
         self._position = ("", 0)  # of the watch: the instance, and the last change seen of it
 
-    async def ensure(self, adapter: str, sha256: str = "", *, prefetch: bool = False) -> Staged:
-        """Wait until `adapter` is on the node's disk. Cancelling ends the wait, not the fetch. `sha256` is what its weights must have."""
-        reply = await self._unary("Ensure", self._ensure_request(adapter, sha256, prefetch=prefetch), pb.EnsureReply)
+    async def ensure(self, adapter: str, sha256: str = "", *, prefetch: bool = False, loading: Loading = Loading.NONE) -> Staged:
+        """Wait until `adapter` is on the node's disk and, with `loading`, known to its engine. Cancelling ends the wait, not the work.
+
+        `sha256` is what its weights must have.
+        """
+        reply = await self._unary("Ensure", self._ensure_request(adapter, sha256, prefetch=prefetch, loading=loading), pb.EnsureReply)
         return _staged(reply)
 
     async def stage(self, adapter: str, sha256: str = "") -> AsyncIterator[Progress | Staged]:
@@ -167,9 +206,16 @@ class StagerClient:
             else:
                 yield Progress(message.phase, message.origin, message.done_bytes, message.total_bytes)
 
-    async def release(self, adapter: str = "") -> int:
-        """Give back the holder's lease on `adapter`, or all it has; how many there were."""
-        return int((await self._unary("Release", pb.ReleaseRequest(holder=self.holder, adapter=adapter), pb.ReleaseReply)).released)
+    async def release(self, adapter: str = "", digest: str = "") -> int:
+        """Give back the holder's lease on `adapter` (of an older version, by its digest), or all it has; how many there were."""
+        request = pb.ReleaseRequest(holder=self.holder, adapter=adapter, digest=digest)
+        return int((await self._unary("Release", request, pb.ReleaseReply)).released)
+
+    async def models(self) -> Models:
+        """What the node can answer for: base models and adapters."""
+        reply = await self._unary("Models", pb.ModelsRequest(), pb.ModelsReply)
+        bases, adapters = (tuple(Model(m.id, m.root, m.max_model_len) for m in some) for some in (reply.bases, reply.adapters))
+        return Models(bases, adapters)
 
     async def list(self) -> Disk:
         """What is on the node's disk."""
@@ -234,9 +280,9 @@ class StagerClient:
     async def close(self) -> None:
         await self._channel.close(None)
 
-    def _ensure_request(self, adapter: str, sha256: str, *, prefetch: bool = False) -> pb.EnsureRequest:
+    def _ensure_request(self, adapter: str, sha256: str, *, prefetch: bool = False, loading: Loading = Loading.NONE) -> pb.EnsureRequest:
         priority = pb.Priority.PREFETCH if prefetch else pb.Priority.REQUEST
-        return pb.EnsureRequest(adapter=adapter, holder=self.holder, sha256=sha256, priority=priority)
+        return pb.EnsureRequest(adapter=adapter, holder=self.holder, sha256=sha256, priority=priority, loading=pb.Loading.Name(loading.value))
 
     async def _unary(self, method: str, request: Any, reply: Any) -> Any:
         call = self._channel.unary_unary(f"/{SERVICE}/{method}", type(request).SerializeToString, reply.FromString)
@@ -268,7 +314,7 @@ class StagerClient:
 
 
 def _staged(reply: pb.EnsureReply) -> Staged:
-    return Staged(reply.digest, reply.staged, reply.origin, reply.lease_seconds, reply.waited_seconds, reply.bytes)
+    return Staged(reply.digest, reply.staged, reply.origin, reply.lease_seconds, reply.waited_seconds, reply.bytes, reply.model)
 
 
 def _event(message: pb.WatchEvent) -> WatchEvent | None:
@@ -282,6 +328,8 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
             return Refreshed(message.refreshed)
         case "evicted":
             return Evicted(message.evicted)
+        case "demand":
+            return Demand(message.demand.adapters, message.demand.cpu_slots)
         case "space":
             return Space(message.space.used_bytes, message.space.reserved_bytes, message.space.max_bytes)
         case _:

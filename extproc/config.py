@@ -106,6 +106,8 @@ class RouterSettings(Group):
     """The header that names the tenant."""
     model_header: str = "x-gateway-model-name"
     """The header that names the model where the processing mode shows no body (NONE). Ignored in the other modes: the body decides."""
+    lists_models: bool = True
+    """Answer `GET /v1/models` here, with what the whole fleet serves. Off: an engine answers, with what it was asked for so far."""
     forbidden_paths: tuple[str, ...] = ENGINE_ADMIN_PATHS
     """Paths (and what is below them) that answer 403: the engines' own administration."""
     table_size: Annotated[int, AfterValidator(_prime)] = DEFAULT_TABLE_SIZE
@@ -234,14 +236,46 @@ class EngineSettings(Group):
     url: str = "http://127.0.0.1:8000"
     """The local model server. It is asked to forget an adapter before its files go; while it cannot be asked, nothing is evicted. Empty: no
     engine reads this directory."""
+    kind: Literal["vllm", "sglang"] = "vllm"
+    """Whose HTTP API it speaks."""
+    mode: Literal["api", "resolver"] = "api"
+    """`api`: adapters are loaded into the engine before a request is released, so that one which it refuses is a 422. `resolver`: vLLM's
+    filesystem resolver loads them when a request has come. SGLang knows only `api`."""
     base_model: str = ""
-    """What adapters must name in `base_model_name_or_path`: the engine's `--model`. Empty: not checked."""
+    """The engine's `--model`, which adapters must name in `base_model_name_or_path`. Empty: not checked."""
+    base_names: tuple[str, ...] = ()
+    """Other names of the same base model that adapters may use; shell patterns. With `resolver`, such an adapter is changed in a copy to name
+    `base_model`, since vLLM compares byte for byte."""
+    base_config: str = ""
+    """The base model's `config.json`, whose sizes the adapters' tensors are compared with. Empty: that in the directory which the engine names as
+    its model's root, if this process can read it."""
+    max_loras: Annotated[int, Field(ge=0)] = 0
+    """The engine's `--max-loras`. 0: what it says itself, once an adapter has run."""
+    max_cpu_loras: Annotated[int, Field(ge=0)] = 0
+    """The engine's `--max-cpu-loras`: routers send a node no more distinct adapters than that, while another candidate has room. 0: as `max_loras`
+    in the settings; if that is 0 too, no limit."""
     max_lora_rank: Annotated[int, Field(ge=0)] = 0
-    """Adapters of a higher rank are refused. 0: not checked."""
+    """The engine's `--max-lora-rank`: adapters of a higher rank are refused before their weights are fetched. 0: what it says itself, if it does."""
+    max_loads: Annotated[int, Field(ge=1)] = 1
+    """How many adapters are loaded into it at once: a load stalls what it generates."""
     api_key_env: str = ""
     """The environment variable that holds the engine's API key."""
+    api_key_file: str = ""
+    """A file that holds it; read anew for each call, so that it may be rotated."""
     timeout_s: Seconds = 10.0
     """How long one call to the engine may take."""
+    load_timeout_s: Seconds = 60.0
+    """How long one load may take."""
+    quiet_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """How long a flight that needs room waits for the engine to be done with an adapter that could go. 0: not at all."""
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> "EngineSettings":
+        if self.kind == "sglang" and self.mode == "resolver":
+            raise ValueError("mode resolver is vLLM's; kind sglang needs mode api")
+        if self.base_names and not self.base_model:
+            raise ValueError("base_names are other names of base_model, which is empty")
+        return self
 
 
 class StagerSettings(Group):

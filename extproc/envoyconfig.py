@@ -43,10 +43,10 @@ from envoy_data_plane.google.protobuf import Any, Struct
 
 from .config import PoolSettings, Settings
 from .core.exchange import NO_RETRY_HEADER
-from .core.steering import DESTINATION_HEADER, LB_NAMESPACE, OWN_NAMESPACE
+from .core.steering import DESTINATION_HEADER, LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE
 from .errors import BY_NAME, ConfigError
 
-LOGGED_NOTES = ("model", "key", "owner", "outcome", "origin", "waited_ms", "reason")
+LOGGED_NOTES = ("model", "engine_model", "key", "owner", "outcome", "origin", "waited_ms", "reason")
 EXT_PROC_SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 ROUTER_CLUSTER = "lora_extproc_router"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -228,7 +228,7 @@ def _access_log() -> accesslog.AccessLog:
 
 def _local_replies() -> hcm.LocalReplyConfig:
     """Envoy's own errors worded like the router's. The router's are recognised by their reason word and left as they are."""
-    reasons = ", ".join(f"'{reason}'" for reason in sorted({error.reason for error in BY_NAME.values()}))
+    reasons = ", ".join(f"'{reason}'" for reason in sorted({OWN_ANSWER, *(error.reason for error in BY_NAME.values())}))
     not_ours = cel.ExpressionFilter(expression=f"!(response.code_details in [{reasons}])")
     error = {"message": "the gateway could not forward the request: %RESPONSE_CODE_DETAILS%", "type": "server_error", "param": None, "code": "gateway"}
     return hcm.LocalReplyConfig(

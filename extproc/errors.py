@@ -19,7 +19,7 @@
     ├── NoEndpoint                   503 no_endpoint          retryable
     │   └── StagerUnavailable        503 no_endpoint          retryable
     ├── GatewayProtocolError         500 protocol             the gateway sent what ext_proc does not allow, or a mode we do not speak
-    ├── EngineUnreachable            503 engine               never a client's answer: the stager's own evictions and health
+    ├── EngineUnreachable            503 engine               retryable   the node's engine cannot load the adapter now
     ├── AdapterInUse                 409 in_use               retryable   (an operator's evict, never a client's request)
     ├── NotPermitted                 403 not_permitted        the caller of a control API showed no valid credentials
     └── StartError                   exit code 2: the process cannot start as asked
@@ -175,9 +175,9 @@ class GatewayProtocolError(LoraExtprocError):
 
 
 class EngineUnreachable(LoraExtprocError):
-    """The engine did not answer, or not as a vLLM does. Nothing may be concluded, so nothing may be deleted."""
+    """The engine did not answer, or not as a vLLM does. Nothing may be concluded, so nothing may be deleted, and another node is asked."""
 
-    status, reason = 503, "engine"
+    status, reason, retryable, retry_after_s, shared = 503, "engine", True, 5, False
 
 
 class AdapterInUse(LoraExtprocError):

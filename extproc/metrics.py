@@ -114,5 +114,21 @@ class StagerMetrics(Metrics):
             ["cause", "result"],
             registry=r,
         )
+        self.engine_loads = Counter(
+            "lora_extproc_engine_loads",
+            "Adapters that the engine was told to know, by result: loaded, or the reason of the error table.",
+            ["result"],
+            registry=r,
+        )
+        self.engine_load_seconds = Histogram(
+            "lora_extproc_engine_load_seconds", "Duration of one load into the engine, its turn included.", registry=r, buckets=_WAIT_BUCKETS
+        )
+        self.engine_names = Gauge("lora_extproc_engine_names", "Names that the engine knows because of this stager, one per version.", registry=r)
+        self.engine_slots = Gauge(
+            "lora_extproc_engine_slots", "Adapters that the engine runs at once (gpu) and keeps in memory (cpu); 0: not known.", ["kind"], registry=r
+        )
+        self.engine_demand = Gauge(
+            "lora_extproc_engine_demand", "Adapters that compete for the engine's slots: those that a router holds a lease on.", registry=r
+        )
         self.disk = Gauge("lora_extproc_disk_bytes", "Bytes on disk by kind: used, reserved, limit; used + reserved <= limit.", ["kind"], registry=r)
         self.adapters = Gauge("lora_extproc_adapters", "Adapter names that are on disk.", registry=r)

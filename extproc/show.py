@@ -52,6 +52,7 @@ def show_list(disk: Disk, sort: str) -> None:
             *(["pin"] if a.pinned else []),
             *([f"lease, {a.leased_seconds:.0f} s"] if a.leased_seconds >= 0.5 else []),
             *(["its owner"] if a.adopted else []),
+            *(["engine"] if a.loaded else []),
         ]
         checked = a.refresh_error or ("-" if a.checked_seconds < 0 else f"{a.checked_seconds:.0f} s ago")
         cells = (a.name, _mib(a.bytes), f"{a.idle_seconds:.0f} s", ", ".join(holds) or "-", a.origin, checked, a.digest[:12])

@@ -10,8 +10,11 @@ from ..errors import InvalidRequest
 
 AdapterName = NewType("AdapterName", str)
 
+VERSION_MARK = "@sha256:"  # as container registries write it
+VERSION_DIGITS = 12
+
 MAX_NAME_BYTES = 256  # longer than any org/name of a hub, short enough for logs
-MAX_PART_BYTES = 255  # NAME_MAX of every Linux file system: one part becomes one directory entry
+MAX_PART_BYTES = 235  # NAME_MAX of every Linux file system, 255, less what the name of a version adds: one part becomes one directory entry
 
 
 def adapter_name(raw: str) -> AdapterName:
@@ -28,6 +31,8 @@ def adapter_name(raw: str) -> AdapterName:
         raise InvalidRequest("model: the name holds an unpaired surrogate") from None
     if size > MAX_NAME_BYTES:
         raise InvalidRequest(f"model: the name has {size} bytes; the limit is {MAX_NAME_BYTES}")
+    if VERSION_MARK in raw:
+        raise InvalidRequest(f"model: {raw!r} names one version of an adapter; leave out what begins with {VERSION_MARK!r}")
     if not raw.isprintable():
         raise InvalidRequest(f"model: {raw!a} holds a control or non-printable character")
     if raw.startswith("/"):
@@ -44,6 +49,17 @@ def adapter_name(raw: str) -> AdapterName:
         if len(part.encode()) > MAX_PART_BYTES:
             raise InvalidRequest(f"model: {raw[:40]!r}… has a part over {MAX_PART_BYTES} bytes")
     return AdapterName(raw)
+
+
+def versioned_name(adapter: AdapterName, digest: str) -> str:
+    """What an engine knows one version of an adapter by."""
+    return f"{adapter}{VERSION_MARK}{digest[:VERSION_DIGITS]}"
+
+
+def split_version(name: str) -> tuple[str, str] | None:
+    """The adapter's name and the digest's first digits, if `name` is that of a version."""
+    adapter, mark, digits = name.rpartition(VERSION_MARK)
+    return (adapter, digits) if mark and len(digits) == VERSION_DIGITS else None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -65,6 +81,7 @@ class Manifest:
     revision: str
     in_place: bool = False  # the files are links to where the origin has them
     final: bool = False  # the revision can never mean anything else
+    base_was: str = ""  # the base model that the configuration named before it was changed to the name that this engine needs
 
     @property
     def size(self) -> int:
@@ -89,7 +106,8 @@ class Manifest:
         try:
             raw: dict[str, Any] = json.loads(text)
             files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in raw["files"])
-            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), raw.get("in_place") is True, raw.get("final") is True)
+            flags = raw.get("in_place") is True, raw.get("final") is True
+            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), *flags, str(raw.get("base_was", "")))
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error}") from error
 

@@ -44,6 +44,15 @@ class Content:
             body = decompress(body, self.encoding, max_bytes)
         return scanner.judge(body) if self.kind is Kind.JSON else form_model(body, self.boundary)
 
+    def with_model(self, body: bytes, model: str, max_bytes: int) -> bytes:
+        """The same body, plain, for another model; one that `model` has read before, and found a model in."""
+        if self.encoding:
+            body = decompress(body, self.encoding, max_bytes)
+        if self.kind is Kind.JSON:
+            return scanner.rename(body, model)
+        begin, end = _find_in_form(body, self.boundary)[0]
+        return b"".join((body[:begin], model.encode(), body[end:]))
+
 
 def of_headers(headers: Mapping[str, str]) -> Content | None:
     """What the headers announce; None for a body that names no model and passes. Raises InvalidRequest for what cannot be read."""
@@ -79,12 +88,25 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 def form_model(body: bytes, boundary: bytes) -> str | None:
     """The one `model` field of a form (RFC 7578). Raises InvalidRequest if it comes twice, is a file, or the form has no end."""
+    spans = _find_in_form(body, boundary)
+    if len(spans) > 1:
+        raise InvalidRequest(f"the form has `model` {len(spans)} times")
+    try:
+        return body[slice(*spans[0])].decode() if spans else None
+    except UnicodeDecodeError:
+        raise InvalidRequest("the form's `model` is not UTF-8") from None
+
+
+def _find_in_form(body: bytes, boundary: bytes) -> list[tuple[int, int]]:
+    """Where the values of `model` stand in a form. Raises InvalidRequest."""
     delimiter = b"\r\n--" + boundary
     parts = (b"\r\n" + body).split(delimiter)
     if len(parts) < 2 or not parts[-1].startswith(b"--"):
         raise InvalidRequest("the form has no end")
-    found: list[str] = []
+    found: list[tuple[int, int]] = []
+    end = len(parts[0]) - len(b"\r\n")
     for part in parts[1:-1]:
+        end += len(delimiter) + len(part)
         head, blank, value = part.partition(b"\r\n\r\n")
         if not blank:
             raise InvalidRequest("a part of the form has no headers")
@@ -93,13 +115,8 @@ def form_model(body: bytes, boundary: bytes) -> str | None:
             continue
         if "filename" in disposition.params:
             raise InvalidRequest("the form's `model` is a file")
-        try:
-            found.append(value.decode())
-        except UnicodeDecodeError:
-            raise InvalidRequest("the form's `model` is not UTF-8") from None
-    if len(found) > 1:
-        raise InvalidRequest(f"the form has `model` {len(found)} times")
-    return found[0] if found else None
+        found.append((end - len(value), end))
+    return found
 
 
 def _zlib(body: bytes, window_bits: int, limit: int) -> bytes:

@@ -14,6 +14,9 @@ from .placement import Pool, Snapshot
 ENGINE_ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters", "/sleep", "/wake_up", "/collective_rpc", "/reset_prefix_cache")
 
 
+MODELS_PATH = "/v1/models"
+
+
 @dataclass(frozen=True, slots=True)
 class HashOn:
     """How the key is made of a request: `model`, `tenant`, `tenant/model`, `header:NAME` or `header:NAME/model`."""
@@ -55,6 +58,7 @@ class Policy:
     timeout_header: str = "x-request-timeout"
     stage_deadline_s: float = 120.0  # without that header
     max_stage_deadline_s: float = 120.0  # with it
+    lists_models: bool = True
 
 
 @dataclass(slots=True)
@@ -66,6 +70,7 @@ class Facts:
     headers: Mapping[str, str]  # names in lower case
     model: str | None  # from the body, or from the model header; None = the request names no model
     subset: tuple[str, ...] | None = None  # the gateway's hint: only these endpoints
+    can_rename: bool = False  # whether the body's `model` can be changed before it goes on
 
 
 @dataclass(slots=True)
@@ -77,6 +82,7 @@ class Forward:
     key: str
     candidates: tuple[Endpoint, ...]  # ready ones, owner first; never empty
     wait_s: float  # how long it may be held
+    plain: bool = False  # the engine must know it by the adapter's own name
 
 
 @dataclass(slots=True)
@@ -89,13 +95,18 @@ class PassThrough:
 
 
 @dataclass(frozen=True, slots=True)
+class ListModels:
+    """Answer with what the whole fleet serves: any engine would list only what it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reject:
     """Answer with this error."""
 
     error: LoraExtprocError
 
 
-Decision = Forward | PassThrough | Reject
+Decision = Forward | PassThrough | ListModels | Reject
 
 
 def check_path(path: str, forbidden_paths: tuple[str, ...]) -> None:
@@ -122,6 +133,8 @@ def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     check_path(facts.path, policy.forbidden_paths)
     if not snapshot.pools:
         raise NoEndpoint("no pool is configured")
+    if facts.method == "GET" and policy.lists_models and facts.path.partition("?")[0] == MODELS_PATH:
+        return ListModels()
     if facts.model is None:
         return _pass_through(facts, snapshot, snapshot.pools[0], key=None)
     base = snapshot.base_pool(facts.model)
@@ -133,7 +146,7 @@ def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
         raise ModelNotFound(f"{adapter} belongs to no pool")
     key = policy.hash_on.key(adapter, facts.headers)
     wait = wait_s(facts.headers.get(policy.timeout_header), policy.stage_deadline_s, policy.max_stage_deadline_s)
-    return Forward(adapter, pool, key, _eligible(facts, snapshot, pool, pool.candidates(key)), wait)
+    return Forward(adapter, pool, key, _eligible(facts, snapshot, pool, pool.candidates(key)), wait, not facts.can_rename)
 
 
 def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None) -> PassThrough:

@@ -99,6 +99,7 @@ class Mutation:
     remove_headers: tuple[str, ...] = ()
     metadata: Mapping[str, Mapping[str, str | float]] = field(default_factory=dict)
     clear_route_cache: bool = False
+    model: str = ""  # what the body's `model` is to be instead; "": as it is
 
 
 @dataclass(slots=True)
@@ -109,12 +110,13 @@ class HeadersReply:
 
 @dataclass(slots=True)
 class BodyReply:
-    """Without a chunk: let the body that Envoy holds go on. With one: this is (a part of) the body."""
+    """Without a chunk: let the body that Envoy holds go on. With one: this is (a part of) the body; if it `replaces`, instead of what Envoy holds."""
 
     direction: Direction
     chunk: bytes | memoryview | None = None
     end_of_stream: bool = False
     mutation: Mutation | None = None
+    replaces: bool = False
 
 
 @dataclass(slots=True)
@@ -128,7 +130,15 @@ class ImmediateReply:
     notes: Mapping[str, str | float] = field(default_factory=dict)  # for the access log, beside the reason; filled in by who knows them
 
 
-Reply = HeadersReply | BodyReply | TrailersReply | ImmediateReply
+@dataclass(slots=True)
+class OwnReply:
+    """The request is answered here, and well: status 200, with a JSON body."""
+
+    body: bytes
+    notes: Mapping[str, str | float] = field(default_factory=dict)
+
+
+Reply = HeadersReply | BodyReply | TrailersReply | ImmediateReply | OwnReply
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ Rules of the place:
 5. Only the first end of stream counts: Envoy up to 1.37.5 can send a second, empty one for bodies over 1 MB (envoy #46237).
 6. A full-duplex request that ends in trailers, or may yet, is marked and its route chosen anew: with a retry policy on its route, Envoy 1.36.4
    and 1.40.0 send the body twice. envoyconfig.py has a route without retries for the mark.
+7. A mutation may name another `model`: the body that goes on then differs from what came by that value alone, and is plain if it came compressed.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from .events import (
     ImmediateReply,
     Mode,
     Mutation,
+    OwnReply,
     RequestBody,
     RequestHeaders,
     RequestTrailers,
@@ -189,6 +191,13 @@ class Exchange:
         self._end()
         return [ImmediateReply(error)]
 
+    def answered(self, body: bytes) -> list[Action]:
+        """End the request with an answer of our own, unless it has ended already."""
+        if self.state is State.ENDED:
+            return []
+        self._end()
+        return [OwnReply(body)]
+
     # -- steps
 
     def _step(self, kind: Kind, chunk: bytes) -> list[Action]:
@@ -263,8 +272,7 @@ class Exchange:
     def _judge(self) -> list[Action]:
         self._scanner = None
         body = b"".join(self._chunks)
-        self._chunks = [body] if self.mode is Mode.FULL_DUPLEX_STREAMED else []
-        self._held_bytes = sum(map(len, self._chunks))
+        self._chunks = [body]  # in BUFFERED, too, until it is known whether it is to be changed
         assert self._content is not None
         model = self._content.model(body, self._max_body_bytes)
         self.state = State.DECIDING
@@ -303,11 +311,15 @@ class Exchange:
         assert self._start is not None
         self._asked = True
         headers = self._start.headers
-        return [Decide(Facts(headers.get(":method", ""), headers.get(":path", ""), headers, model, self._start.subset))]
+        can_rename = self.mode is not Mode.NONE and self._content is not None
+        return [Decide(Facts(headers.get(":method", ""), headers.get(":path", ""), headers, model, self._start.subset, can_rename))]
 
     def _answer(self, mutation: Mutation) -> list[Action]:
         self.state = State.ANSWERED
         assert self._start is not None
+        renames = bool(mutation.model) and self._content is not None
+        if renames:
+            mutation = self._rename(mutation)
         ends_otherwise = self._trailers_owed or not (self._body_ended or self._start.end_of_stream)
         if ends_otherwise and self.mode is Mode.FULL_DUPLEX_STREAMED:  # rule 6
             mutation = replace(mutation, set_headers={**mutation.set_headers, NO_RETRY_HEADER: "1"}, clear_route_cache=True)
@@ -315,18 +327,29 @@ class Exchange:
         if not self._mutation_on_body:
             actions.append(HeadersReply(Direction.REQUEST, mutation))
         elif self._body_owed:
-            actions.append(BodyReply(Direction.REQUEST, mutation=mutation))
+            actions.append(BodyReply(Direction.REQUEST, self._chunks[0] if renames else None, mutation=mutation, replaces=renames))
             self._body_owed = False
         if self.mode is Mode.FULL_DUPLEX_STREAMED:
             if self._chunks or self._body_ended:
                 actions += _in_chunks(b"".join(self._chunks), end_of_stream=self._body_ended and not self._trailers_owed)
-            self._chunks = []
-            self._held_bytes = 0
         elif self._body_owed:
             actions.append(BodyReply(Direction.REQUEST))
         if self._trailers_owed:
             actions.append(TrailersReply(Direction.REQUEST))
+        self._chunks = []
+        self._held_bytes = 0
         return actions
+
+    def _rename(self, mutation: Mutation) -> Mutation:
+        """Change the body that is held; the mutation, with what that means for the headers."""
+        assert self._content is not None
+        body = self._content.with_model(b"".join(self._chunks), mutation.model, self._max_body_bytes)
+        self._chunks = [body]
+        if self._content.encoding:
+            mutation = replace(mutation, remove_headers=(*mutation.remove_headers, "content-encoding"))
+        if self.mode is Mode.BUFFERED:  # in full duplex Envoy takes the length away; here it compares
+            mutation = replace(mutation, set_headers={**mutation.set_headers, "content-length": str(len(body))})
+        return mutation
 
     def _end(self) -> None:
         self.state = State.ENDED

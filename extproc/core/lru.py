@@ -97,6 +97,15 @@ class Index:
         self.reserved_bytes += need
         return self._choose(victims)
 
+    def in_demand(self, now: float, lease_s: float) -> int:
+        """How many are leased. Leases are `lease_s` long at most, and who takes one uses it: the search ends at what was used before that."""
+        count = 0
+        for entry in reversed(self._entries.values()):
+            if entry.last_used < now - lease_s:
+                break
+            count += entry.leased_until > now
+        return count
+
     def is_evictable(self, entry: Entry, now: float) -> bool:
         """Ours, and neither leased nor pinned. Whether the engine still reads it, only the engine can say: the caller asks before it deletes."""
         return not (entry.pinned or entry.keep or entry.flights) and entry.leased_until <= now

@@ -64,14 +64,26 @@ def judge(body: bytes) -> str:
         raise InvalidRequest("the body's `model` is not a string") from None
 
 
+def rename(body: bytes, model: str) -> bytes:
+    """The body with another value of `model`, all else byte for byte as it was. The body has passed `judge`."""
+    scanner = Scanner()
+    scanner.feed(body)
+    begin, end = scanner.span
+    view = memoryview(body)
+    return b"".join((view[:begin], msgspec.json.encode(model), view[end:]))
+
+
 class Scanner:
     """Finds the first top-level `model` in a body fed in any chunking. Reads each byte once; holds no more than one key or value."""
 
-    __slots__ = ("_after_colon", "_depth", "_in_string", "_is_model", "_odd_backslashes", "_token", "_wants_key", "done", "model")
+    __slots__ = ("_after_colon", "_begin", "_depth", "_fed", "_in_string", "_is_model", "_odd_backslashes", "_token", "_wants_key", "done", "model", "span")
 
     def __init__(self) -> None:
         self.model: str | None = None
         self.done = False  # found, or certain that it will not be
+        self.span = (0, 0)  # where the model's value stands in what was fed, its quotes included
+        self._fed = 0  # bytes before the chunk that is being read
+        self._begin = 0  # of the string that is being read, in all that was fed
         self._depth = 0
         self._wants_key = False  # at the top level, the next string is a key
         self._after_colon = False  # the next string is a value of the top level
@@ -85,6 +97,7 @@ class Scanner:
         position, size = 0, len(chunk)
         while position < size and not self.done:
             position = self._string(chunk, position) if self._in_string else self._structure(chunk, position)
+        self._fed += size
         return self.model
 
     def _structure(self, chunk: bytes, position: int) -> int:
@@ -94,6 +107,7 @@ class Scanner:
         token = found.group()
         if token == b'"':
             self._in_string = True
+            self._begin = self._fed + found.start()
             matters = self._depth == 1 and (self._wants_key or (self._after_colon and self._is_model))
             self._token = bytearray(b'"') if matters else None
         elif token in b"{[":
@@ -131,7 +145,7 @@ class Scanner:
             if not escaped:
                 self._keep(chunk, start, position)
                 self._in_string = False
-                self._finish_token()
+                self._finish_token(self._fed + position)
                 return position
 
     def _keep(self, chunk: bytes, start: int, end: int) -> None:
@@ -145,7 +159,7 @@ class Scanner:
         else:
             self._token += chunk[start:end]
 
-    def _finish_token(self) -> None:
+    def _finish_token(self, end: int) -> None:
         token, self._token = self._token, None
         if token is None:
             self._is_model = self._is_model and not self._wants_key
@@ -158,4 +172,4 @@ class Scanner:
         if self._wants_key:
             self._is_model = text == "model"
         else:
-            self.model, self.done = text, True
+            self.model, self.done, self.span = text, True, (self._begin, end)

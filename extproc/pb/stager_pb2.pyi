@@ -12,37 +12,50 @@ class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REQUEST: _ClassVar[Priority]
     REFRESH: _ClassVar[Priority]
     PREFETCH: _ClassVar[Priority]
+
+class Loading(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NO_LOADING: _ClassVar[Loading]
+    VERSIONED: _ClassVar[Loading]
+    PLAIN: _ClassVar[Loading]
 REQUEST: Priority
 REFRESH: Priority
 PREFETCH: Priority
+NO_LOADING: Loading
+VERSIONED: Loading
+PLAIN: Loading
 
 class EnsureRequest(_message.Message):
-    __slots__ = ("adapter", "priority", "holder", "sha256")
+    __slots__ = ("adapter", "priority", "holder", "sha256", "loading")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     priority: Priority
     holder: str
     sha256: str
-    def __init__(self, adapter: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., holder: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+    loading: Loading
+    def __init__(self, adapter: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., holder: _Optional[str] = ..., sha256: _Optional[str] = ..., loading: _Optional[_Union[Loading, str]] = ...) -> None: ...
 
 class EnsureReply(_message.Message):
-    __slots__ = ("digest", "staged", "origin", "lease_seconds", "waited_seconds", "bytes")
+    __slots__ = ("digest", "staged", "origin", "lease_seconds", "waited_seconds", "bytes", "model")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     STAGED_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     digest: str
     staged: bool
     origin: str
     lease_seconds: float
     waited_seconds: float
     bytes: int
-    def __init__(self, digest: _Optional[str] = ..., staged: _Optional[bool] = ..., origin: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., bytes: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, digest: _Optional[str] = ..., staged: _Optional[bool] = ..., origin: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., bytes: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("phase", "origin", "done_bytes", "total_bytes", "reply")
@@ -59,12 +72,14 @@ class StageProgress(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., origin: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., reply: _Optional[_Union[EnsureReply, _Mapping]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("holder", "adapter")
+    __slots__ = ("holder", "adapter", "digest")
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     holder: str
     adapter: str
-    def __init__(self, holder: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
+    digest: str
+    def __init__(self, holder: _Optional[str] = ..., adapter: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class ReleaseReply(_message.Message):
     __slots__ = ("released",)
@@ -77,7 +92,7 @@ class ListRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "bytes", "origin", "revision", "idle_seconds", "leased_seconds", "pinned", "checked_seconds", "refresh_error", "adopted")
+    __slots__ = ("name", "digest", "bytes", "origin", "revision", "idle_seconds", "leased_seconds", "pinned", "checked_seconds", "refresh_error", "adopted", "loaded")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +104,7 @@ class Adapter(_message.Message):
     CHECKED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     REFRESH_ERROR_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     bytes: int
@@ -100,7 +116,8 @@ class Adapter(_message.Message):
     checked_seconds: float
     refresh_error: str
     adopted: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., origin: _Optional[str] = ..., revision: _Optional[str] = ..., idle_seconds: _Optional[float] = ..., leased_seconds: _Optional[float] = ..., pinned: _Optional[bool] = ..., checked_seconds: _Optional[float] = ..., refresh_error: _Optional[str] = ..., adopted: _Optional[bool] = ...) -> None: ...
+    loaded: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., origin: _Optional[str] = ..., revision: _Optional[str] = ..., idle_seconds: _Optional[float] = ..., leased_seconds: _Optional[float] = ..., pinned: _Optional[bool] = ..., checked_seconds: _Optional[float] = ..., refresh_error: _Optional[str] = ..., adopted: _Optional[bool] = ..., loaded: _Optional[bool] = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("adapters", "used_bytes", "reserved_bytes", "max_bytes")
@@ -212,21 +229,53 @@ class Space(_message.Message):
     max_bytes: int
     def __init__(self, used_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
 
+class Demand(_message.Message):
+    __slots__ = ("adapters", "cpu_slots")
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    CPU_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    adapters: int
+    cpu_slots: int
+    def __init__(self, adapters: _Optional[int] = ..., cpu_slots: _Optional[int] = ...) -> None: ...
+
 class WatchEvent(_message.Message):
-    __slots__ = ("node", "published", "evicted", "refreshed", "space", "sequence")
+    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "sequence")
     NODE_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     REFRESHED_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     node: NodeState
     published: str
     evicted: str
     refreshed: str
     space: Space
+    demand: Demand
     sequence: int
-    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
+    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class ModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("id", "root", "max_model_len")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    root: str
+    max_model_len: int
+    def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+
+class ModelsReply(_message.Message):
+    __slots__ = ("bases", "adapters")
+    BASES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    bases: _containers.RepeatedCompositeFieldContainer[Model]
+    adapters: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, bases: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class FindRequest(_message.Message):
     __slots__ = ("adapter", "revision")

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ..core.decision import Facts, Forward, PassThrough, Policy, Reject, decide
+from ..core.decision import Facts, Forward, ListModels, PassThrough, Policy, Reject, decide
 from ..metrics import RouterMetrics
 from ..process import control_app
 from .membership import Membership
@@ -21,6 +21,8 @@ def router_app(metrics: RouterMetrics, membership: Membership, policy: Policy, w
         match decision:
             case Reject(error):
                 return {"model": model, "error": error.reason, "message": error.message}
+            case ListModels():
+                raise AssertionError("a POST lists nothing")
             case Forward(pool=pool, key=key, candidates=candidates) | PassThrough(pool=pool, key=key, candidates=candidates):
                 return {
                     "model": model,

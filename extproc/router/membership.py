@@ -5,11 +5,12 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ..client import Evicted, NodeState, StagerClient
+from ..client import Demand, Evicted, NodeState, Published, Refreshed, StagerClient
 from ..core.endpoint import Endpoint
 from ..core.placement import Pool, Snapshot
 from ..errors import LoraExtprocError, StagerUnavailable
 from ..metrics import RouterMetrics
+from .catalog import Catalog
 from .residency import Residency
 
 log = logging.getLogger(__name__)
@@ -20,9 +21,10 @@ RECONNECT_S = 0.5  # a restarted stager is back in the walk this soon; the chann
 class Membership:
     """Endpoints count as ready until their stager says otherwise or its stream breaks; then their keys go to the next candidate."""
 
-    def __init__(self, pools: Sequence[Pool], residency: Residency, metrics: RouterMetrics) -> None:
+    def __init__(self, pools: Sequence[Pool], residency: Residency, catalog: Catalog, metrics: RouterMetrics) -> None:
         self.snapshot = Snapshot(tuple(pools))
         self._residency = residency
+        self._catalog = catalog
         self._metrics = metrics
         self._in_flight: Counter[str] = Counter()
         self._turn = 0
@@ -90,6 +92,7 @@ class Membership:
                         case NodeState(ready, node_why, now_instance, resumed):
                             if instance != now_instance or not resumed:  # a restarted stager remembers no lease of ours
                                 self._residency.forget_stager(client.address)
+                            self._catalog.changed(client.address)  # its engine may be another, too
                             instance = now_instance
                             for endpoint in endpoints:
                                 if ready:
@@ -98,8 +101,16 @@ class Membership:
                                     self.set_down(endpoint, node_why)
                         case Evicted(adapter):
                             self._residency.forget(client.address, adapter)
+                            self._catalog.changed(client.address)
+                        case Refreshed(adapter):
+                            self._residency.refreshed(client.address, adapter)
+                            self._catalog.changed(client.address)
+                        case Published():  # nothing is believed that was not asked for
+                            self._catalog.changed(client.address)
+                        case Demand() as demand:
+                            self._residency.learn_demand(client.address, demand)
                         case _:
-                            pass  # nothing is believed that was not asked for
+                            pass
             except StagerUnavailable as error:
                 why = error.message
             except LoraExtprocError as error:

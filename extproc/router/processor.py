@@ -5,15 +5,17 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ..core.decision import Facts, Forward, PassThrough, Policy, Reject, decide
+from ..core.decision import Facts, Forward, ListModels, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
-from ..core.events import Action, Decide, ImmediateReply, Mutation, RequestHeaders, ResponseHeaders
+from ..core.events import Action, Decide, ImmediateReply, Mutation, OwnReply, RequestHeaders, ResponseHeaders
 from ..core.exchange import Exchange, State
 from ..core.steering import Steering
 from ..errors import LoraExtprocError
 from ..metrics import RouterMetrics
 from . import wire
+from .catalog import Catalog
 from .holding import Holding
 from .http2 import Buffer, Sender
 from .membership import Membership
@@ -29,6 +31,7 @@ class Processor:
 
     membership: Membership
     staging: Staging
+    catalog: Catalog
     steering: Steering
     policy: Policy
     metrics: RouterMetrics
@@ -66,7 +69,7 @@ class Conversation:
         policy = processor.policy
         self._exchange = Exchange(max_body_bytes=processor.max_body_bytes, model_header=policy.model_header, forbidden_paths=policy.forbidden_paths)
         self._forward: Forward | None = None
-        self._wait: asyncio.Task[Placed] | None = None  # staging, while the body still arrives or after it
+        self._wait: asyncio.Task[Any] | None = None  # staging, while the body still arrives or after it; or for the list of models
         self._destination: tuple[Endpoint, ...] = ()  # best first
         self._headers: Mapping[str, str] = {}
         self._waits_since = 0.0
@@ -125,6 +128,8 @@ class Conversation:
                 if self._wait is not None:
                     self._wait.cancel()
                 action.notes = self._rejection_notes()
+            elif isinstance(action, OwnReply):
+                self._outcome, action.notes = "listed", {"outcome": "listed"}
             self._sender.send(wire.encode(action))
 
     def _decide(self, facts: Facts) -> list[Action]:
@@ -135,6 +140,10 @@ class Conversation:
         match decision:
             case Reject(error):
                 return self._exchange.failed(error)
+            case ListModels():
+                self._wait = asyncio.create_task(self._p.catalog.body(), name="models")
+                self._wait.add_done_callback(self._listed)
+                return []
             case PassThrough(pool, key, candidates):
                 order = candidates if key else self._p.membership.least_loaded(candidates)
                 return self._exchange.decided(self._mutation(pool.name, order, "pass", model=facts.model or "", key=key or ""))
@@ -147,6 +156,20 @@ class Conversation:
                 self._wait = asyncio.create_task(self._p.staging.wait(forward), name=f"wait {forward.adapter}")
                 self._wait.add_done_callback(self._settled)
                 return []
+
+    def _listed(self, wait: asyncio.Task[bytes]) -> None:
+        """The list of models is there."""
+        self._wait = None
+        if self._over:
+            return
+        if not wait.cancelled():
+            error = wait.exception()
+            if error is not None:
+                log.error("the list of models failed in the router itself", exc_info=error)
+            failed = LoraExtprocError("the router failed; its log says why")
+            self._carry_out(self._exchange.answered(wait.result()) if error is None else self._exchange.failed(failed))
+        if self._half_closed:
+            self.half_close()
 
     def _settled(self, wait: asyncio.Task[Placed]) -> None:
         """The end of the wait, as the exchange's next step."""
@@ -185,15 +208,16 @@ class Conversation:
 
     def _place(self, forward: Forward, placed: Placed) -> Mutation:
         waited_ms = round(placed.waited_s * 1000, 1)
-        return self._mutation(
-            forward.pool.name, placed.endpoints, placed.outcome, model=forward.adapter, key=forward.key, origin=placed.origin, waited_ms=waited_ms
-        )
+        notes: dict[str, str | float] = {"model": forward.adapter, "key": forward.key, "origin": placed.origin, "waited_ms": waited_ms}
+        if placed.model:
+            notes["engine_model"] = placed.model
+        return self._mutation(forward.pool.name, placed.endpoints, placed.outcome, placed.model, **notes)
 
-    def _mutation(self, pool: str, endpoints: tuple[Endpoint, ...], outcome: str, **notes: str | float) -> Mutation:
+    def _mutation(self, pool: str, endpoints: tuple[Endpoint, ...], outcome: str, engine_model: str = "", /, **notes: str | float) -> Mutation:
         self._outcome = outcome
         self._destination = endpoints
         self._p.membership.begin(endpoints[0])
-        return self._p.steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": outcome, **notes})
+        return self._p.steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": outcome, **notes}, engine_model)
 
     def _trace(self, name: str, took_s: float, notes: Mapping[str, str | float], failed: str = "") -> None:
         if self._p.tracing is not None:

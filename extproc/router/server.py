@@ -10,6 +10,7 @@ from ..core.decision import Policy
 from ..core.steering import Steering
 from ..metrics import RouterMetrics
 from ..process import HttpServer
+from .catalog import Catalog
 from .control import router_app
 from .health import EXT_PROC_SERVICE, Health
 from .holding import Holding
@@ -39,7 +40,8 @@ class Server:
         holder = f"router {secrets.token_hex(4)}"
         self._clients = {address: StagerClient(address, settings.rpc, holder) for address in stagers}
         self._residency = Residency(self._clients, self.metrics)
-        self.membership = Membership(pools, self._residency, self.metrics)
+        self._catalog = Catalog(pools, self._clients)
+        self.membership = Membership(pools, self._residency, self._catalog, self.metrics)
         policy = Policy(
             hash_on=self._settings.parsed_hash_on(),
             model_header=self._settings.model_header.lower(),
@@ -47,6 +49,7 @@ class Server:
             timeout_header=self._settings.timeout_header.lower(),
             stage_deadline_s=self._settings.stage_deadline_s,
             max_stage_deadline_s=self._settings.max_stage_deadline_s,
+            lists_models=self._settings.lists_models,
         )
         holding = Holding(
             self.metrics,
@@ -60,6 +63,7 @@ class Server:
         cluster_header = self._settings.cluster_header if self._settings.steering == "cluster" else None
         self.processor = Processor(
             membership=self.membership,
+            catalog=self._catalog,
             staging=Staging(self._residency, holding, self.metrics),
             steering=Steering(cluster_header, self._settings.max_retry_endpoints),
             policy=policy,
@@ -108,6 +112,7 @@ class Server:
             self._reloading.cancel()
         await asyncio.gather(*(listener.stop(self._settings.drain_s) for listener in self._listeners))
         await self.membership.stop()
+        await self._catalog.close()
         await self._residency.close()
         await self._residency.release_all()
         await asyncio.gather(*(client.close() for client in self._clients.values()))

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..core.decision import Forward
@@ -23,6 +23,7 @@ class Placed:
     outcome: str  # "hit", "staged", or "failover": not on the first candidate
     origin: str
     waited_s: float
+    model: str = ""  # what the request's `model` must be there; "": as it is
 
 
 class Staging:
@@ -35,9 +36,16 @@ class Staging:
         self._clock = clock
 
     def now(self, forward: Forward) -> Placed | None:
-        """The answer, if no wait is needed."""
-        if self._residency.holds(forward.candidates[0], forward.adapter):
-            return Placed(self._having(forward, forward.candidates[0]), "hit", "", 0.0)
+        """The answer, if no wait is needed. While the owner's engine has no slot left, another that has the adapter is as good."""
+        owner = forward.candidates[0]
+        lease = self._residency.lease(owner, forward.adapter, plain=forward.plain)
+        if lease is not None:
+            return Placed(self._having(forward, owner, lease.model), "hit", "", 0.0, lease.model)
+        if self._residency.is_full(owner):
+            for endpoint in forward.candidates[1:MAX_CANDIDATES]:
+                lease = self._residency.lease(endpoint, forward.adapter, plain=forward.plain)
+                if lease is not None:
+                    return Placed(self._having(forward, endpoint, lease.model), "hit", "", 0.0, lease.model)
         return None
 
     async def wait(self, forward: Forward) -> Placed:
@@ -50,9 +58,9 @@ class Staging:
         with self._holding.waiting(forward.adapter):
             try:
                 async with asyncio.timeout(forward.wait_s):
-                    for endpoint in [e for e in forward.candidates if e.stager][:MAX_CANDIDATES]:
+                    for endpoint in self._with_room_first([e for e in forward.candidates if e.stager][:MAX_CANDIDATES]):
                         try:
-                            staged = await self._residency.ensure(endpoint, forward.adapter)
+                            staged = await self._residency.ensure(endpoint, forward.adapter, plain=forward.plain)
                         except LoraExtprocError as error:
                             if error.shared:
                                 raise
@@ -61,13 +69,30 @@ class Staging:
                             continue
                         waited = self._clock() - began
                         outcome = "failover" if endpoint is not forward.candidates[0] else "staged" if staged.staged else "hit"
-                        return Placed(self._having(forward, endpoint), outcome, staged.origin if staged.staged else "", waited)
+                        model = _other(staged.model, forward.adapter)
+                        return Placed(self._having(forward, endpoint, model), outcome, staged.origin if staged.staged else "", waited, model)
             except TimeoutError:
                 failure = StageDeadline(f"{forward.adapter} is still being fetched after {forward.wait_s:g} s")
             finally:
                 self._metrics.wait.observe(self._clock() - began)
         raise failure
 
-    def _having(self, forward: Forward, chosen: Endpoint) -> tuple[Endpoint, ...]:
-        """`chosen`, then the other candidates that have the adapter. One that lacks it would answer a retry with 404, which no client repeats."""
-        return (chosen, *(e for e in forward.candidates if e is not chosen and self._residency.holds(e, forward.adapter)))
+    def _with_room_first(self, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """In their order, but those whose engine already has as many adapters in demand as it keeps in memory last: each more would cost a load per turn."""
+        return sorted(candidates, key=self._residency.is_full)
+
+    def _having(self, forward: Forward, chosen: Endpoint, model: str) -> tuple[Endpoint, ...]:
+        """`chosen`, then the other candidates whose engines know the adapter by the same name: a retry sends the same body.
+
+        One that lacks it would answer with 404, which no client repeats.
+        """
+        return (chosen, *(e for e in forward.candidates if e is not chosen and self._knows(e, forward, model)))
+
+    def _knows(self, endpoint: Endpoint, forward: Forward, model: str) -> bool:
+        lease = self._residency.lease(endpoint, forward.adapter, plain=forward.plain)
+        return lease is not None and lease.model == model
+
+
+def _other(model: str, adapter: str) -> str:
+    """`model` where it is another than the adapter's own name."""
+    return "" if model == adapter else model

@@ -13,6 +13,7 @@ from ..core.events import (
     ImmediateReply,
     Mode,
     Mutation,
+    OwnReply,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -23,7 +24,7 @@ from ..core.events import (
     TrailersReply,
     Unreadable,
 )
-from ..core.steering import LB_NAMESPACE, OWN_NAMESPACE, REMEMBERED
+from ..core.steering import LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE, REMEMBERED
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
 from .http2 import LARGE_BYTES, Buffer, Message
@@ -93,10 +94,12 @@ def _encode(reply: Reply) -> bytes:
             headers.SetInParent()
             if mutation is not None:
                 _mutate(response, headers.response, mutation)
-        case BodyReply(direction, chunk, end_of_stream, mutation):
+        case BodyReply(direction, chunk, end_of_stream, mutation, replaces):
             body = response.request_body if direction is Direction.REQUEST else response.response_body
             body.SetInParent()
-            if chunk is not None:
+            if chunk is not None and replaces:
+                body.response.body_mutation.body = bytes(chunk)
+            elif chunk is not None:
                 streamed = body.response.body_mutation.streamed_response
                 streamed.body, streamed.end_of_stream = bytes(chunk), end_of_stream
             if mutation is not None:
@@ -105,6 +108,11 @@ def _encode(reply: Reply) -> bytes:
             (response.request_trailers if direction is Direction.REQUEST else response.response_trailers).SetInParent()
         case ImmediateReply(error, notes):
             _immediate(response, error, notes)
+        case OwnReply(text, notes):
+            response.immediate_response.status.code = 200
+            _set_headers(response.immediate_response.headers, {"content-type": "application/json"})
+            response.immediate_response.body, response.immediate_response.details = text, OWN_ANSWER
+            _fill(response.dynamic_metadata.fields[OWN_NAMESPACE].struct_value, notes)
     return response.SerializeToString()
 
 

@@ -141,7 +141,8 @@ class Adopter:
                     raise InvalidAdapter(f"{name}: others put it on this node, and wrote to it less than {self._settings.scan_s:g} s ago", "incomplete")
                 engine = self._settings.engine
                 text = (directory / CONFIG_FILE).read_bytes()
-                config = check_config(text, base_model=engine.base_model, max_rank=engine.max_lora_rank)
+                names = engine.base_names if engine.mode == "api" else ()  # what others put here is not changed
+                config = check_config(text, base_model=engine.base_model, base_names=names, max_rank=engine.max_lora_rank)
                 check_files(directory, config, allow_pickle=self._settings.allow_pickle)
                 files = self._hashed(name, directory, stamp)
             except (FileNotFoundError, NotADirectoryError):

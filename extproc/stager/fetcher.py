@@ -15,6 +15,7 @@ from ..errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginChang
 from ..flight import SingleFlight, to_the_end
 from ..metrics import StagerMetrics
 from . import archive
+from .engine import Engine
 from .holdings import Holdings, Named
 from .listing import Listing, RemoteFile
 from .origins.file import FileOrigin
@@ -23,7 +24,17 @@ from .remover import Remover
 from .sources import Source
 from .store import Store, disk_errors, hash_file
 from .transfer import Job
-from .verify import CONFIG_FILE, MAX_CONFIG_BYTES, PICKLE_FILES, WEIGHTS_FILE, AdapterConfig, check_config, check_files
+from .verify import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    PICKLE_FILES,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    check_config,
+    check_files,
+    hidden_size,
+    with_base,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +65,7 @@ class Fetcher:
         store: Store,
         holdings: Holdings,
         remover: Remover,
+        engine: Engine,
         metrics: StagerMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -63,6 +75,8 @@ class Fetcher:
         self._store = store
         self._holdings = holdings
         self._remover = remover
+        self._engine = engine
+        self._widths: dict[str, int] = {}  # of base models, by the path of their configuration
         self._metrics = metrics
         self._clock = clock
         self._publications: SingleFlight[str, None] = SingleFlight()  # by digest
@@ -171,10 +185,12 @@ class Fetcher:
                     config, files = await self._bring_files(plan, directory, job, token)
                 async with self._phase(job, "verify"):
                     self._check_digest(name, files, expected)
-                    await _on_disk(check_files, directory, config, allow_pickle=self._settings.allow_pickle)
+                    width = await self._width()
+                    await _on_disk(check_files, directory, config, allow_pickle=self._settings.allow_pickle, width=width)
+                    files, base_was = await self._name_base(directory, config, files)
                 async with self._phase(job, "publish"):
                     in_place = _in_place(plan)
-                    manifest = Manifest(tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final)
+                    manifest = Manifest(tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final, base_was)
                     named = Named(manifest.digest, plan.origin, listing.revision, self._clock(), final=listing.final)
                     try:
                         await to_the_end(self._publish(directory, manifest, token))
@@ -274,7 +290,31 @@ class Fetcher:
     async def _check_config(self, directory: Path) -> AdapterConfig:
         text = await _on_disk((directory / CONFIG_FILE).read_bytes)
         engine = self._settings.engine
-        return check_config(text, base_model=engine.base_model, max_rank=engine.max_lora_rank)
+        return check_config(text, base_model=engine.base_model, base_names=engine.base_names, max_rank=self._engine.limits.max_lora_rank)
+
+    async def _name_base(self, directory: Path, config: AdapterConfig, files: list[File]) -> tuple[list[File], str]:
+        """For vLLM's resolver: a base model that the adapter calls by another name is named as the engine does, in our copy; what it was called before."""
+        engine = self._settings.engine
+        if engine.mode != "resolver" or not engine.base_model or config.base_model == engine.base_model:
+            return files, ""
+
+        def rewrite() -> File:
+            path = directory / CONFIG_FILE
+            text = with_base(path.read_bytes(), engine.base_model)
+            path.unlink()  # it may be a link to where the origin has it
+            path.write_bytes(text)
+            return hash_file(path, CONFIG_FILE)
+
+        changed = await _on_disk(rewrite)
+        return [changed if file.path == CONFIG_FILE else file for file in files], config.base_model
+
+    async def _width(self) -> int:
+        """The base model's hidden size, from its own configuration; 0 where that cannot be read."""
+        roots = [base.root for base in self._engine.bases if base.root.startswith("/")]
+        path = self._settings.engine.base_config or (f"{roots[0]}/config.json" if roots else "")
+        if path and not self._widths.get(path):
+            self._widths[path] = await asyncio.to_thread(hidden_size, Path(path))
+        return self._widths.get(path, 0)
 
     async def _fetch(self, plan: Plan, file: RemoteFile, directory: Path, job: Job) -> File:
         """One file, hashed, and compared with what the origin states of it."""

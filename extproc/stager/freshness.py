@@ -15,6 +15,7 @@ from .engine import Engine
 from .fetcher import Fetcher
 from .flights import Flights
 from .holdings import Holdings, Named
+from .loads import Loads
 from .remover import Remover
 from .store import Store
 from .transfer import Job
@@ -35,6 +36,7 @@ class Freshness:
         store: Store,
         holdings: Holdings,
         engine: Engine,
+        loads: Loads,
         fetcher: Fetcher,
         remover: Remover,
         adopter: Adopter,
@@ -46,6 +48,7 @@ class Freshness:
         self._store = store
         self._holdings = holdings
         self._engine = engine
+        self._loads = loads
         self._fetcher = fetcher
         self._remover = remover
         self._adopter = adopter
@@ -79,7 +82,7 @@ class Freshness:
         failed_before, index = known.refresh_error, self._holdings.index
         index.lease(known.id, float("inf"), self._clock(), BEING_REFRESHED)  # else it could go for the room that its own new version needs
         try:
-            if self._engine.exists and self._engine.keeps_prefixes:
+            if self._engine.keeps_prefixes and await self._is_read_by_link(name):
                 raise EngineUnreachable(KEEPS_PREFIXES)
             async with self._flights.book(name, Job.REFRESH, "refreshed") as job:
                 fresh = await self._fetcher.bring(name, job, known=known)
@@ -105,26 +108,33 @@ class Freshness:
             await self._remover.drop_unnamed(known.id)  # whose place is taken
 
     async def _swap(self, name: AdapterName, known: Named, fresh: Named) -> bool:
-        """Let the name lead to the new version; False if it was removed meanwhile. With an engine only where it can be made to forget what it computed with the old one.
+        """Let the name lead to the new version; False if it was removed meanwhile.
 
-        vLLM's prefix cache knows an adapter by name and path, and both stay the same behind the link: cached blocks of the old version would
-        be continued with the new weights, an answer of neither.
+        Where routers rewrite `model`, the engine knows both versions by names of their own, and the old one goes when nobody can be sent to it any more.
+        Where an engine has resolved the adapter's own name through the link, name and path stay the same, and so does the key of its prefix cache:
+        cached blocks of the old version would be continued with the new weights, an answer of neither. It must be able to forget them.
         """
-        if self._engine.exists:
+        by_link = await self._is_read_by_link(name)
+        if by_link:
             await self._engine.reset_prefix_cache()
+        await self._loads.replace(name, known.id, fresh.id)
         if self._holdings.get(name) is not known or not self._holdings.index.hold(known.id):
             return False
         try:
             await to_the_end(self._show_instead(name, known, fresh))
         finally:
             self._holdings.index.let_go(known.id)
-        if self._engine.exists:
+        if by_link:
             try:
                 await self._engine.unload(name)
                 await self._engine.reset_prefix_cache()
             except EngineUnreachable as error:
                 log.warning("%s: refreshed, but the engine could not be told: %s", name, error.message)
         return True
+
+    async def _is_read_by_link(self, name: AdapterName) -> bool:
+        """Whether the engine knows the adapter's own name, from its resolver."""
+        return self._engine.exists and (await self._engine.known()).adapters.get(name, "").endswith(f"/{name}")
 
     async def _show_instead(self, name: AdapterName, known: Named, fresh: Named) -> None:
         await asyncio.to_thread(self._store.link, name, fresh.id)

@@ -1,4 +1,9 @@
-"""Make room and remove, without taking a file from anybody who may read it: unload, see it gone, unlink, look again, delete."""
+"""Make room and remove, without taking a file from anybody who may read it: unload, see it gone and at rest, unlink, look again, delete.
+
+The engine reads a registered adapter from its directory again whenever its slot was taken in between, also in the middle of an answer; if the files
+are gone by then, vLLM dies. "At rest" is the moment at which no request that came before the unload can be left: none runs with one of the names, and
+none waits at all, since a waiting request's adapter is in no label.
+"""
 
 import asyncio
 import logging
@@ -13,10 +18,14 @@ from ..metrics import StagerMetrics
 from .changes import Changes
 from .engine import Engine
 from .holdings import Holdings
+from .loads import Loads
 from .readiness import Readiness
 from .store import Store
 
 log = logging.getLogger(__name__)
+
+LOOK_S = 0.1  # between two looks at an engine that is not at rest
+SETTLE_S = 0.2  # a request that came before an unload is in the engine's figures by then
 
 
 class Remover:
@@ -27,14 +36,21 @@ class Remover:
         store: Store,
         holdings: Holdings,
         engine: Engine,
+        loads: Loads,
         changes: Changes,
         readiness: Readiness,
         metrics: StagerMetrics,
+        quiet_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._holdings = holdings
         self._engine = engine
+        self._loads = loads
+        self._quiet_looks = int(quiet_s / LOOK_S)
+        self._unsettled: dict[str, set[str]] = {}  # artifacts that were unloaded and not seen at rest since -> the names that were theirs
+        self._was_at_rest = False  # since this process began: what an earlier one unloaded is not known
+        self._retired: set[str] = set()  # content that no name leads to any more, and somebody may still be sent to
         self._changes = changes
         self._readiness = readiness
         self._metrics = metrics
@@ -47,10 +63,12 @@ class Remover:
     async def reserve(self, token: str, size: int) -> None:
         """Set room aside; whoever must go for it is gone when this returns. A victim the engine will not let go is passed over.
 
+        While the engine is busy with all that could go, it is asked again for `stager.engine.quiet_s`: who waits for the flight is held meanwhile.
         Raises AdapterTooLarge if it never fits, NoSpace if it does not now, DiskFailed if nothing can be deleted.
         """
         index = self._holdings.index
         refused: set[str] = set()
+        looks = self._quiet_looks
         before = index.reserved_by(token)
         while True:
             victims = index.reserve(token, size, self._clock())
@@ -63,6 +81,11 @@ class Remover:
                 if isinstance(why, DiskFailed):
                     raise why
             kept = {victim for victim, why in why_kept.items() if why is not None}
+            if kept and kept <= refused and looks > 0:
+                looks -= 1
+                refused.clear()
+                await asyncio.sleep(LOOK_S)
+                continue
             if kept and kept <= refused:
                 raise NoSpace(f"{token} needs {size} bytes; what could go for it may still be read by the engine")
             refused |= kept
@@ -90,6 +113,8 @@ class Remover:
             raise AdapterInUse(f"{name} was put here by others; stager.evict_adopted is off")
         if not holdings.index.leave(named.id, now, force=force):
             raise AdapterInUse(f"{name} is {_held(entry, now)}")
+        if entry.leased_until > now and self._engine.exists:
+            self._changes.tell("evicted", name)  # before the engine forgets it: nobody else may be sent there
         if (why := await self.remove(named.id, cause, (name,))) is not None:
             raise why
         return entry.size if named.id not in holdings.index else 0
@@ -110,9 +135,25 @@ class Remover:
         return await self._removals.join(id_, remove)
 
     async def drop_unnamed(self, id_: str) -> None:
-        """Remove content that no name leads to any more, so that no engine can find it."""
-        if not self._holdings.names_of(id_) and self._holdings.index.leave(id_, self._clock(), force=True):
+        """Remove content that no name leads to any more: beside an engine when the last lease has ended, since requests may still be sent to it."""
+        if self._holdings.names_of(id_):
+            return
+        if self._engine.exists:
+            self.retire(id_)
+            await self.remove_retired(id_)
+        elif self._holdings.index.leave(id_, self._clock(), force=True):
             await self.remove(id_, "refreshed")
+
+    def retire(self, id_: str) -> None:
+        """No name leads there any more: it goes when nobody holds it."""
+        self._retired.add(id_)
+
+    async def remove_retired(self, only: str = "") -> None:
+        """Remove what was retired and is not held, as far as the engine lets it go."""
+        index = self._holdings.index
+        for id_ in [only] if only else list(self._retired):
+            if self._holdings.names_of(id_) or id_ not in index or (index.leave(id_, self._clock()) and await self.remove(id_, "refreshed") is None):
+                self._retired.discard(id_)
 
     async def settle(self, id_: str) -> None:
         """Let a removal of `id_` that is under way end."""
@@ -125,7 +166,7 @@ class Remover:
         content_goes = set(all_names) <= set(names)
         in_use = AdapterInUse(f"{', '.join(names) or id_} may still be read by the engine")
         try:
-            if not await self._engine_lets_go(names, id_):
+            if not await self._engine_lets_go(names, id_, only):
                 index.kept(id_, self._clock())
                 return in_use
             if content_goes:
@@ -159,37 +200,53 @@ class Remover:
                 self._holdings.drop(name)
                 self._changes.tell("evicted", name)
 
-    async def _engine_lets_go(self, names: Sequence[AdapterName], id_: str) -> bool:
+    async def _engine_lets_go(self, names: Sequence[AdapterName], id_: str, only: Sequence[AdapterName] | None) -> bool:
         """Make certain that no engine can read the files any more. True: the names are unloaded and their links are gone.
 
-        The order matters. While the link is there, a request that slips in between registers the name again, which the second look sees.
+        The order matters. While a link is there, a request that slips in between registers the name again, which the last look sees.
         Taking the link first would kill the engine: a registered adapter that fell out of its slots is read again from the link.
         """
-        if self._engine.exists and names:
-            requests = await self._engine.requests()
-            if requests.running & set(names):
+        links = [*names, *self._loads.links(id_, only)]
+        if self._engine.exists:
+            readers, others = await self._loads.readers(id_, only)
+            if others or readers & (await self._engine.requests()).running:
                 return False
-            if requests.waiting and set(names) & set(await self._engine.registered()):
-                return False  # who waits for a slot is in no label, and reads the files when it gets one
-            for name in names:
-                await self._engine.unload(name)
-            if await self._engine_reads(names):
+            if readers:
+                self._unsettled.setdefault(id_, set()).update(readers)
+            for reader in sorted(readers):
+                await self._engine.unload(reader)
+                self._loads.forget((reader,))
+            if readers and not self._engine.unload_waits:
+                await asyncio.sleep(SETTLE_S)
+            if not await self._is_at_rest(links, id_, only):
                 return False
-        for name in names:
+        for name in links:
             await asyncio.to_thread(self._store.unlink, name, id_)
         gone = False
         try:
-            gone = not self._engine.exists or not names or not await self._engine_reads(names)
+            gone = not self._engine.exists or await self._is_at_rest(links, id_, only)
         finally:
             if not gone:
                 for name in names:
                     await asyncio.to_thread(self._store.link, name, id_)
+                for name in links[len(names) :]:
+                    await asyncio.to_thread(self._store.link_version, name, id_)
+        if gone:
+            self._loads.forget(links[len(names) :])
         return gone
 
-    async def _engine_reads(self, names: Sequence[AdapterName]) -> bool:
-        registered = await self._engine.registered()
-        known = registered.keys() | (await self._engine.requests()).running
-        return bool(set(names) & known) or any(root.endswith(f"/{name}") for root in registered.values() for name in names)
+    async def _is_at_rest(self, links: Sequence[str], id_: str, only: Sequence[AdapterName] | None) -> bool:
+        """Whether no request can be left that uses the artifact, and no name that a new one could use."""
+        if any(await self._loads.readers(id_, only)):
+            return False
+        requests = await self._engine.requests()
+        if requests.running & {*links, *self._unsettled.get(id_, ())}:
+            return False
+        if requests.waiting and (id_ in self._unsettled or not self._was_at_rest):
+            return False
+        self._was_at_rest = self._was_at_rest or not requests.waiting
+        self._unsettled.pop(id_, None)
+        return True
 
 
 def _held(entry: Entry, now: float) -> str:

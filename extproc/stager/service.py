@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..pb import stager_pb2 as pb
 from .changes import Change
-from .stager import Ensured, Stager
+from .stager import Ensured, Loading, Stager
 from .store import Store, disk_errors
 from .transfer import Pace, opened
 
@@ -77,6 +77,7 @@ class StagerService:
             "Purge": unary(self.purge, pb.EvictRequest.FromString, pb.EvictReply.SerializeToString),
             "Refresh": unary(self.refresh, pb.RefreshRequest.FromString, pb.RefreshReply.SerializeToString),
             "Verify": stream(self.verify, pb.VerifyRequest.FromString, pb.VerifyResult.SerializeToString),
+            "Models": unary(self.models, pb.ModelsRequest.FromString, pb.ModelsReply.SerializeToString),
             "Watch": stream(self.watch, pb.WatchRequest.FromString, pb.WatchEvent.SerializeToString),
             "Find": unary(self.find, pb.FindRequest.FromString, pb.FindReply.SerializeToString),
             "Read": stream(self.read, pb.ReadRequest.FromString, pb.ReadChunk.SerializeToString),
@@ -103,7 +104,7 @@ class StagerService:
 
     async def release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseReply:
         async with _errors(context):
-            return pb.ReleaseReply(released=self._stager.release(request.holder, request.adapter))
+            return pb.ReleaseReply(released=self._stager.release(request.holder, request.adapter, request.digest))
 
     async def list(self, _request: pb.ListRequest, _context: Context) -> pb.ListReply:
         return list_reply(self._stager)
@@ -143,6 +144,9 @@ class StagerService:
             async for event in events:
                 yield event
 
+    async def models(self, _request: pb.ModelsRequest, _context: Context) -> pb.ModelsReply:
+        return models_reply(self._stager)
+
     async def find(self, request: pb.FindRequest, context: Context) -> pb.FindReply:
         async with _errors(context):
             named = self._stager.holdings.get(adapter_name(request.adapter))
@@ -173,7 +177,11 @@ class StagerService:
 
     async def _ensure(self, request: pb.EnsureRequest) -> Ensured:
         sha256 = stated_sha256(request.sha256)
-        return await self._stager.ensure(request.adapter, priority=request.priority, holder=request.holder, sha256=sha256)
+        try:
+            loading = Loading(request.loading)
+        except ValueError:
+            raise InvalidRequest(f"loading: {request.loading} is not known here") from None
+        return await self._stager.ensure(request.adapter, priority=request.priority, holder=request.holder, sha256=sha256, loading=loading)
 
 
 def stated_sha256(text: str) -> str:
@@ -195,6 +203,8 @@ async def watch_events(stager: Stager, instance: str = "", after: int = 0) -> As
                 return
             yield _event(stager, change)
         yield _node(stager, changes.last, resumed=complete)
+        if stager.demand[1]:
+            yield _event(stager, Change(changes.last, "demand"))
         while (change := await queue.get()) is not None:
             yield _event(stager, change)
 
@@ -211,6 +221,9 @@ def _event(stager: Stager, change: Change) -> pb.WatchEvent:
             index = stager.holdings.index
             space = pb.Space(used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
             return pb.WatchEvent(sequence=change.sequence, space=space)
+        case "demand":
+            adapters, cpu_slots = stager.demand
+            return pb.WatchEvent(sequence=change.sequence, demand=pb.Demand(adapters=adapters, cpu_slots=cpu_slots))
         case _:
             return _node(stager, change.sequence, resumed=True)
 
@@ -237,7 +250,15 @@ def _open_published(store: Store, request: pb.ReadRequest, path: Path) -> Binary
 
 def ensure_reply(held: Ensured) -> pb.EnsureReply:
     """What Ensure answers."""
-    return pb.EnsureReply(digest=held.digest, staged=held.staged, origin=held.origin, lease_seconds=held.lease_s, waited_seconds=held.waited_s, bytes=held.size)
+    return pb.EnsureReply(
+        digest=held.digest,
+        staged=held.staged,
+        origin=held.origin,
+        lease_seconds=held.lease_s,
+        waited_seconds=held.waited_s,
+        bytes=held.size,
+        model=held.model,
+    )
 
 
 def list_reply(stager: Stager) -> pb.ListReply:
@@ -256,12 +277,21 @@ def list_reply(stager: Stager) -> pb.ListReply:
             checked_seconds=stager.checked_s(named),
             refresh_error=named.refresh_error,
             adopted="@" in named.id,
+            loaded=stager.is_loaded(name, named.id),
         )
         for entry in index.entries()
         for name in sorted(holdings.names_of(entry.id))
         if (named := holdings.get(name)) is not None
     ]
     return pb.ListReply(adapters=adapters, used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
+
+
+def models_reply(stager: Stager) -> pb.ModelsReply:
+    """Base models and adapters as vLLM would list them."""
+    holdings, path = stager.holdings, stager.store.path
+    bases = [pb.Model(id=base.id, root=base.root, max_model_len=base.max_model_len) for base in stager.engine.bases]
+    adapters = [pb.Model(id=name, root=str(path(named.id))) for name in holdings if (named := holdings.get(name)) is not None]
+    return pb.ModelsReply(bases=bases, adapters=adapters)
 
 
 @contextlib.asynccontextmanager

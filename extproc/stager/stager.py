@@ -12,7 +12,8 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..core.artifact import AdapterName, Manifest, adapter_name
 from ..core.breaker import STATES, Breaker
 from ..errors import (
     DiskFailed,
+    EngineUnreachable,
     InvalidAdapter,
     LoraExtprocError,
     ModelNotFound,
@@ -36,6 +38,7 @@ from .fetcher import Fetcher
 from .flights import Flights
 from .freshness import Freshness
 from .holdings import Holdings, Named
+from .loads import Loads
 from .peers import Peers
 from .readiness import Readiness
 from .remover import Remover
@@ -47,10 +50,19 @@ from .verify import CONFIG_FILE
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
+COMPARE_S = 5.0  # between two looks at what the engine knows; one that was restarted was away for longer, which is seen at once
 TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
 FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
 MAX_REMEMBERED_MISSES = 10_000
 PINS_FILE = ".pins.json"
+
+
+class Loading(IntEnum):
+    """What the engine has to know before an adapter counts as there; the numbers are those of `protos/stager.proto`."""
+
+    NONE = 0
+    VERSIONED = 1
+    PLAIN = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,7 @@ class Ensured:
     origin: str
     lease_s: float
     waited_s: float
+    model: str = ""  # what a request's `model` must be for the engine; "": the adapter's name, or nobody asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +114,18 @@ class Stager:
         self._sources = sources
         self._engine = engine
         self._clock = clock
-        self._remover = Remover(self.store, self.holdings, engine, self.changes, self._readiness, metrics, clock)
+        self._loads = Loads(engine, self.store, self.holdings, metrics, settings.negative_ttl_s, clock)
+        quiet_s = settings.engine.quiet_s
+        self._remover = Remover(self.store, self.holdings, engine, self._loads, self.changes, self._readiness, metrics, quiet_s, clock)
         peers = peers or Peers(settings.peers, {}, self.instance)
-        self._fetcher = Fetcher(settings, sources, peers, self.store, self.holdings, self._remover, metrics, clock)
+        self._fetcher = Fetcher(settings, sources, peers, self.store, self.holdings, self._remover, engine, metrics, clock)
         self._adopter = Adopter(settings, self.store, self.holdings, self.changes, clock)
         self._freshness = Freshness(
             settings.revalidate_s,
             self.store,
             self.holdings,
             engine,
+            self._loads,
             self._fetcher,
             self._remover,
             self._adopter,
@@ -121,6 +137,8 @@ class Stager:
         self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
         self._missing: dict[AdapterName, tuple[float, LoraExtprocError]] = {}  # what no origin gives -> until when that is remembered, and why
         self._space_told: tuple[int, int] = (-1, -1)
+        self._demand_told: tuple[int, int] = (0, 0)
+        self._next_comparison = 0.0
         self._next_scan = 0.0
         self._next_trim = 0.0
         self._scan: asyncio.Task[None] | None = None
@@ -134,8 +152,12 @@ class Stager:
 
     async def open(self) -> None:
         """Take the directory and adopt what is in it. Raises StartError."""
-        scan = await asyncio.to_thread(self.store.open)
-        now, by_age = self._clock(), scan.by_age()
+        scan = await asyncio.to_thread(self.store.open, keep_unnamed=self._engine.exists)
+        now, by_age = self._clock(), [*scan.unnamed, *scan.by_age()]
+        for digest, disk_bytes in scan.unnamed.items():
+            self.holdings.index.add(digest, disk_bytes, now)
+            self._remover.retire(digest)
+        self._loads.take(scan.versions)
         for name, found in scan.take():
             own = found.name == name  # another name's revision is not in the manifest
             self.holdings.index.add(found.digest, found.disk_bytes, now)
@@ -171,6 +193,7 @@ class Stager:
                 await asyncio.gather(task, return_exceptions=True)
         await self._freshness.close()
         await self._in_flight.close()
+        await self._loads.close()
         await self._remover.close()
         await self._fetcher.close()
         await self._engine.close()
@@ -178,18 +201,18 @@ class Stager:
 
     # -- what routers ask
 
-    async def ensure(self, raw_name: str, *, priority: int = Job.REQUEST, holder: str = "", sha256: str = "") -> Ensured:
-        """Wait until the adapter is on disk, and lease it for `holder`. Cancelling ends the wait, not the fetch.
+    async def ensure(self, raw_name: str, *, priority: int = Job.REQUEST, holder: str = "", sha256: str = "", loading: Loading = Loading.NONE) -> Ensured:
+        """Wait until the adapter is on disk and, with `loading`, known to the engine, and lease it for `holder`. Cancelling ends the wait, not the work.
 
         With `sha256` its weights must have that digest: other content that is here is compared with its origin first.
-        Raises a StageError or InvalidRequest.
+        Raises a StageError, InvalidRequest or EngineUnreachable.
         """
         name = adapter_name(raw_name)
         try:
-            held = await self._ensure(name, priority, holder, sha256)
+            held = await self._ensure(name, priority, holder, sha256, loading)
             if sha256 and await self._weights_sha256(name) != sha256:
                 if not held.staged and await self.refresh(name):
-                    held = await self._ensure(name, priority, holder, sha256)
+                    held = await self._ensure(name, priority, holder, sha256, loading)
                 if (found := await self._weights_sha256(name)) != sha256:
                     raise InvalidAdapter(f"the weights of {name} have SHA-256 {found}; {sha256} is asked for", "digest")
         except LoraExtprocError as error:
@@ -198,30 +221,50 @@ class Stager:
         self.metrics.ensures.labels("staged" if held.staged else "hit").inc()
         return held
 
-    async def _ensure(self, name: AdapterName, priority: int, holder: str, sha256: str) -> Ensured:
+    async def _ensure(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
         began = self._clock()
         held = self._lease(name, began, holder, staged=False, waited_s=0.0)
-        if held is not None:
-            if not self.is_draining:
-                self._freshness.revalidate(name)
-            return held
-        self._refuse_missing(name, began)
-        self._flights.hurry(name, priority)
-        try:
-            landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256))
-        except InvalidAdapter as error:
-            if error.stated in ("", sha256):
+        if held is None:
+            self._refuse_missing(name, began)
+            self._flights.hurry(name, priority)
+            try:
+                landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256))
+            except InvalidAdapter as error:
+                if error.stated in ("", sha256):
+                    raise
+                return await self._ensure(name, priority, holder, sha256, loading)  # refused for what the first caller stated, which says nothing to this one
+            now = self._clock()
+            held = self._lease(name, now, holder, staged=landed.staged, waited_s=now - began) or landed
+        elif not self.is_draining:
+            self._freshness.revalidate(name)
+        return held if loading is Loading.NONE else await self._load(name, held, holder, began, loading)
+
+    async def _load(self, name: AdapterName, held: Ensured, holder: str, began: float, loading: Loading) -> Ensured:
+        """Let the engine know what is leased. A version that took its place meanwhile is taken instead; what the engine refuses is leased no longer."""
+        while True:
+            named, index = self.holdings.get(name), self.holdings.index
+            if named is None or not index.hold(named.id):
+                raise EngineUnreachable(f"{name} was removed while the engine was to load it")
+            try:
+                model = await self._loads.ensure(name, named.id, plain=loading is Loading.PLAIN)
+            except LoraExtprocError:
+                index.release(holder, named.id)
                 raise
-            return await self._ensure(name, priority, holder, sha256)  # refused for what the first caller stated, which says nothing to this one
-        now = self._clock()
-        return self._lease(name, now, holder, staged=landed.staged, waited_s=now - began) or landed
+            finally:
+                index.let_go(named.id)
+            now = self._clock()
+            again = self._lease(name, now, holder, staged=held.staged, waited_s=now - began)
+            if again is not None and self.holdings.get(name) is named:
+                return replace(again, model=model, origin=held.origin)
 
     def job(self, raw_name: str) -> Job | None:
         """The flight of an adapter that is on its way."""
         return self._flights.get(AdapterName(raw_name))
 
-    def release(self, holder: str, raw_name: str = "") -> int:
-        """Give back what `holder` leased: one adapter, or all; how many there were."""
+    def release(self, holder: str, raw_name: str = "", digest: str = "") -> int:
+        """Give back what `holder` leased: one adapter (of a version that is not the latest any more, by its digest), or all; how many there were."""
+        if digest:
+            return self.holdings.index.release(holder, digest)
         named = self.holdings.get(adapter_name(raw_name)) if raw_name else None
         if raw_name and named is None:
             return 0
@@ -328,6 +371,15 @@ class Stager:
         """Seconds until the last lease ends; 0 without one. Who reads it for another node counts as one that was just granted."""
         entry = self.holdings.index.get(id_)
         return min(max(0.0, entry.leased_until - self._clock()), self._settings.lease_s) if entry is not None else 0.0
+
+    def is_loaded(self, name: AdapterName, id_: str) -> bool:
+        """Whether the engine knows this version."""
+        return self._loads.has(name, id_)
+
+    @property
+    def engine(self) -> Engine:
+        """The model server beside."""
+        return self._engine
 
     def idle_s(self, id_: str) -> float:
         """Seconds since it was last asked for (or found at start)."""
@@ -454,9 +506,11 @@ class Stager:
                 await self._check_engine()
                 await self._check_disk()
                 await self._trim()
+                await self._remover.remove_retired()
                 if self._settings.adopt and self._clock() >= self._next_scan and self._scan is not None and self._scan.done():
                     self._start_scan()
                 self._tell_space()
+                self._tell_demand()
             except Exception:  # whatever one round stumbles over, the next must come
                 log.exception("housekeeping")
             await asyncio.sleep(HOUSEKEEPING_S)
@@ -468,8 +522,28 @@ class Stager:
         return self._scan
 
     async def _check_engine(self) -> None:
-        if self._engine.exists:
-            self._readiness.set("engine", None if await self._engine.is_healthy() else "the engine is not healthy")
+        """Its health; what it knows, when it comes back and now and then; what it says of itself."""
+        if not self._engine.exists:
+            return
+        why = await self._engine.why_not_ready()
+        if why is None:
+            try:
+                if "engine" in self._readiness or self._clock() >= self._next_comparison:
+                    await self._compare_loads()
+                    self._next_comparison = self._clock() + COMPARE_S
+            except EngineUnreachable as error:
+                why = error.message
+        self._readiness.set("engine", why)
+
+    async def _compare_loads(self) -> None:
+        """An engine that was restarted knows nothing: what is in demand is loaded again before anybody is sent there, the rest when it is asked for."""
+        lost = await self._loads.compare()
+        if lost:
+            log.warning("the engine has lost %d adapters", len(lost))
+            self._readiness.set("engine", "the engine was restarted, and loads what is in demand")
+            for name in await self._loads.load_again(lost):
+                self.changes.tell("evicted", name)  # no router may count on it
+        await self._engine.learn_limits()
 
     async def _check_disk(self) -> None:
         """After a failure: whether the disk can be written again."""
@@ -499,6 +573,16 @@ class Stager:
             self._space_told = (index.used_bytes, index.reserved_bytes)
             self.changes.tell("space")
 
+    def _tell_demand(self) -> None:
+        if self.demand != self._demand_told:
+            self._demand_told = self.demand
+            self.changes.tell("demand")
+
+    @property
+    def demand(self) -> tuple[int, int]:
+        """How many adapters are leased, and how many the engine keeps in memory (0: not known)."""
+        return self.holdings.index.in_demand(self._clock(), self._settings.lease_s), self._engine.limits.max_cpu_loras
+
     def _expose(self) -> None:
         """Gauges read when they are asked, so that a scrape shows the moment and not the last round of the house."""
         index, metrics = self.holdings.index, self.metrics
@@ -508,6 +592,10 @@ class Stager:
         metrics.adapters.set_function(lambda: len(self.holdings))
         metrics.pinned.set_function(lambda: len(self.holdings.pins))
         metrics.waiters.set_function(lambda: sum(self._in_flight.waiters(name) for name in self._flights.names()))
+        metrics.engine_names.set_function(lambda: len(self._loads))
+        metrics.engine_slots.labels("gpu").set_function(lambda: self._engine.limits.max_loras)
+        metrics.engine_slots.labels("cpu").set_function(lambda: self._engine.limits.max_cpu_loras)
+        metrics.engine_demand.set_function(lambda: self.demand[0])
         for source in self._sources:
             metrics.breaker.labels(source.label).set_function(partial(_number, source.breaker))
 

@@ -4,6 +4,7 @@
     DIR/.store/<sha256>/          published: the files and their manifest, `.lora-extproc.json`
     DIR/.pins.json                what is held without an end
     DIR/<adapter name>            symlink into .store; or a directory that others put there, which is left as it is
+    DIR/<adapter name>@sha256:..  symlink into .store by which vLLM's resolver finds one version (engine mode `resolver`)
 
 Publishing: write and fsync the files, fsync the directory, rename it out of .staging, fsync .store, then rename a finished symlink over the
 name. Deleting: rename into .staging, then remove. So at any instant a name leads to a whole artifact or to none. All methods block: call
@@ -29,7 +30,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
-from ..core.artifact import AdapterName, File, Manifest, adapter_name
+from ..core.artifact import AdapterName, File, Manifest, adapter_name, split_version
 from ..errors import DiskFailed, InvalidAdapter, InvalidRequest, NoSpace, StageError, StartError
 from .verify import CONFIG_FILE
 
@@ -64,6 +65,8 @@ class Scan:
     artifacts: dict[str, Found] = field(default_factory=dict)  # by digest
     removed: list[str] = field(default_factory=list)  # what was not whole
     foreign: list[AdapterName] = field(default_factory=list)  # directories with a configuration that others put there
+    versions: dict[str, str] = field(default_factory=dict)  # names of versions that are linked -> digest
+    unnamed: dict[str, int] = field(default_factory=dict)  # digest -> bytes on disk of what no name leads to any more, but an engine may read
 
     @property
     def names(self) -> dict[AdapterName, str]:
@@ -99,8 +102,11 @@ class Store:
         self._left: set[Path] = set()  # in .staging, and the disk would not let it go
         self._folders = threading.RLock()  # one thread's new `acme/` must not be another's empty one, which goes
 
-    def open(self) -> Scan:
-        """Take the directory, clear what an earlier process left half done, adopt what is whole. Raises StartError if it cannot be used."""
+    def open(self, *, keep_unnamed: bool = False) -> Scan:
+        """Take the directory, clear what an earlier process left half done, adopt what is whole. Raises StartError if it cannot be used.
+
+        `keep_unnamed`: an engine may still read versions that newer ones have replaced, so they are found and not removed.
+        """
         try:
             for directory in (self._store, self._staging):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +126,7 @@ class Store:
             with ThreadPoolExecutor(SCAN_THREADS) as pool:
                 looks = _Looks(pool)
                 self._scan_store(scan, looks)
-                self._scan_names(scan, looks)
+                self._scan_names(scan, looks, keep_unnamed=keep_unnamed)
         except OSError as error:
             raise StartError(f"stager.dir {self.directory} cannot be read: {error.strerror}") from error
         return scan
@@ -239,15 +245,16 @@ class Store:
                     return
                 self.check_name(name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                fresh = self._staging / secrets.token_hex(8)
-                fresh.symlink_to(os.path.relpath(self.path(digest), target.parent))
-                try:
-                    fresh.rename(target)
-                except OSError:
-                    self._clear(fresh)
-                    raise
+                self._put_link(target, self.path(digest))
             with contextlib.suppress(FileNotFoundError):  # unlinked since
                 _fsync(target.parent)
+
+    def link_version(self, name: str, id_: str) -> None:
+        """Let vLLM's resolver see the artifact under the name of its version, beside the link that clients' name is."""
+        target = self.directory / name
+        with self._folders, disk_errors():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._put_link(target, self.path(id_))
 
     def shows(self, name: AdapterName, id_: str) -> bool:
         """Whether an engine finds the artifact under `name`."""
@@ -258,6 +265,15 @@ class Store:
             return Path(os.path.normpath(target.parent / target.readlink())) == self.path(id_)
         except OSError:
             return False
+
+    def _put_link(self, target: Path, to: Path) -> None:
+        fresh = self._staging / secrets.token_hex(8)
+        fresh.symlink_to(os.path.relpath(to, target.parent))
+        try:
+            fresh.rename(target)
+        except OSError:
+            self._clear(fresh)
+            raise
 
     def check_name(self, name: AdapterName) -> None:
         """Whether `name` can be linked: no part of it may be anything but our folders, its end nothing but our link. Raises InvalidAdapter."""
@@ -274,7 +290,7 @@ class Store:
             elif target.exists():
                 raise InvalidAdapter(f"{name} cannot be served: something else has that name on this node")
 
-    def unlink(self, name: AdapterName, id_: str = "") -> None:
+    def unlink(self, name: str, id_: str = "") -> None:
         """Take the name away, and directories that only it needed."""
         target = self.directory / name
         with self._folders, disk_errors():
@@ -357,7 +373,7 @@ class Store:
                 looked.append(digest)
         return looked
 
-    def _scan_names(self, scan: Scan, looks: "_Looks") -> None:
+    def _scan_names(self, scan: Scan, looks: "_Looks", *, keep_unnamed: bool) -> None:
         """Our links; those that lead nowhere go. Then content that none leads to: what a crash left without its name gets it, the rest goes."""
         for name, path, link in looks.each(_read_links, self._walk(str(self.directory), "", scan.foreign)):
             ours = "../" * name.count("/") + f"{self._store.name}/"
@@ -371,10 +387,17 @@ class Store:
                     found.names = called
         for found in [found for found in scan.artifacts.values() if not found.names]:
             del scan.artifacts[found.digest]  # a version that a newer one replaced
+            if keep_unnamed:
+                scan.unnamed[found.digest] = found.disk_bytes
+                continue
             scan.removed.append(f".store/{found.digest}")
             self._remove(self._store / found.digest)
 
     def _scan_name(self, scan: Scan, name: str, path: str, found: Found | None) -> None:
+        version = split_version(name)
+        if version is not None and found is not None and found.digest.startswith(version[1]):
+            scan.versions[name] = found.digest
+            return
         try:
             if found is not None:
                 called = adapter_name(found.name if found.name == name else name)

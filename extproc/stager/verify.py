@@ -7,8 +7,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,11 @@ _DTYPE_BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+# Of a decoder's layers: modules that read the hidden state, and modules that write it.
+_FROM_HIDDEN = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj"})
+_TO_HIDDEN = frozenset({"o_proj", "down_proj"})
+_TOWERS = ("vision", "visual", "audio", "encoder", "cross", "experts")
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
@@ -39,8 +45,8 @@ class AdapterConfig:
     target_modules: frozenset[str]  # empty: a pattern, or all linear layers
 
 
-def check_config(text: bytes, *, base_model: str = "", max_rank: int = 0) -> AdapterConfig:
-    """Read a PEFT LoRA configuration. `base_model` "" and `max_rank` 0 switch those checks off."""
+def check_config(text: bytes, *, base_model: str = "", base_names: Sequence[str] = (), max_rank: int = 0) -> AdapterConfig:
+    """Read a PEFT LoRA configuration. `base_model` "" and `max_rank` 0 switch those checks off; `base_names` are patterns of its other names."""
     if len(text) > MAX_CONFIG_BYTES:
         _refuse(CONFIG_FILE, f"has {len(text)} bytes; the limit is {MAX_CONFIG_BYTES}")
     try:
@@ -56,7 +62,7 @@ def check_config(text: bytes, *, base_model: str = "", max_rank: int = 0) -> Ada
     base = raw.get("base_model_name_or_path")
     if not isinstance(base, str):
         _refuse(CONFIG_FILE, "has no base_model_name_or_path")
-    if base_model and base != base_model:
+    if base_model and base != base_model and not any(fnmatchcase(base, pattern) for pattern in base_names):
         _refuse(CONFIG_FILE, f"is for base model {base!r}; this node serves {base_model!r}", "base_model")
     rank = raw.get("r")
     if not isinstance(rank, int) or not _is_count(rank):
@@ -77,8 +83,28 @@ def check_config(text: bytes, *, base_model: str = "", max_rank: int = 0) -> Ada
     return AdapterConfig(base, rank, ranks, frozenset(targets))
 
 
-def check_weights(path: Path, config: AdapterConfig) -> int:
-    """Check the safetensors file at `path` against the format and `config`; the number of tensors. Raises InvalidAdapter."""
+def with_base(text: bytes, base_model: str) -> bytes:
+    """A configuration that was checked, made to name `base_model`."""
+    return json.dumps({**json.loads(text), "base_model_name_or_path": base_model}, indent=2).encode()
+
+
+def hidden_size(path: Path) -> int:
+    """The width of a base model, from its `config.json`; 0 if that does not tell. Vision-language models have it under `text_config`. Blocks."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return 0
+    for part in (raw, raw.get("text_config")) if isinstance(raw, dict) else ():
+        if isinstance(part, dict) and _is_count(part.get("hidden_size")):
+            return int(part["hidden_size"])
+    return 0
+
+
+def check_weights(path: Path, config: AdapterConfig, width: int = 0) -> int:
+    """Check the safetensors file at `path` against the format and `config`; the number of tensors. Raises InvalidAdapter.
+
+    `width`: the base model's hidden size; 0: not known, not compared.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -101,13 +127,15 @@ def check_weights(path: Path, config: AdapterConfig) -> int:
         _refuse(WEIGHTS_FILE, "has a __metadata__ that is not made of strings")
     _check_layout(header, size - 8 - length)
     _check_lora(header, config)
+    if width:
+        _check_width(header, width)
     return len(header)
 
 
-def check_files(directory: Path, config: AdapterConfig, *, allow_pickle: bool) -> None:
+def check_files(directory: Path, config: AdapterConfig, *, allow_pickle: bool, width: int = 0) -> None:
     """Check what is in an artifact's directory beside its configuration, before it is published."""
     if os.path.lexists(directory / WEIGHTS_FILE):
-        check_weights(directory / WEIGHTS_FILE, config)
+        check_weights(directory / WEIGHTS_FILE, config, width)
     elif not (allow_pickle and any((directory / path).exists() for path in PICKLE_FILES)):
         _refuse(WEIGHTS_FILE, "is missing")
 
@@ -158,6 +186,22 @@ def _check_lora(header: Mapping[str, Any], config: AdapterConfig) -> None:
             _refuse(WEIGHTS_FILE, f"tensor {name!r} is for a module that {CONFIG_FILE} does not target")
     if not matrices:
         _refuse(WEIGHTS_FILE, "holds no lora_A or lora_B tensor")
+
+
+def _check_width(header: Mapping[str, Any], width: int) -> None:
+    """vLLM takes tensors that are narrower than the model without a word, and answers with something. Towers beside the language model differ in width."""
+    for name, tensor in header.items():
+        parts = name.split(".")
+        if not any(name.endswith(f".{side}.weight") for side in ("lora_A", "lora_B")) or len(tensor["shape"]) != 2 or len(parts) < 3:
+            continue
+        module, side = parts[-3], parts[-2]
+        if "layers" not in parts or any(tower in name for tower in _TOWERS):
+            continue
+        found = (
+            tensor["shape"][1] if side == "lora_A" and module in _FROM_HIDDEN else tensor["shape"][0] if side == "lora_B" and module in _TO_HIDDEN else width
+        )
+        if found != width:
+            _refuse(WEIGHTS_FILE, f"tensor {name!r} is {found} wide; the base model has {width}", "base_model")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from extproc.core.artifact import AdapterName
-from extproc.core.decision import ENGINE_ADMIN_PATHS, Decision, Facts, Forward, HashOn, PassThrough, Policy, Reject, check_path, decide
+from extproc.core.decision import ENGINE_ADMIN_PATHS, Decision, Facts, Forward, HashOn, ListModels, PassThrough, Policy, Reject, check_path, decide
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool, Snapshot
@@ -77,7 +77,28 @@ def test_other_forms_are_refused(text: str) -> None:
 
 def test_an_adapter_goes_to_its_keys_candidates() -> None:
     """Owner first, all of its pool."""
-    assert decided("demo/sql") == Forward(AdapterName("demo/sql"), LLAMA, "demo/sql", LLAMA.table.candidates("demo/sql"), wait_s=120.0)
+    assert decided("demo/sql") == Forward(AdapterName("demo/sql"), LLAMA, "demo/sql", LLAMA.table.candidates("demo/sql"), 120.0, plain=True)
+
+
+def test_an_engine_must_know_the_adapters_own_name_where_the_body_cannot_be_changed() -> None:
+    """Mode NONE shows no body; with one, each version has a name of its own."""
+    facts = Facts("POST", "/v1/completions", {}, "demo/sql")
+    for can_rename in (False, True):
+        facts.can_rename = can_rename
+        decision = decide(facts, BOTH, Policy())
+        assert isinstance(decision, Forward)
+        assert decision.plain is not can_rename
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "lists"),
+    [("GET", "/v1/models", True), ("GET", "/v1/models?limit=1", True), ("POST", "/v1/models", False), ("GET", "/v1/models/a", False), ("GET", "/v1", False)],
+)
+def test_the_list_of_models_is_the_fleets(method: str, path: str, lists: bool) -> None:
+    """One engine's list is what it was asked for so far. It may be switched off."""
+    facts = Facts(method, path, {}, None)
+    assert (decide(facts, BOTH, Policy()) == ListModels()) is lists
+    assert isinstance(decide(facts, BOTH, Policy(lists_models=False)), PassThrough)
 
 
 def test_the_first_pool_that_matches_takes_the_adapter() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from extproc.client import NodeState, Staged, StagerClient, WatchEvent
+from extproc.client import Loading, Models, NodeState, Staged, StagerClient, WatchEvent
 from extproc.core.decision import Policy
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
@@ -12,6 +12,7 @@ from extproc.core.steering import Steering
 from extproc.errors import LoraExtprocError
 from extproc.metrics import RouterMetrics
 from extproc.pb import ext_proc_pb2 as pb
+from extproc.router.catalog import Catalog
 from extproc.router.holding import Holding
 from extproc.router.http2 import Message
 from extproc.router.membership import Membership
@@ -35,20 +36,32 @@ class ScriptedStager(StagerClient):
         self.gate.set()
         self.error: LoraExtprocError | None = None
         self.lease_s = 100.0
+        self.loadings: list[Loading] = []
+        self.digest = "d" * 64
+        self.renames = False  # the engine knows adapters by their versions
+        self.listed = Models()
+        self.listings = 0
         self.known: set[str] = set()
         self.events: asyncio.Queue[WatchEvent | LoraExtprocError] = asyncio.Queue()
 
-    async def ensure(self, adapter: str, sha256: str = "", *, prefetch: bool = False) -> Staged:
+    async def ensure(self, adapter: str, sha256: str = "", *, prefetch: bool = False, loading: Loading = Loading.NONE) -> Staged:
         self.asked.append(adapter)
+        self.loadings.append(loading)
         await self._answer()
         staged = adapter not in self.known
         self.known.add(adapter)
-        return Staged("d" * 64, staged, "file", self.lease_s, 0.1, 1000)
+        model = f"{adapter}@sha256:{self.digest[:12]}" if self.renames and loading is Loading.VERSIONED else adapter
+        return Staged(self.digest, staged, "file", self.lease_s, 0.1, 1000, model)
 
-    async def release(self, adapter: str = "") -> int:
+    async def release(self, adapter: str = "", digest: str = "") -> int:
         self.released.append(adapter)
         await self._answer()
         return 1
+
+    async def models(self) -> Models:
+        self.listings += 1
+        await self._answer()
+        return self.listed
 
     async def _answer(self) -> None:
         try:
@@ -85,11 +98,14 @@ class Router:
         self.pool = Pool("models", frozenset({"base"}), ("*",), LookupTable(endpoints, 251))
         self.metrics = RouterMetrics()
         self.residency = Residency(self.stagers, self.metrics, clock=lambda: self.now)
-        self.membership = Membership([self.pool], self.residency, self.metrics)
+        self.catalog = Catalog([self.pool], self.stagers)
+        self.membership = Membership([self.pool], self.residency, self.catalog, self.metrics)
         self.holding = Holding(self.metrics, max_waiting=10, max_waiting_per_adapter=3, max_bytes=4 * max_body_bytes)
         self.staging = Staging(self.residency, self.holding, self.metrics, clock=lambda: self.now)
         policy = Policy(stage_deadline_s=deadline_s)
-        self.processor = Processor(self.membership, self.staging, steering or Steering(), policy, self.metrics, self.holding, max_body_bytes, tracing)
+        self.processor = Processor(
+            self.membership, self.staging, self.catalog, steering or Steering(), policy, self.metrics, self.holding, max_body_bytes, tracing
+        )
 
     def owner(self, adapter: str) -> Endpoint:
         return self.pool.candidates(adapter)[0]

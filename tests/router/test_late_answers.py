@@ -24,10 +24,10 @@ async def test_an_answer_from_before_the_eviction_makes_no_lease() -> None:
     stager.gate.set()
     assert (await asking).staged
     await other
-    assert not router.residency.holds(owner, "a")
-    assert router.residency.holds(owner, "b")
+    assert not router.residency.lease(owner, "a")
+    assert router.residency.lease(owner, "b")
     await router.residency.ensure(owner, "a")
-    assert router.residency.holds(owner, "a")
+    assert router.residency.lease(owner, "a")
     await router.membership.stop()
 
 
@@ -45,7 +45,7 @@ async def test_an_answer_from_before_the_restart_makes_no_lease() -> None:
     await until(stager.events.empty)
     stager.gate.set()
     await asking
-    assert not router.residency.holds(owner, "a")
+    assert not router.residency.lease(owner, "a")
     await router.membership.stop()
 
 
@@ -57,12 +57,12 @@ async def test_a_renewal_from_before_the_eviction_does_not_renew() -> None:
     await router.residency.ensure(owner, "a")
     stager.gate.clear()
     router.now = 60.0
-    assert router.residency.holds(owner, "a")
+    assert router.residency.lease(owner, "a")
     await until(lambda: len(stager.asked) == 2)
     router.residency.forget(owner.stager, "a")
     stager.gate.set()
     await turns()
-    assert not router.residency.holds(owner, "a")
+    assert not router.residency.lease(owner, "a")
 
 
 async def test_a_lease_runs_since_it_was_granted_not_since_its_answer_came() -> None:
@@ -78,8 +78,8 @@ async def test_a_lease_runs_since_it_was_granted_not_since_its_answer_came() -> 
     await asking
     stager.gate.clear()
     router.now = 99.0
-    assert router.residency.holds(owner, "a")
+    assert router.residency.lease(owner, "a")
     router.now = 99.2
-    assert not router.residency.holds(owner, "a")
+    assert not router.residency.lease(owner, "a")
     stager.gate.set()
     await turns()

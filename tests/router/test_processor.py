@@ -116,7 +116,7 @@ async def test_the_deadline_ends_the_wait_not_the_flight() -> None:
     assert (answer.status.code, answer.details) == (503, "staging")
     assert any(option.header.key == "retry-after" for option in answer.headers.set_headers)
     stager.gate.set()
-    await until(lambda: router.residency.holds(router.owner("demo/sql"), "demo/sql"))
+    await until(lambda: router.residency.lease(router.owner("demo/sql"), "demo/sql"))
     again = await serve(router, chat("demo/sql"))
     assert again.destination() == router.owner("demo/sql").address
     assert stager.asked == ["demo/sql"]
@@ -138,7 +138,7 @@ async def test_base_models_and_bodyless_requests_pass_with_every_endpoint_named(
     held = Gateway(router, chat("base"))
     first = held.destination().split(",")[0]
     for _ in range(4):
-        models = await serve(router, [headers({":method": "GET", ":path": "/v1/models"}, end=True, mode=pb.NONE)])
+        models = await serve(router, [headers({":method": "GET", ":path": "/version"}, end=True, mode=pb.NONE)])
         assert models.destination().split(",")[0] != first
         assert len(models.destination().split(",")) == 3
     await held.end()

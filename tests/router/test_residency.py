@@ -22,9 +22,9 @@ async def test_a_lease_ends_before_the_stager_forgets_it() -> None:
     await router.residency.ensure(owner, "a")
     router.stager_of(owner).gate.clear()
     router.now = 98.9
-    assert router.residency.holds(owner, "a")
+    assert router.residency.lease(owner, "a")
     router.now = 99.0
-    assert not router.residency.holds(owner, "a")
+    assert not router.residency.lease(owner, "a")
     router.stager_of(owner).gate.set()
     await _settle()
 
@@ -35,11 +35,11 @@ async def test_a_lease_in_use_is_renewed_once_in_the_background() -> None:
     owner = router.owner("a")
     await router.residency.ensure(owner, "a")
     router.now = 50.0
-    assert all(router.residency.holds(owner, "a") for _ in range(5))
+    assert all(router.residency.lease(owner, "a") for _ in range(5))
     await _settle()
     assert router.stager_of(owner).asked == ["a", "a"]
     router.now = 120.0
-    assert router.residency.holds(owner, "a")
+    assert router.residency.lease(owner, "a")
 
 
 async def test_a_failed_renewal_leaves_the_lease_to_its_end() -> None:
@@ -49,11 +49,11 @@ async def test_a_failed_renewal_leaves_the_lease_to_its_end() -> None:
     await router.residency.ensure(owner, "a")
     router.stager_of(owner).error = StagerUnavailable("gone")
     router.now = 60.0
-    assert router.residency.holds(owner, "a")
+    assert router.residency.lease(owner, "a")
     await _settle()
-    assert router.residency.holds(owner, "a")
+    assert router.residency.lease(owner, "a")
     router.now = 99.5
-    assert not router.residency.holds(owner, "a")
+    assert not router.residency.lease(owner, "a")
 
 
 async def test_a_thousand_waiters_are_one_call() -> None:
@@ -76,9 +76,9 @@ async def test_forgetting_is_by_adapter_or_by_stager() -> None:
         for name in ("a", "b"):
             await router.residency.ensure(endpoint, name)
     router.residency.forget(one.stager, "a")
-    assert [router.residency.holds(one, n) for n in "ab"] == [False, True]
+    assert [bool(router.residency.lease(one, n)) for n in "ab"] == [False, True]
     router.residency.forget_stager(one.stager)
-    assert [router.residency.holds(e, n) for e in (one, two) for n in "ab"] == [False, False, True, True]
+    assert [bool(router.residency.lease(e, n)) for e in (one, two) for n in "ab"] == [False, False, True, True]
 
 
 async def test_leases_that_ended_are_swept() -> None:
@@ -114,7 +114,7 @@ def test_leases_are_given_back_at_the_end() -> None:
         await router.residency.release_all()
         assert loop.time() - began == 1.0
         assert [router.stager_of(endpoint).released for endpoint in (unused, good, failing, silent)] == [[], [""], [""], [""]]
-        assert not router.residency.holds(good, "a")
+        assert not router.residency.lease(good, "a")
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(main(runner.get_loop()))

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 import stamina
 
-from extproc.client import NodeState, Space, StagerClient, WatchEvent
+from extproc.client import Demand, NodeState, Space, StagerClient, WatchEvent
 from extproc.config import EngineSettings, PeerSettings, StagerSettings
 from extproc.metrics import StagerMetrics
 from extproc.process import grpc_server
@@ -128,10 +128,10 @@ async def next_of(watching: AsyncIterator[WatchEvent], kind: type) -> WatchEvent
 
 
 async def until_node_state(watching: AsyncIterator[WatchEvent]) -> list[WatchEvent]:
-    """What comes up to the first state of the node, with it; without the budget, which changes by itself."""
+    """What comes up to the first state of the node, with it; without the budget and the demand, which change by themselves."""
     seen: list[WatchEvent] = []
     async for event in watching:
-        if not isinstance(event, Space):
+        if not isinstance(event, Space | Demand):
             seen.append(event)
         if isinstance(event, NodeState):
             break

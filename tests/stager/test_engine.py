@@ -62,17 +62,18 @@ async def test_the_simulated_engine_is_understood(tmp_path: Path) -> None:
     async with running_engine(tmp_path) as sim:
         engine = Engine(EngineSettings(url=sim.url))
         assert engine.exists
-        assert await engine.is_healthy()
-        assert set(await engine.registered()) == {"base"}
+        assert await engine.why_not_ready() is None
+        assert set((await engine.known()).adapters) == set()
         assert (await engine.requests()).running == set()
         await sim.ask("acme/a")
-        assert set(await engine.registered()) == {"base", "acme/a"}
+        assert set((await engine.known()).adapters) == {"acme/a"}
+        assert [base.id for base in engine.bases] == ["base"]
         async with sim.adapters.use("acme/a"):
             assert (await engine.requests()).running == {"acme/a"}
         assert (await engine.requests()).running == set()
         await engine.unload("acme/a")
         await engine.unload("acme/a")
-        assert set(await engine.registered()) == {"base"}
+        assert set((await engine.known()).adapters) == set()
         await engine.close()
 
 
@@ -115,7 +116,7 @@ async def test_a_list_of_models_that_is_none_concludes_nothing(scripted: tuple[S
     """An empty list read out of nonsense would let files be deleted."""
     scripted[0].answers["GET /v1/models"] = BODIES[kind]()
     with pytest.raises(EngineUnreachable):
-        await engine.registered()
+        await engine.known()
 
 
 async def test_metrics_that_are_none_conclude_nothing(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
@@ -148,10 +149,10 @@ async def test_an_engine_that_does_not_answer_is_unreachable_and_unhealthy(scrip
         port = free.getsockname()[1]
     gone = Engine(EngineSettings(url=f"http://127.0.0.1:{port}"))
     for engine in (silent, gone):
-        for call in (engine.registered(), engine.requests(), engine.unload("a")):
+        for call in (engine.known(), engine.requests(), engine.unload("a")):
             with pytest.raises(EngineUnreachable):
                 await call
-        assert not await engine.is_healthy()
+        assert await engine.why_not_ready() == "the engine is not healthy"
         await engine.close()
 
 
@@ -159,17 +160,19 @@ async def test_an_engine_that_does_not_answer_is_unreachable_and_unhealthy(scrip
 async def test_health_is_200(scripted: tuple[ScriptedEngine, str], engine: Engine, status: int, healthy: bool) -> None:
     """A dying vLLM answers 503."""
     scripted[0].answers["GET /health"] = web.Response(status=status)
-    assert await engine.is_healthy() is healthy
+    scripted[0].answers["GET /is_sleeping"] = web.Response(status=404)
+    scripted[0].answers["POST /v1/unload_lora_adapter"] = web.json_response({"error": {"message": "no such name"}}, status=404)
+    assert (await engine.why_not_ready() is None) is healthy
 
 
 async def test_the_api_key_of_the_environment_is_sent(scripted: tuple[ScriptedEngine, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM's `--api-key` wants it."""
     monkeypatch.setenv("MY_KEY", "secret")
-    scripted[0].answers["GET /health"] = web.Response()
+    scripted[0].answers["GET /health"] = web.Response(status=503)
     engine = Engine(EngineSettings(url=scripted[1], api_key_env="MY_KEY"))
-    await engine.is_healthy()
+    await engine.why_not_ready()
     await engine.close()
-    assert scripted[0].headers == ["Bearer secret"]
+    assert set(scripted[0].headers) == {"Bearer secret"}
 
 
 async def test_no_url_means_no_engine() -> None:

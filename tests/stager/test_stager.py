@@ -89,7 +89,7 @@ def watching(stager: Stager) -> "Iterator[asyncio.Queue[Change | None]]":
 def drain(queue: "asyncio.Queue[Change | None]") -> list[tuple[str, str]]:
     """What came and went; the budget is told when the house is kept, once a second."""
     told = [change for _ in range(queue.qsize()) if (change := queue.get_nowait()) is not None]
-    return [(change.kind, change.adapter) for change in told if change.kind != "space"]
+    return [(change.kind, change.adapter) for change in told if change.kind not in ("space", "demand")]
 
 
 # -- staging
@@ -805,6 +805,7 @@ async def test_there_is_no_room_while_the_engine_answers_something_else(beside: 
             web.Response(status=answer) if answer == 500 else web.json_response({"detail": "hello"}, status=200 if path != "/v1/unload_lora_adapter" else 403)
         )
 
+    await engine.ask("acme/a")
     engine.step = refuse
     with pytest.raises(AdapterInUse):
         await beside.evict("acme/a")
@@ -846,6 +847,8 @@ async def test_a_request_between_the_looks_keeps_the_adapter(beside: Stager, eng
             engine.step = None
             await engine.ask("acme/a")
 
+    await engine.ask("acme/a")
+    engine.calls.clear()
     engine.step = slip_in
     with pytest.raises(AdapterInUse):
         await beside.evict("acme/a")

@@ -25,6 +25,7 @@ from extproc.errors import (
 )
 from extproc.metrics import RouterMetrics
 from extproc.pb import stager_pb2 as pb
+from extproc.router.catalog import Catalog
 from extproc.router.membership import Membership
 from extproc.router.residency import Residency
 from extproc.stager import changes as changes_module
@@ -194,7 +195,7 @@ class Router:
 
     def would_use(self, adapter: str) -> bool:
         """Whether a request would be sent to the node without asking it."""
-        return self.is_ready and self.residency.holds(self.endpoint, adapter)
+        return self.is_ready and self.residency.lease(self.endpoint, adapter) is not None
 
     @classmethod
     def of(cls, address: str) -> "Router":
@@ -202,7 +203,8 @@ class Router:
         endpoint = Endpoint("10.0.0.1:8000", "node-1", address)
         metrics = RouterMetrics()
         residency = Residency({address: client}, metrics)
-        membership = Membership([Pool("models", frozenset(), ("*",), LookupTable([endpoint], 251))], residency, metrics)
+        pools = [Pool("models", frozenset(), ("*",), LookupTable([endpoint], 251))]
+        membership = Membership(pools, residency, Catalog(pools, {address: client}), metrics)
         membership.start({address: client})
         return cls(residency, membership, endpoint, client)
 

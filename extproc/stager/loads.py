@@ -1,0 +1,208 @@
+"""What the engine knows by name because of us. Every version of an adapter has a name of its own there, `acme/sql@sha256:3f2a9c1b7d04`.
+
+Why names of versions: vLLM keys its prefix cache by an adapter's name and path, and a request holds on to what its name meant when it came. So two
+versions can be there at once, each request is answered by one of them wholly, and neither can fail because of the other. The router writes the
+name into the request's body; where it cannot (mode NONE), the adapter's own name has to do, and versions are exchanged one after the other.
+
+With `mode: api` a name is loaded from the artifact's own directory. With `mode: resolver` it is a link that vLLM's filesystem resolver finds.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..core.artifact import AdapterName, split_version, versioned_name
+from ..errors import GatewayProtocolError, InvalidAdapter, LoraExtprocError
+from ..flight import SingleFlight
+from ..metrics import StagerMetrics
+from .engine import Engine
+from .holdings import Holdings
+from .store import Store
+
+log = logging.getLogger(__name__)
+
+IN_TRANSIT_S = 0.5  # what was sent to the engine under a name that is about to mean something else has arrived by then
+MAX_RELOADED = 64  # after a restart of an engine whose slots are not known
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One name in the engine."""
+
+    adapter: AdapterName
+    id: str  # of the artifact
+
+
+class Loads:
+    """Names in the engine by what they lead to. Loads are shared by all who wait for one, and refusals remembered for a while."""
+
+    def __init__(
+        self, engine: Engine, store: Store, holdings: Holdings, metrics: StagerMetrics, refused_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._holdings = holdings
+        self._metrics = metrics
+        self._refused_s = refused_s
+        self._clock = clock
+        self._known: dict[str, Load] = {}
+        self._refused: dict[str, tuple[float, InvalidAdapter]] = {}
+        self._flights: SingleFlight[str, None] = SingleFlight()
+
+    async def close(self) -> None:
+        await self._flights.close()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def has(self, adapter: AdapterName, id_: str) -> bool:
+        """Whether the engine knows this version of the adapter."""
+        return any((load := self._known.get(name)) is not None and load.id == id_ for name in (versioned_name(adapter, _digest(id_)), adapter))
+
+    async def ensure(self, adapter: AdapterName, id_: str, *, plain: bool) -> str:
+        """Let the engine know the artifact; what a request's `model` must be. The caller sees to it that the artifact stays meanwhile.
+
+        `plain`: under the adapter's own name. Raises InvalidAdapter with what the engine has against it, or EngineUnreachable.
+        """
+        if not self._engine.exists:
+            return adapter
+        name = adapter if plain else versioned_name(adapter, _digest(id_))
+        model = self._engine.request_model(name)
+        if plain and model != adapter:
+            raise GatewayProtocolError("this node's engine needs the request's `model` rewritten, which processing mode NONE does not allow")
+        if (load := self._known.get(name)) is not None and load.id == id_:
+            return model
+        if not self._engine.loads and plain:
+            return model  # its resolver finds the adapter's own link
+        until, error = self._refused.get(name, (0.0, None))
+        if error is not None and self._clock() < until:
+            raise InvalidAdapter(error.message, error.what)
+        await self._flights.join(name, lambda: self._load(name, Load(adapter, id_)))
+        return model
+
+    async def replace(self, adapter: AdapterName, old: str, new: str) -> None:
+        """Where the engine knows the old version, let it know the new one, before anybody is sent there. What it refuses never takes over."""
+        if versioned_name(adapter, _digest(old)) in self._known:
+            await self.ensure(adapter, new, plain=False)
+
+    async def readers(self, id_: str, names: Collection[AdapterName] | None = None) -> tuple[set[str], set[str]]:
+        """Names in the engine that lead to the artifact, as the engine lists them; with `names`, only those of these adapters.
+
+        First those that are ours to unload, then those that somebody else has put there.
+        """
+        known = await self._engine.known()
+        path, digest = str(self._store.path(id_)), _digest(id_)
+        own = self._holdings.names_of(id_) if names is None else names
+        ours: set[str] = set()
+        others: set[str] = set()
+        for name, root in known.adapters.items():
+            version = split_version(name)
+            if version is not None:
+                if digest.startswith(version[1]) and (names is None or version[0] in names):
+                    ours.add(name)
+            elif name in own or (name in self._known and root == path and names is None):
+                ours.add(name)
+            elif root == path or any(root.endswith(f"/{other}") for other in own):
+                others.add(name)
+        return ours, others
+
+    def links(self, id_: str, names: Collection[AdapterName] | None = None) -> list[str]:
+        """Names of ours that a resolver finds the artifact by, beside the adapters' own."""
+        if self._engine.loads:
+            return []
+        return [name for name, load in self._known.items() if load.id == id_ and (names is None or load.adapter in names)]
+
+    def forget(self, names: Collection[str]) -> None:
+        """The engine does not know them any more."""
+        for name in names:
+            self._known.pop(name, None)
+
+    def take(self, links: dict[str, str]) -> None:
+        """Links that the start found in the directory: name in the engine -> digest."""
+        for name, digest in links.items():
+            if (version := split_version(name)) is not None:
+                self._known[name] = Load(AdapterName(version[0]), digest)
+
+    # -- what the engine says it knows
+
+    async def compare(self) -> set[str]:
+        """Look at the engine's own list; the names that it has lost, because it was restarted or somebody else unloaded them."""
+        if not self._engine.loads:
+            return set()
+        listed = (await self._engine.known()).adapters
+        for name, root in listed.items():  # of an earlier stager on this directory
+            if name not in self._known and (load := self._made_of(name, root)) is not None:
+                self._known[name] = load
+        return {name for name in self._known if name not in listed and name not in self._flights}
+
+    async def load_again(self, lost: Collection[str]) -> set[AdapterName]:
+        """Of the names that the engine lost, load those that are in demand, as many as it keeps in memory; the adapters that it does not know now."""
+        now, index = self._clock(), self._holdings.index
+        loads = {name: self._known[name] for name in lost if name in self._known}
+        self.forget(lost)
+        entries = {name: entry for name, load in loads.items() if (entry := index.get(load.id)) is not None and entry.leased_until > now}
+        latest_first = sorted(entries, key=lambda name: entries[name].last_used, reverse=True)
+        gone = {load.adapter for load in loads.values()}
+        for name in latest_first[: self._engine.limits.max_cpu_loras or MAX_RELOADED]:
+            load = loads[name]
+            if not index.hold(load.id):
+                continue
+            try:
+                await self._flights.join(name, partial(self._load, name, load))
+                gone.discard(load.adapter)
+            except InvalidAdapter as error:
+                log.warning("%s is not loaded again: %s", load.adapter, error.message)
+            finally:
+                index.let_go(load.id)
+        return gone
+
+    def _made_of(self, name: str, root: str) -> Load | None:
+        """What a name that the engine lists leads to here, if it was we who loaded it."""
+        version = split_version(name)
+        adapter = AdapterName(version[0] if version else name)
+        for id_ in (Path(root).name, f"{Path(root).name}@{adapter}"):
+            if root == str(self._store.path(id_)) and id_ in self._holdings.index:
+                return Load(adapter, id_)
+        named = self._holdings.get(adapter)
+        if version and named is not None and named.digest.startswith(version[1]) and root == str(self._store.path(named.id)):
+            return Load(adapter, named.id)
+        return None
+
+    async def _load(self, name: str, load: Load) -> None:
+        began = self._clock()
+        result = "loaded"
+        try:
+            if self._engine.loads:
+                if name in self._known:  # a plain name that led elsewhere
+                    await asyncio.sleep(IN_TRANSIT_S)
+                    await self._engine.unload(name)
+                    self.forget((name,))
+                await self._engine.load(name, self._store.path(load.id))
+            else:
+                await asyncio.to_thread(self._store.link_version, name, load.id)
+            self._known[name] = load
+            self._refused.pop(name, None)
+        except InvalidAdapter as error:
+            result = error.reason
+            if self._refused_s:
+                self._refused[name] = (self._clock() + self._refused_s, error)
+                self._refused = {n: kept for n, kept in self._refused.items() if kept[0] > self._clock()}
+            self._metrics.verify_failures.labels(error.what).inc()
+            log.warning("%s: %s", load.adapter, error.message)
+            raise
+        except LoraExtprocError as error:
+            result = error.reason
+            raise
+        finally:
+            took = self._clock() - began
+            self._metrics.engine_loads.labels(result).inc()
+            self._metrics.engine_load_seconds.observe(took)
+        log.info("%s: the engine knows it as %s after %.0f ms", load.adapter, name, took * 1000)
+
+
+def _digest(id_: str) -> str:
+    return id_.partition("@")[0]
