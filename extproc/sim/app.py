@@ -29,6 +29,7 @@ class SimEngine:
         self._dev_mode = dev_mode
         self._die = die
         self.dead = False
+        self.sleeps = False
         self._started = int(time.time())
         self.served = 0
 
@@ -48,7 +49,8 @@ class SimEngine:
             ]
         )
         if self._dev_mode:
-            app.add_routes([web.post("/reset_prefix_cache", self._reset_prefix_cache)])
+            dev = {"/reset_prefix_cache": self._reset_prefix_cache, "/sleep": self._sleep, "/wake_up": self._wake_up}
+            app.add_routes([*(web.post(path, handler) for path, handler in dev.items()), web.get("/is_sleeping", self._is_sleeping)])
         return app
 
     @web.middleware
@@ -162,6 +164,17 @@ class SimEngine:
 
     async def _reset_prefix_cache(self, _request: web.Request) -> web.Response:
         return web.Response()  # there is none
+
+    async def _sleep(self, _request: web.Request) -> web.Response:
+        self.sleeps = True
+        return web.Response()
+
+    async def _wake_up(self, _request: web.Request) -> web.Response:
+        self.sleeps = False
+        return web.Response()
+
+    async def _is_sleeping(self, _request: web.Request) -> web.Response:
+        return web.json_response({"is_sleeping": self.sleeps})
 
 
 async def _json(request: web.Request) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..config import Settings
 from ..metrics import StagerMetrics
 from ..process import HttpServer, grpc_server, listen_grpc
 from .control import stager_app
-from .engine import Engine
+from .engines import build_engine
 from .origins import build_origin
 from .peers import Peers, addresses
 from .service import StagerService
@@ -37,7 +37,7 @@ class Server:
         asked = addresses(self._settings.peers, others, self._settings.listen) if self._settings.peers.mode != "off" else []
         peers = Peers(self._settings.peers, {address: StagerClient(address, self._rpc) for address in asked}, instance)
         sources = [Source(build_origin(origin), origin) for origin in self._settings.origins]
-        self.stager = Stager(self._settings, sources, Engine(self._settings.engine), StagerMetrics(), peers=peers, instance=instance)
+        self.stager = Stager(self._settings, sources, build_engine(self._settings.engine), StagerMetrics(), peers=peers, instance=instance)
         self._grpc: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
 

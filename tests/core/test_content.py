@@ -142,3 +142,25 @@ def test_forms_as_the_standard_library_writes_them(model: str) -> None:
     message.attach(part)
     text = message.as_bytes(policy=message.policy.clone(linesep="\r\n", cte_type="8bit", max_line_length=None))
     assert form_model(text.partition(b"\r\n\r\n")[2], b"xyz") == model
+
+
+# -- another model in the same body
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip", "deflate", "br", "zstd"])
+def test_another_model_comes_back_plain(encoding: str) -> None:
+    """A compressed body is not compressed again: the engine is on the same network as the gateway."""
+    body = b'{"messages": [], "model": "a"}'
+    compress = {"": bytes, "gzip": gzip.compress, "deflate": zlib.compress, "br": brotli.compress, "zstd": zstandard.compress}[encoding]
+    assert Content(Kind.JSON, b"", encoding).with_model(compress(body), "b@sha256:00", 1000) == b'{"messages": [], "model": "b@sha256:00"}'
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_model_in_a_form_changes_that_part_alone(first: bool) -> None:
+    """Audio and boundaries stay byte for byte."""
+    model = b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nacme/a\r\n'
+    file = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.wav"\r\nContent-Type: audio/wav\r\n\r\n\x00\r\nmodel\xff\r\n'
+    body = (model + file if first else file + model) + b"--B--\r\n"
+    renamed = Content(Kind.FORM, b"B", "").with_model(body, "acme/a@sha256:00", 1000)
+    assert renamed == body.replace(b"acme/a", b"acme/a@sha256:00")
+    assert form_model(renamed, b"B") == "acme/a@sha256:00"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from extproc.core.scanner import Scanner, judge
+from extproc.core.scanner import Scanner, judge, rename
 from extproc.errors import InvalidRequest
 
 # ---- a strict reader of the same text, and writers of many spellings
@@ -353,3 +353,62 @@ def test_a_key_longer_than_any_spelling_of_model_is_passed_over() -> None:
     """It is not kept, and what follows is read as ever."""
     body = b'{"' + b"model" * 1000 + b'":"no","model":"a"}'
     assert fed(body, [50, 3000]) == fed_bytewise(body) == "a"
+
+
+# -- another model in the same body
+
+
+@pytest.mark.parametrize(
+    ("body", "renamed"),
+    [
+        (b'{"model":"a"}', b'{"model":"b@sha256:00"}'),
+        (b' {\n"x": {"model": "a"}, "model" : "a" , "model2":"a"} ', b' {\n"x": {"model": "a"}, "model" : "b@sha256:00" , "model2":"a"} '),
+        (b'{"mod\\u0065l":"\\u0061\\"","y":1}', b'{"mod\\u0065l":"b@sha256:00","y":1}'),
+        ('{"messages":["é\\"model\\":"],"model":"a"}'.encode(), '{"messages":["é\\"model\\":"],"model":"b@sha256:00"}'.encode()),
+    ],
+)
+def test_another_model_changes_its_value_alone(body: bytes, renamed: bytes) -> None:
+    """Whitespace, order, escapes and look-alikes stay byte for byte."""
+    judge(body)
+    assert rename(body, "b@sha256:00") == renamed
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=8), st.recursive(st.text(max_size=8) | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+    ),
+    st.text(min_size=1),
+    st.text(min_size=1),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_any_body_reads_as_before_but_for_the_model(others: dict[str, Any], old: str, new: str, place: int, ascii_only: bool) -> None:
+    """Wherever it stands, whatever stands around it."""
+    others.pop("model", None)
+    pairs = list(others.items())
+    pairs.insert(min(place, len(pairs)), ("model", old))
+    body = json.dumps(dict(pairs), ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    try:
+        judge(body)
+    except InvalidRequest:
+        return
+    try:
+        new.encode()
+    except UnicodeEncodeError:
+        return
+    assert json.loads(rename(body, new)) == {**dict(pairs), "model": new}
+
+
+@given(st.binary(max_size=40), st.lists(st.integers(1, 7), min_size=1))
+def test_the_span_does_not_depend_on_the_chunks(filler: bytes, sizes: list[int]) -> None:
+    """It is where the value stands in all that was fed."""
+    body = json.dumps({"x": filler.hex(), "model": 'a\\"b', "z": 1}).encode()
+    whole, piecewise = Scanner(), Scanner()
+    whole.feed(body)
+    position = 0
+    while position < len(body):
+        size = sizes[position % len(sizes)]
+        piecewise.feed(body[position : position + size])
+        position += size
+    assert piecewise.span == whole.span
+    assert json.loads(body[slice(*whole.span)]) == 'a\\"b'

@@ -65,7 +65,7 @@ async def open_stager(node: Path, clock: Clock) -> AsyncIterator[OpenStager]:
     opened: list[Stager] = []
 
     async def open_(*origins: Origin, engine_url: str = "", **settings: Any) -> Stager:
-        engine = EngineSettings(url=engine_url, base_model=BASE_MODEL, max_lora_rank=8)
+        engine = EngineSettings(url=engine_url, base_model=BASE_MODEL, max_lora_rank=8, quiet_s=0.0)
         chosen = StagerSettings(**{"dir": str(node), "lease_s": 300.0, "negative_ttl_s": 10.0, "engine": engine, **settings})
         stager = Stager(chosen, [Source(origin, clock=clock) for origin in origins], Engine(chosen.engine), StagerMetrics(), clock)
         opened.append(stager)
