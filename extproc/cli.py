@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -80,25 +81,33 @@ def up(
     nodes: Annotated[int, typer.Option(min=1, max=16, help="Nodes, each a stager and an engine.")] = 3,
     directory: Annotated[Path | None, typer.Option("--dir", help="Where everything lies. Default: ~/.cache/lora-extproc.")] = None,
     origin: Annotated[list[str] | None, typer.Option(help="`hf`, `s3://bucket/prefix`, `https://host/prefix` or `/path`; repeatable.")] = None,
-    engine: Annotated[str, typer.Option(help="`sim`, or the URLs of running model servers, separated by commas.")] = "sim",
+    engine: Annotated[str, typer.Option(help="`sim`, `vllm`, or the URLs of running model servers, separated by commas.")] = "sim",
+    vllm_python: Annotated[Path | None, typer.Option(help="With `--engine vllm`: the Python that has vLLM. Default: this one.")] = None,
+    model: Annotated[str, typer.Option(help="With `--engine vllm`: its `--model`. Default: a tiny one that is made here.")] = "",
+    vllm_args: Annotated[str, typer.Option(help="With `--engine vllm`: more of its arguments, as one text.")] = "",
     offline: Annotated[bool, typer.Option("--offline", help="Leave the Hugging Face hub out.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Send one request of each kind, compare the answers, and exit.")] = False,
     config: ConfigFile = None,
 ) -> None:
     """Start everything on this machine: a real Envoy, a router, and nodes."""
-    from .up import run, stack
+    from .up import run, stack, vllm
 
     if check and (origin or engine != "sim"):
         raise StartError("--check runs with the demo adapters on simulated engines: leave --origin and --engine out")
-    engines = () if engine == "sim" else tuple(url.strip() for url in engine.split(",") if url.strip())
+    engines = () if engine in ("sim", "vllm") else tuple(url.strip() for url in engine.split(",") if url.strip())
     for url in engines:
         if not url.startswith("http://"):
-            raise StartError(f"--engine {url}: `sim` or http://host:port is needed")
+            raise StartError(f"--engine {url}: `sim`, `vllm` or http://host:port is needed")
+    if engine != "vllm" and (vllm_python or model or vllm_args):
+        raise StartError("--vllm-python, --model and --vllm-args go with --engine vllm")
+    if model and not origin:
+        raise StartError("--model: the demo adapters are for the tiny model; say where yours are with --origin")
+    server = vllm.Vllm(vllm.find_python(vllm_python), model, arguments=tuple(shlex.split(vllm_args))) if engine == "vllm" else None
     settings = _settings(config)
     origins = tuple(parse_origin(text) for text in origin or ())
     with tempfile.TemporaryDirectory(prefix="lora-extproc-") as temporary:
         where = directory or (Path(temporary) if check else Path("~/.cache/lora-extproc").expanduser())
-        plan = stack.Plan(where.absolute(), port, nodes, origins, not (offline or check), engines, settings)
+        plan = stack.Plan(where.absolute(), port, nodes, origins, not (offline or check), engines, server, settings)
         succeeded = asyncio.run(run.run(plan, check=check))
     raise typer.Exit(0 if succeeded else 1)
 

@@ -4,12 +4,14 @@ What is concluded from its answers is in this file (vLLM) and in `sglang.py`; ev
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -105,6 +107,17 @@ class Engine:
             self.keeps_prefixes, self._can_sleep, self._takes_adapters = False, True, None  # it may come back with other settings
             return "the engine is not healthy"
         return None
+
+    async def until_it_hangs_up(self) -> None:
+        """Hold a connection and say nothing. A process that dies closes it at once; the next look at its health may be a second away."""
+        address = urlsplit(self._url)
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection(address.hostname, address.port or (443 if address.scheme == "https" else 80))
+            try:
+                while await reader.read(4096):
+                    pass
+            finally:
+                writer.close()
 
     async def known(self) -> Known:
         """What it resolves without looking at the disk first, with the directory of each adapter; it may read their files at any time."""

@@ -50,6 +50,7 @@ from .verify import CONFIG_FILE
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
+RECONNECT_S = 0.1  # to an engine that hung up, and is well
 COMPARE_S = 5.0  # between two looks at what the engine knows; one that was restarted was away for longer, which is seen at once
 TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
 FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
@@ -143,6 +144,7 @@ class Stager:
         self._next_trim = 0.0
         self._scan: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
+        self._engine_watch: asyncio.Task[None] | None = None
         self._expose()
 
     @property
@@ -179,6 +181,8 @@ class Stager:
             self._readiness.set("engine", "the engine was not asked yet")
         self._readiness.set("start", None)
         self._housekeeping = asyncio.create_task(self._keep_house(), name="housekeeping")
+        if self._engine.exists:
+            self._engine_watch = asyncio.create_task(self._watch_engine(), name="engine")
 
     def drain(self) -> None:
         """Tell routers that this node will be gone soon."""
@@ -187,7 +191,7 @@ class Stager:
 
     async def close(self) -> None:
         """Give up flights, leave nothing half done, and let the directory go."""
-        for task in (self._housekeeping, self._scan):
+        for task in (self._housekeeping, self._engine_watch, self._scan):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -534,6 +538,16 @@ class Stager:
             except EngineUnreachable as error:
                 why = error.message
         self._readiness.set("engine", why)
+
+    async def _watch_engine(self) -> None:
+        """Notice its end at once: until routers know, every request that they send here fails."""
+        while True:
+            if "engine" not in self._readiness:
+                await self._engine.until_it_hangs_up()
+                self._next_comparison = 0.0
+                if (why := await self._engine.why_not_ready()) is not None:
+                    self._readiness.set("engine", why)
+            await asyncio.sleep(RECONNECT_S)
 
     async def _compare_loads(self) -> None:
         """An engine that was restarted knows nothing: what is in demand is loaded again before anybody is sent there, the rest when it is asked for."""

