@@ -144,6 +144,7 @@ def sim(
     max_cpu_loras: Annotated[int, typer.Option(min=1, help="Adapters kept in memory.")] = 16,
     max_lora_rank: Annotated[int, typer.Option(min=1, help="Higher ranks are refused.")] = 512,
     token_ms: Annotated[float, typer.Option(min=0, help="Time per token.")] = 0.0,
+    dev_mode: Annotated[bool, typer.Option("--dev-mode", help="As a vLLM with VLLM_SERVER_DEV_MODE=1.")] = False,
 ) -> None:
     """Run a simulated engine: vLLM's API, no model."""
     from .process import run, set_up_logging
@@ -152,7 +153,7 @@ def sim(
 
     set_up_logging("info")
     adapters = Adapters(base_model=base_model, root=root, cache_dir=directory, max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=max_lora_rank)
-    run(lambda stop: serve(SimEngine(adapters, token_s=token_ms / 1000), listen, stop))
+    run(lambda stop: serve(SimEngine(adapters, token_s=token_ms / 1000, dev_mode=dev_mode), listen, stop))
 
 
 @app.command("check")

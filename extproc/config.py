@@ -118,6 +118,8 @@ class RouterSettings(Group):
     """The header by which a client sets that time for itself: `30`, `30s`, `500ms`, `2m`."""
     max_stage_deadline_s: Seconds = 300.0
     """The longest time that a client can set. At most `envoy.hold_s`."""
+    no_space_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """How long of that time a request is held while no candidate has room, in case a lease ends; then it is answered 503 `no_space`."""
     max_waiting: Annotated[int, Field(ge=1)] = 20_000
     """Requests that may wait for adapters at once; more are answered 429 `overloaded`."""
     max_waiting_per_adapter: Annotated[int, Field(ge=1)] = 5_000
@@ -266,7 +268,7 @@ class EngineSettings(Group):
     """How long one call to the engine may take."""
     load_timeout_s: Seconds = 60.0
     """How long one load may take."""
-    quiet_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    quiet_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     """How long a flight that needs room waits for the engine to be done with an adapter that could go. 0: not at all."""
 
     @model_validator(mode="after")

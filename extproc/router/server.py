@@ -64,7 +64,7 @@ class Server:
         self.processor = Processor(
             membership=self.membership,
             catalog=self._catalog,
-            staging=Staging(self._residency, holding, self.metrics),
+            staging=Staging(self._residency, holding, self.metrics, self._settings.no_space_wait_s),
             steering=Steering(cluster_header, self._settings.max_retry_endpoints),
             policy=policy,
             metrics=self.metrics,

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ..core.decision import Forward
 from ..core.endpoint import Endpoint
-from ..errors import LoraExtprocError, NoEndpoint, StageDeadline
+from ..errors import LoraExtprocError, NoEndpoint, NoSpace, StageDeadline
 from ..metrics import RouterMetrics
 from .holding import Holding
 from .residency import Residency
 
 MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
+NO_SPACE_PAUSE_S = 0.25
 
 
 @dataclass(slots=True)
@@ -29,8 +30,11 @@ class Placed:
 class Staging:
     """Waits for stagers. Every wait is bounded by the deadline and can be cancelled; the fetch it waits for goes on."""
 
-    def __init__(self, residency: Residency, holding: Holding, metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, residency: Residency, holding: Holding, metrics: RouterMetrics, no_space_wait_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._residency = residency
+        self._no_space_wait_s = no_space_wait_s
         self._holding = holding
         self._metrics = metrics
         self._clock = clock
@@ -51,6 +55,8 @@ class Staging:
     async def wait(self, forward: Forward) -> Placed:
         """Walk the candidates. A failure that another node would share ends the walk; one that it may not share goes on to the next.
 
+        Where all are full, the walk is repeated for a while: leases end, engines finish.
+
         Raises the first kind at once, the last of the second kind, StageDeadline, or Overloaded if too many wait already.
         """
         began = self._clock()
@@ -58,24 +64,35 @@ class Staging:
         with self._holding.waiting(forward.adapter):
             try:
                 async with asyncio.timeout(forward.wait_s):
-                    for endpoint in self._with_room_first([e for e in forward.candidates if e.stager][:MAX_CANDIDATES]):
-                        try:
-                            staged = await self._residency.ensure(endpoint, forward.adapter, plain=forward.plain)
-                        except LoraExtprocError as error:
-                            if error.shared:
-                                raise
-                            self._metrics.failovers.inc()
-                            failure = error
-                            continue
-                        waited = self._clock() - began
-                        outcome = "failover" if endpoint is not forward.candidates[0] else "staged" if staged.staged else "hit"
-                        model = _other(staged.model, forward.adapter)
-                        return Placed(self._having(forward, endpoint, model), outcome, staged.origin if staged.staged else "", waited, model)
+                    while True:
+                        placed, failure = await self._walk(forward, began, failure)
+                        if placed is not None:
+                            return placed
+                        if not isinstance(failure, NoSpace) or self._clock() - began >= self._no_space_wait_s:
+                            break
+                        await asyncio.sleep(NO_SPACE_PAUSE_S)
             except TimeoutError:
                 failure = StageDeadline(f"{forward.adapter} is still being fetched after {forward.wait_s:g} s")
             finally:
                 self._metrics.wait.observe(self._clock() - began)
         raise failure
+
+    async def _walk(self, forward: Forward, began: float, failure: LoraExtprocError) -> tuple[Placed | None, LoraExtprocError]:
+        """Every candidate once: where it is, or the last one's failure. Raises what every node would answer."""
+        for endpoint in self._with_room_first([e for e in forward.candidates if e.stager][:MAX_CANDIDATES]):
+            try:
+                staged = await self._residency.ensure(endpoint, forward.adapter, plain=forward.plain)
+            except LoraExtprocError as error:
+                if error.shared:
+                    raise
+                self._metrics.failovers.inc()
+                failure = error
+                continue
+            waited = self._clock() - began
+            outcome = "failover" if endpoint is not forward.candidates[0] else "staged" if staged.staged else "hit"
+            model = _other(staged.model, forward.adapter)
+            return Placed(self._having(forward, endpoint, model), outcome, staged.origin if staged.staged else "", waited, model), failure
+        return None, failure
 
     def _with_room_first(self, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
         """In their order, but those whose engine already has as many adapters in demand as it keeps in memory last: each more would cost a load per turn."""

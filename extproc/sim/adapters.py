@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"})  # a Llama's
+
 
 class SimError(Exception):
     """An answer with vLLM's status, type and text."""
@@ -72,8 +74,8 @@ def _read_weights(name: str, path: str, weights_path: str, config: dict[str, Any
             raise LoadError("Error while deserializing header: incomplete metadata, file not fully covered")
         modules = {m for t in tensors for m in [t.rpartition(".lora_")[0].rpartition(".")[2]]}
         targets = config.get("target_modules") or []
-        if isinstance(targets, list) and not modules <= set(targets):
-            raise LoadError("unexpected modules in the adapter")
+        if not modules <= MODULES or (isinstance(targets, list) and not modules <= set(targets)):
+            raise LoadError(f"While loading <path>, expected target modules in {sorted(MODULES)} but received {sorted(modules)}")
         file.seek(0)
         return Loaded(name, path, hashlib.file_digest(file, "sha256").hexdigest())
 

@@ -38,6 +38,7 @@ from .fetcher import Fetcher
 from .flights import Flights
 from .freshness import Freshness
 from .holdings import Holdings, Named
+from .keeper import EngineKeeper
 from .loads import Loads
 from .peers import Peers
 from .readiness import Readiness
@@ -50,8 +51,6 @@ from .verify import CONFIG_FILE
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
-RECONNECT_S = 0.1  # to an engine that hung up, and is well
-COMPARE_S = 5.0  # between two looks at what the engine knows; one that was restarted was away for longer, which is seen at once
 TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
 FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
 MAX_REMEMBERED_MISSES = 10_000
@@ -116,6 +115,7 @@ class Stager:
         self._engine = engine
         self._clock = clock
         self._loads = Loads(engine, self.store, self.holdings, metrics, settings.negative_ttl_s, clock)
+        self._keeper = EngineKeeper(engine, self._loads, self._readiness, self.changes, clock)
         quiet_s = settings.engine.quiet_s
         self._remover = Remover(self.store, self.holdings, engine, self._loads, self.changes, self._readiness, metrics, quiet_s, clock)
         peers = peers or Peers(settings.peers, {}, self.instance)
@@ -139,12 +139,10 @@ class Stager:
         self._missing: dict[AdapterName, tuple[float, LoraExtprocError]] = {}  # what no origin gives -> until when that is remembered, and why
         self._space_told: tuple[int, int] = (-1, -1)
         self._demand_told: tuple[int, int] = (0, 0)
-        self._next_comparison = 0.0
         self._next_scan = 0.0
         self._next_trim = 0.0
         self._scan: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
-        self._engine_watch: asyncio.Task[None] | None = None
         self._expose()
 
     @property
@@ -177,12 +175,9 @@ class Stager:
             log.info("%s: removed %s: it was not whole, or a newer version is there", self._settings.dir, left)
         if self._settings.adopt:
             await asyncio.wait({self._start_scan()}, timeout=FIRST_SCAN_S)
-        if self._engine.exists:
-            self._readiness.set("engine", "the engine was not asked yet")
+        self._keeper.open()
         self._readiness.set("start", None)
         self._housekeeping = asyncio.create_task(self._keep_house(), name="housekeeping")
-        if self._engine.exists:
-            self._engine_watch = asyncio.create_task(self._watch_engine(), name="engine")
 
     def drain(self) -> None:
         """Tell routers that this node will be gone soon."""
@@ -191,10 +186,11 @@ class Stager:
 
     async def close(self) -> None:
         """Give up flights, leave nothing half done, and let the directory go."""
-        for task in (self._housekeeping, self._engine_watch, self._scan):
+        for task in (self._housekeeping, self._scan):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        await self._keeper.close()
         await self._freshness.close()
         await self._in_flight.close()
         await self._loads.close()
@@ -507,7 +503,7 @@ class Stager:
         """Every second: the engine's health, the disk's, room in advance, what others put here."""
         while True:
             try:
-                await self._check_engine()
+                await self._keeper.check()
                 await self._check_disk()
                 await self._trim()
                 await self._remover.remove_retired()
@@ -525,40 +521,6 @@ class Stager:
         self._scan = asyncio.create_task(self._adopter.scan(), name="scan")
         return self._scan
 
-    async def _check_engine(self) -> None:
-        """Its health; what it knows, when it comes back and now and then; what it says of itself."""
-        if not self._engine.exists:
-            return
-        why = await self._engine.why_not_ready()
-        if why is None:
-            try:
-                if "engine" in self._readiness or self._clock() >= self._next_comparison:
-                    await self._compare_loads()
-                    self._next_comparison = self._clock() + COMPARE_S
-            except EngineUnreachable as error:
-                why = error.message
-        self._readiness.set("engine", why)
-
-    async def _watch_engine(self) -> None:
-        """Notice its end at once: until routers know, every request that they send here fails."""
-        while True:
-            if "engine" not in self._readiness:
-                await self._engine.until_it_hangs_up()
-                self._next_comparison = 0.0
-                if (why := await self._engine.why_not_ready()) is not None:
-                    self._readiness.set("engine", why)
-            await asyncio.sleep(RECONNECT_S)
-
-    async def _compare_loads(self) -> None:
-        """An engine that was restarted knows nothing: what is in demand is loaded again before anybody is sent there, the rest when it is asked for."""
-        lost = await self._loads.compare()
-        if lost:
-            log.warning("the engine has lost %d adapters", len(lost))
-            self._readiness.set("engine", "the engine was restarted, and loads what is in demand")
-            for name in await self._loads.load_again(lost):
-                self.changes.tell("evicted", name)  # no router may count on it
-        await self._engine.learn_limits()
-
     async def _check_disk(self) -> None:
         """After a failure: whether the disk can be written again."""
         if self.store.has_leftovers:
@@ -575,7 +537,7 @@ class Stager:
     async def _trim(self) -> None:
         """Room in advance, unless it would be in vain: what has to stay counts as used just now, and the order in which they go would be lost."""
         index, settings = self.holdings.index, self._settings
-        if "engine" in self._readiness or "disk" in self._readiness or self._clock() < self._next_trim:
+        if not self._keeper.is_well or "disk" in self._readiness or self._clock() < self._next_trim:
             return
         is_above = index.used_bytes + index.reserved_bytes > settings.high_watermark * settings.max_bytes
         if is_above and settings.high_watermark < 1 and not await self._remover.trim(int(settings.low_watermark * settings.max_bytes)):

@@ -90,7 +90,14 @@ class Router:
     """The router's parts around scripted stagers: one pool, one endpoint per stager."""
 
     def __init__(
-        self, count: int = 3, *, deadline_s: float = 60.0, max_body_bytes: int = 2**20, steering: Steering | None = None, tracing: Tracing | None = None
+        self,
+        count: int = 3,
+        *,
+        deadline_s: float = 60.0,
+        max_body_bytes: int = 2**20,
+        no_space_wait_s: float = 0.0,
+        steering: Steering | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.now = 0.0
         self.stagers = {f"10.0.0.{i}:9102": ScriptedStager(f"10.0.0.{i}:9102") for i in range(1, count + 1)}
@@ -101,7 +108,7 @@ class Router:
         self.catalog = Catalog([self.pool], self.stagers)
         self.membership = Membership([self.pool], self.residency, self.catalog, self.metrics)
         self.holding = Holding(self.metrics, max_waiting=10, max_waiting_per_adapter=3, max_bytes=4 * max_body_bytes)
-        self.staging = Staging(self.residency, self.holding, self.metrics, clock=lambda: self.now)
+        self.staging = Staging(self.residency, self.holding, self.metrics, no_space_wait_s, clock=lambda: self.now)
         policy = Policy(stage_deadline_s=deadline_s)
         self.processor = Processor(
             self.membership, self.staging, self.catalog, steering or Steering(), policy, self.metrics, self.holding, max_body_bytes, tracing

@@ -5,6 +5,7 @@ import json
 
 from extproc.client import Demand, Loading, Refreshed
 from extproc.core.endpoint import Endpoint
+from extproc.errors import NoSpace
 from extproc.pb import ext_proc_pb2 as pb
 from extproc.router import residency as residency_module
 from tests.fakes.wait import VirtualLoop, until
@@ -133,3 +134,27 @@ async def test_unknown_slots_are_no_limit() -> None:
     full(router, owner)
     router.residency.forget_stager(owner.stager)
     assert not router.residency.is_full(owner)
+
+
+def test_where_no_node_has_room_the_walk_is_repeated_for_a_while() -> None:
+    """A lease ends, and the request that was held gets its place; one that nobody makes room for is told so in the end."""
+
+    async def main() -> None:
+        router = Router(2, no_space_wait_s=10.0)
+        router.staging._clock = asyncio.get_running_loop().time
+        for stager in router.stagers.values():
+            stager.error = NoSpace("full")
+        held = Gateway(router, chat("a"))
+        await asyncio.sleep(5)
+        assert not held.written
+        router.stager_of(router.owner("a")).error = None
+        await held.end()
+        assert held.destination().split(",")[0] == router.owner("a").address
+        router.stager_of(router.owner("a")).error = NoSpace("full")
+        began = asyncio.get_running_loop().time()
+        refused = await served(router, "b")
+        assert refused.immediate().details == "no_space"
+        assert 10 <= asyncio.get_running_loop().time() - began < 11
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())

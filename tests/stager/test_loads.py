@@ -246,7 +246,7 @@ async def test_a_restarted_stager_finds_what_the_engine_knows(open_stager: OpenS
     model = (await held(stager)).model
     await stager.close()
     again = await open_stager(origin, engine_url=engine.url)
-    await again._compare_loads()
+    await again._keeper.compare()
     assert (await held(again)).model == model
     assert engine.calls.count("/v1/load_lora_adapter") == 1
     clock.now += 1000
@@ -404,5 +404,5 @@ async def test_demand_is_what_is_leased_and_is_told(open_stager: OpenStager, eng
 async def test_the_engine_tells_how_many_run_at_once(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
     """Where the settings do not."""
     stager = await open_stager(origin, engine_url=engine.url)
-    await stager._compare_loads()
+    await stager._keeper.compare()
     assert stager._engine.limits.max_loras == 1

@@ -109,8 +109,8 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, prompt: str,
         if response.status != 200:
             return Said(response.status, "", error=await response.text())
         chunks = [await response.json()] if not stream else await _events(response)
-    tokens_said = [token for chunk in chunks if chunk.get("choices") for token in chunk["choices"][0]["token_ids"] or ()]
-    text = " ".join(map(str, tokens_said))  # the ids: most of them are no letters
+    tokens_said = [token for chunk in chunks if chunk.get("choices") for token in chunk["choices"][0].get("token_ids") or ()]
+    text = " ".join(map(str, tokens_said))  # the ids: most of them are no letters; the simulated engine has none
     return Said(200, text, tuple(dict.fromkeys(str(chunk.get("model")) for chunk in chunks)), "".join(str(c["error"]) for c in chunks if "error" in c))
 
 
@@ -138,14 +138,14 @@ async def started(vllm_python: Path, root: Path, names: Sequence[str] = (), *, n
     try:
         beside = await spawn("fresh-engine", server.command(address, str(base)), root, environment=server.environment())
         async with Stack(plan) as stack, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-            await _until_healthy(session, address)
+            await until_healthy(session, address)
             yield Engines(stack, origin, str(base), f"http://{address}", session)
     finally:
         if beside is not None:
             await stop([beside], 5.0)
 
 
-async def _until_healthy(session: aiohttp.ClientSession, address: str) -> None:
+async def until_healthy(session: aiohttp.ClientSession, address: str) -> None:
     async with asyncio.timeout(START_S):
         while True:
             with contextlib.suppress(aiohttp.ClientError):
