@@ -180,3 +180,53 @@ async def test_no_url_means_no_engine() -> None:
     engine = Engine(EngineSettings(url=""))
     assert not engine.exists
     await engine.close()
+
+
+async def test_a_key_in_a_file_is_read_anew_for_each_call(scripted: tuple[ScriptedEngine, str], tmp_path: Path) -> None:
+    """It may be rotated; one that cannot be read concludes nothing."""
+    file = tmp_path / "key"
+    engine = Engine(EngineSettings(url=scripted[1], api_key_file=str(file)))
+    for key in ("first", "second"):
+        file.write_text(f"{key}\n")
+        scripted[0].answers["GET /metrics"] = metrics()
+        await engine.requests()
+    file.unlink()
+    with pytest.raises(EngineUnreachable, match="api_key_file"):
+        await engine.requests()
+    await engine.close()
+    assert scripted[0].headers == ["Bearer first", "Bearer second"]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+async def test_at_most_so_many_adapters_are_loaded_at_once(tmp_path: Path, most: int) -> None:
+    """Each load stalls what the engine generates."""
+    async with running_engine(tmp_path) as sim:
+        engine = Engine(EngineSettings(url=sim.url, max_loads=most))
+        under_way = highest = 0
+
+        async def count(path: str) -> web.Response | None:
+            nonlocal under_way, highest
+            under_way += 1
+            highest = max(highest, under_way)
+            await asyncio.sleep(0.01)
+            under_way -= 1
+            return web.Response(text="Success")
+
+        sim.step = count
+        await asyncio.gather(*(engine.load(str(number), tmp_path) for number in range(6)))
+        await engine.close()
+    assert highest == most
+
+
+async def test_an_end_is_noticed_by_the_connection_that_it_closes(tmp_path: Path) -> None:
+    """Not by the next look at its health."""
+    async with running_engine(tmp_path) as sim:
+        engine = Engine(EngineSettings(url=sim.url))
+        hung_up = asyncio.create_task(engine.until_it_hangs_up())
+        await asyncio.sleep(0.05)
+        assert not hung_up.done()
+        await sim.stop()
+        async with asyncio.timeout(5):
+            await hung_up
+            await engine.until_it_hangs_up()  # nobody is there: at once
+        await engine.close()

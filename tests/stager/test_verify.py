@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from extproc.errors import InvalidAdapter
-from extproc.stager.verify import MAX_CONFIG_BYTES, AdapterConfig, check_config, check_files, check_weights
+from extproc.stager.verify import MAX_CONFIG_BYTES, AdapterConfig, check_config, check_files, check_weights, hidden_size, with_base
 from tests.fakes.adapters import CONFIG, HIDDEN, LAYERS, PICKLE, RANK, WEIGHTS, small_files, split
 from tests.fakes.adapters import safetensors as file_of
 
@@ -353,3 +353,66 @@ def test_safetensors_are_checked_though_pickle_is_allowed_and_there(tmp_path: Pa
     (tmp_path / WEIGHTS).write_bytes(b"broken")
     with pytest.raises(InvalidAdapter, match="no safetensors header"):
         check_files(tmp_path, LORA, allow_pickle=True)
+
+
+# -- against the base model
+
+
+LAYER = "base_model.model.model.layers.0."
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "is_refused"),
+    [
+        (f"{LAYER}self_attn.q_proj.lora_A.weight", (4, 8), False),
+        (f"{LAYER}self_attn.q_proj.lora_A.weight", (4, 4), True),
+        (f"{LAYER}self_attn.q_proj.lora_B.weight", (4, 4), False),  # grouped heads, or others than hidden / heads: not ours to know
+        (f"{LAYER}self_attn.o_proj.lora_B.weight", (16, 4), True),
+        (f"{LAYER}mlp.down_proj.lora_A.weight", (4, 32), False),
+        (f"{LAYER}mlp.down_proj.lora_B.weight", (32, 4), True),
+        (f"{LAYER}mlp.experts.0.up_proj.lora_A.weight", (4, 4), False),
+        ("base_model.model.vision_tower.layers.0.self_attn.q_proj.lora_A.weight", (4, 4), False),
+        ("base_model.model.lm_head.lora_A.weight", (4, 4), False),
+        ("q_proj.lora_A.weight", (4, 4), False),
+    ],
+)
+def test_tensors_of_another_width_than_the_base_model_are_refused(tmp_path: Path, name: str, shape: tuple[int, int], is_refused: bool) -> None:
+    """vLLM would take narrower ones without a word. Only what reads or writes a decoder's hidden state is compared, and only where it is known."""
+    size = shape[0] * shape[1] * 4
+    path = weights_at(tmp_path, {name: {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}}, bytes(size))
+    config = AdapterConfig("base", 4, frozenset({4}), frozenset())
+    check_weights(path, config)
+    if is_refused:
+        with pytest.raises(InvalidAdapter, match="the base model has 8"):
+            check_weights(path, config, 8)
+    else:
+        check_weights(path, config, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "width"),
+    [
+        ('{"hidden_size": 64}', 64),
+        ('{"text_config": {"hidden_size": 32}, "vision_config": {"hidden_size": 16}}', 32),
+        ("{}", 0),
+        ('{"hidden_size": "64"}', 0),
+        ('{"hidden_size": true}', 0),
+        ("[]", 0),
+        ("{", 0),
+    ],
+)
+def test_a_base_models_width_is_read_where_it_stands(tmp_path: Path, text: str, width: int) -> None:
+    """What cannot be read is not known, and nothing is compared."""
+    file = tmp_path / "config.json"
+    assert hidden_size(file) == 0
+    file.write_text(text)
+    assert hidden_size(file) == width
+
+
+def test_a_base_model_may_have_other_names() -> None:
+    """Patterns; with the name that the engine needs the rest stays as it was."""
+    text = config_with(base_model_name_or_path="org/llama-8b")
+    assert check_config(text, base_model="/models/llama", base_names=("org/llama-*",)).base_model == "org/llama-8b"
+    with pytest.raises(InvalidAdapter, match="org/llama-8b"):
+        check_config(text, base_model="/models/llama", base_names=("else/*",))
+    assert json.loads(with_base(text, "/models/llama")) == {**GOOD, "base_model_name_or_path": "/models/llama"}

@@ -133,7 +133,9 @@ async def test_the_command_line_talks_to_a_running_stager(tmp_path: Path, lease_
     assert (code, error) == (1, f"lora-extproc: no_endpoint: stager {stager}: unavailable\n")
 
 
-@pytest.mark.parametrize("what", ["busy port", "no envoy", "bad directory", "bad origin", "bad engine", "dead engine", "bad config"])
+@pytest.mark.parametrize(
+    "what", ["busy port", "no envoy", "bad directory", "bad origin", "bad engine", "dead engine", "no vllm", "no vllm there", "stray model", "bad config"]
+)
 async def test_what_cannot_start_is_one_sentence_and_code_2(tmp_path: Path, what: str) -> None:
     """Nothing is left running, nothing but the sentence is printed."""
     port = free_ports(1)[0]
@@ -155,6 +157,12 @@ async def test_what_cannot_start_is_one_sentence_and_code_2(tmp_path: Path, what
         arguments, said = [*arguments, "--origin", "ftp://x"], "--origin ftp://x"
     elif what == "bad engine":
         arguments, said = [*arguments, "--engine", "vllm.local:8000"], "http://host:port is needed"
+    elif what == "no vllm":
+        arguments, said = [*arguments, "--engine", "vllm"], "this Python has no vLLM; name one that has with --vllm-python PATH"
+    elif what == "no vllm there":
+        arguments, said = [*arguments, "--engine", "vllm", "--vllm-python", str(tmp_path / "python")], "no such file"
+    elif what == "stray model":
+        arguments, said = [*arguments, "--model", "org/llama"], "go with --engine vllm"
     elif what == "dead engine":
         arguments, said = [*arguments, "--engine", f"http://127.0.0.1:{port}"], "does not answer /v1/models"
     else:
