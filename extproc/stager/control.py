@@ -20,8 +20,9 @@ from ..core.artifact import adapter_name
 from ..credentials import matches
 from ..errors import InvalidRequest, LoraExtprocError, NotPermitted
 from ..process import control_app
+from .audit import Verified
 from .service import ensure_reply, list_reply, stated_sha256, watch_events
-from .stager import Stager, Verified
+from .stager import Stager
 from .transfer import Job
 
 

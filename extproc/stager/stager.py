@@ -32,6 +32,7 @@ from ..errors import (
 from ..flight import SingleFlight, to_the_end
 from ..metrics import StagerMetrics
 from .adopter import Adopter
+from .audit import Auditor, Verified
 from .changes import Changes
 from .engine import Engine
 from .fetcher import Fetcher
@@ -44,7 +45,7 @@ from .peers import Peers
 from .readiness import Readiness
 from .remover import Remover
 from .sources import Source
-from .store import Store, hash_file
+from .store import Store
 from .transfer import Job
 from .verify import CONFIG_FILE
 
@@ -76,17 +77,6 @@ class Ensured:
     lease_s: float
     waited_s: float
     model: str = ""  # what a request's `model` must be for the engine; "": the adapter's name, or nobody asked
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What reading one artifact back from the disk gave."""
-
-    name: AdapterName
-    digest: str
-    size: int
-    why: str  # "": it is what it was
-    removed: bool = False
 
 
 class Stager:
@@ -121,6 +111,7 @@ class Stager:
         peers = peers or Peers(settings.peers, {}, self.instance)
         self._fetcher = Fetcher(settings, sources, peers, self.store, self.holdings, self._remover, engine, metrics, clock)
         self._adopter = Adopter(settings, self.store, self.holdings, self.changes, clock)
+        self._auditor = Auditor(self.store, self.holdings, self._remover, self._adopter, metrics, clock)
         self._freshness = Freshness(
             settings.revalidate_s,
             self.store,
@@ -319,28 +310,9 @@ class Stager:
             raise ModelNotFound(f"{name} is not on this node")
         return await self._freshness.refresh(name)
 
-    async def verify(self, raw_name: str = "") -> AsyncIterator[Verified]:
-        """Read artifacts back from the disk and compare them with their digests. What differs is removed, unless the engine may read it.
-
-        What others put here is only reported: its owner may be writing a new version.
-        """
-        if raw_name and self.holdings.get(adapter_name(raw_name)) is None:
-            raise ModelNotFound(f"{raw_name} is not on this node")
-        for name in [adapter_name(raw_name)] if raw_name else sorted(self.holdings):
-            named = self.holdings.get(name)
-            entry = self.holdings.index.get(named.id) if named is not None else None
-            if named is None or entry is None:
-                continue
-            why = await asyncio.to_thread(self._differs, name, named)
-            names, removed = self.holdings.names_of(named.id), False
-            if why:
-                self.metrics.verify_failures.labels("disk").inc()
-                log.error("%s: %s", name, why)
-                # With all its names: while one is left, the content is, and whoever stages another would be shown it as there already.
-                if "@" not in named.id and self.holdings.index.leave(named.id, self._clock(), force=True):
-                    removed = await self._remover.remove(named.id, "damaged") is None
-            for each in names if removed else (name,):
-                yield Verified(each, named.digest, entry.size, why, removed)
+    def verify(self, raw_name: str = "") -> AsyncIterator[Verified]:
+        """Read artifacts back from the disk: `raw_name`, or all. Raises ModelNotFound for what is not here."""
+        return self._auditor.verify(raw_name)
 
     # -- what peers and lists need
 
@@ -469,19 +441,6 @@ class Stager:
     async def _weights_sha256(self, name: AdapterName) -> str:
         manifest = await self.manifest(name)
         return next((file.sha256 for file in manifest.files if file.path != CONFIG_FILE), "") if manifest is not None else ""
-
-    def _differs(self, name: AdapterName, named: Named) -> str:
-        """Why what is on disk is not what was published; "" if it is. Blocks."""
-        directory = self.store.path(named.id)
-        try:
-            if "@" in named.id:
-                return self._adopter.differs(name, named)
-            for file in self.store.manifest(named.digest).files:
-                if hash_file(directory / file.path, file.path) != file:
-                    return f"{file.path} is not what was published"
-        except (OSError, LoraExtprocError) as error:
-            return f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-        return ""
 
     def _read_pins(self) -> None:
         pins = self.store.read_json(PINS_FILE)
