@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import grpc
 import grpc.aio
 
-from ..client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE
+from ..client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE, Loading
 from ..config import PeerSettings
 from ..core.artifact import adapter_name
 from ..errors import (
@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..pb import stager_pb2 as pb
 from .changes import Change
-from .stager import Ensured, Loading, Stager
+from .stager import Ensured, Stager
 from .store import Store, disk_errors
 from .transfer import Pace, opened
 

@@ -13,10 +13,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import partial
 from pathlib import Path
 
+from ..client import Loading
 from ..config import StagerSettings
 from ..core.artifact import AdapterName, Manifest, adapter_name
 from ..core.breaker import STATES, Breaker
@@ -56,14 +56,6 @@ TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
 FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
 MAX_REMEMBERED_MISSES = 10_000
 PINS_FILE = ".pins.json"
-
-
-class Loading(IntEnum):
-    """What the engine has to know before an adapter counts as there; the numbers are those of `protos/stager.proto`."""
-
-    NONE = 0
-    VERSIONED = 1
-    PLAIN = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 NAMES = tuple(f"demo/{name}" for name in ("sql", "legal", "support", "medical", "code-review", "summarize", "translate", "json"))
@@ -52,6 +53,12 @@ def write_adapter(
         source = random.Random(seed)  # noqa: S311  # the same adapter each time, not a secret
         for begin in range(0, offset, _PIECE_BYTES):
             file.write(source.randbytes(min(_PIECE_BYTES, offset - begin)))
+    write_config(directory, base_model=base_model, rank=rank, modules=modules)
+    return weights
+
+
+def write_config(directory: Path, *, base_model: str, rank: int, modules: Sequence[str]) -> None:
+    """A PEFT LoRA configuration."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,4 +70,3 @@ def write_adapter(
         "target_modules": list(modules),
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    return weights

@@ -25,6 +25,7 @@ START_S = 45.0  # a cold start of nine Python processes on two slow cores takes 
 STOP_S = 5.0
 POLL_S = 0.05
 SIM_MAX_LORAS, SIM_MAX_CPU_LORAS = 4, 16
+MAX_RECORDS = 10_000  # of Envoy's access log, until somebody takes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ class Stack:
         self.routers: list[Router] = []
         self.admin = ""
         self._children: list[Child] = []
-        self._envoy: Child | None = None
+        self._records: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(MAX_RECORDS)
+        self._reading: asyncio.Task[None] | None = None
 
     @property
     def router_http(self) -> str:
@@ -115,16 +117,26 @@ class Stack:
         await self._stop()
 
     async def access_log(self) -> AsyncIterator[dict[str, Any]]:
-        """One record per request that Envoy has finished, until Envoy ends."""
-        assert self._envoy is not None
-        assert self._envoy.process.stdout is not None
-        async for line in self._envoy.process.stdout:
+        """One record per request that Envoy has finished, until Envoy ends. Of more than MAX_RECORDS that nobody takes, the oldest are lost."""
+        while (record := await self._records.get()) is not None:
+            yield record
+
+    async def _read_access_log(self, envoy: Child) -> None:
+        """Whoever takes the records or not: a full pipe would hold up Envoy, and its end would not be seen."""
+        assert envoy.process.stdout is not None
+        async for line in envoy.process.stdout:
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if isinstance(record, dict):
-                yield record
+                self._put(record)
+        self._put(None)
+
+    def _put(self, record: dict[str, Any] | None) -> None:
+        if self._records.full():
+            self._records.get_nowait()
+        self._records.put_nowait(record)
 
     async def exits(self) -> AsyncIterator[Child]:
         """Each child that ends by itself, as it does."""
@@ -185,7 +197,7 @@ class Stack:
         bootstrap = _write(configs / "envoy.yaml", await asyncio.to_thread(envoyconfig.render, settings))
         command = [str(envoy), "-c", str(bootstrap), "--concurrency", "1", "-l", "warning", "--use-dynamic-base-id", "--drain-time-s", "1"]
         command += ["--file-flush-interval-msec", "100"]  # the access log is shown as it happens; Envoy's default is 10 s
-        self._envoy = await self._spawn("envoy", command, logs, pipe_output=True)
+        self._reading = asyncio.create_task(self._read_access_log(await self._spawn("envoy", command, logs, pipe_output=True)), name="access log")
         await self._wait_until_ready()
 
     async def _spawn(self, name: str, command: Sequence[str], logs: Path, *, pipe_output: bool = False, environment: Mapping[str, str] | None = None) -> Child:
@@ -196,6 +208,8 @@ class Stack:
     async def _stop(self) -> None:
         for part in ("envoy", "router", "stager", "engine"):  # from the client inwards: nobody is sent where nothing is any more
             await stop([child for child in self._children if part in child.name], STOP_S)
+        if self._reading is not None:
+            await self._reading
 
     def _lay_out(self) -> Settings:
         """Choose ports and directories, and put them into the settings."""

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .demo import NAMES
+from .demo import NAMES, write_config
 
 SERVED_NAME = "tiny"
 HIDDEN, LAYERS, HEADS, INNER, VOCABULARY = 64, 2, 2, 128, 512
@@ -84,17 +84,7 @@ def write_lora(
             shapes |= {f"{prefix}lora_A.weight": (rank, width), f"{prefix}lora_B.weight": (width, rank)}
     weights = directory / "adapter_model.safetensors"
     _write_safetensors(weights, shapes, seed=seed + 1, scale=scale)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": list(modules),
-    }
-    _dump(directory / "adapter_config.json", config)
+    write_config(directory, base_model=base_model, rank=rank, modules=modules)
     return weights
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from extproc.client import Loading
 from extproc.config import EngineSettings
 from extproc.core.artifact import adapter_name, versioned_name
 from extproc.errors import AdapterInUse, EngineUnreachable, GatewayProtocolError, InvalidAdapter, NoSpace
 from extproc.stager import loads as loads_module
 from extproc.stager import stager as stager_module
-from extproc.stager.stager import Ensured, Loading, Stager
+from extproc.stager.stager import Ensured, Stager
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.adapters import CONFIG, WEIGHTS, read_files, sha256, size_of, small_files
 from tests.fakes.engine import RunningEngine, running_engine

@@ -120,6 +120,21 @@ async def _events(response: aiohttp.ClientResponse) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def spoil(directory: Path, kind: str) -> None:
+    """Break an adapter's files in one way."""
+    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    if kind == "corrupt":
+        weights.write_bytes(b"this is not a safetensors file" * 40)
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif kind == "noweights":
+        weights.unlink()
+    elif kind == "badjson":
+        config.write_text("{not json")
+    elif kind == "nopeft":
+        config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "peft_type"}))
+
+
 @contextlib.asynccontextmanager
 async def started(vllm_python: Path, root: Path, names: Sequence[str] = (), *, nodes: int = 2, raw: dict[str, Any] | None = None) -> AsyncIterator[Engines]:
     """The stack, and the fresh engine beside it."""

@@ -19,7 +19,7 @@ from extproc.up.processes import Child, free_ports, python, spawn, stop
 from extproc.up.tiny import write_base, write_lora
 from extproc.up.vllm import Vllm
 
-from .conftest import ask, until_healthy
+from .conftest import ask, spoil, until_healthy
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -114,20 +114,6 @@ async def test_what_cannot_be_loaded_is_refused_with_a_reason(served: Served, ki
     with pytest.raises(InvalidAdapter):
         await served.engine.load(kind, directory)
     assert kind not in (await served.engine.known()).adapters
-
-
-def spoil(directory: Path, kind: str) -> None:
-    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
-    if kind == "corrupt":
-        weights.write_bytes(b"this is not a safetensors file" * 40)
-    elif kind == "truncated":
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    elif kind == "noweights":
-        weights.unlink()
-    elif kind == "badjson":
-        config.write_text("{not json")
-    elif kind == "nopeft":
-        config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "peft_type"}))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest_asyncio
 from extproc.client import StagerClient
 from extproc.core.artifact import split_version
 
-from .conftest import ADAPTER_BYTES, MANY, ROOM, Engines, started
+from .conftest import ADAPTER_BYTES, MANY, ROOM, Engines, spoil, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -94,18 +94,24 @@ async def test_a_refresh_has_no_seam(engines: Engines) -> None:
             seen.append(texts[said.text])
 
     workers = [asyncio.create_task(work(number)) for number in range(4)]
-    holders = []
+    digests: list[str] = []
     for seed in versions[1:]:
         engines.add(name, seed=seed)
+        held: set[str] = set()
         for node in engines.stack.nodes:
             async with StagerClient(node.stager) as client:
                 if name in {adapter.name for adapter in (await client.list()).adapters}:
-                    holders.append((await client.refresh(name))[0])
-        await asyncio.sleep(0.3)  # requests of this version
+                    held.add((await client.refresh(name))[1])  # or it has just been staged in this version
+        assert len(held) == 1
+        digests += held
+        answered = len(seen)
+        async with asyncio.timeout(PATIENCE_S):
+            while len(seen) < answered + 20:  # requests of this version
+                await asyncio.sleep(0.01)
+                assert not any(worker.done() for worker in workers), [worker.exception() for worker in workers if worker.done()]
     done.set()
     await asyncio.gather(*workers)
-    assert all(holders)
-    assert len(holders) >= REFRESHES
+    assert len(set(digests)) == REFRESHES
     assert texts[(await engines.ask(name)).text] == versions[-1]
     assert len(set(seen)) > REFRESHES / 2
     for node in engines.stack.nodes:  # the old ones go when what was sent to them has arrived
@@ -152,17 +158,7 @@ def make_broken(engines: Engines, kind: str) -> None:
     name = f"broken/{kind}"
     how = {"wrongbase": {"base_model": "some/other-model"}, "bigrank": {"rank": 64}, "badmodule": {"modules": ("zz_proj",)}, "badshape": {"width": 32}}
     directory = engines.add(name, seed=5, **how.get(kind, {}))  # type: ignore[arg-type]
-    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
-    if kind == "corrupt":
-        weights.write_bytes(b"this is not a safetensors file" * 40)
-    elif kind == "truncated":
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    elif kind == "noweights":
-        weights.unlink()
-    elif kind == "badjson":
-        config.write_text("{not json")
-    elif kind == "nopeft":
-        config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "peft_type"}))
+    spoil(directory, kind)
 
 
 @pytest.mark.parametrize("kind", list(BROKEN))
