@@ -6,7 +6,7 @@ with A; B gets A's CancelledError and the bytes are lost. So the task belongs to
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -41,6 +41,9 @@ class SingleFlight(Generic[K, T]):
 
     def __contains__(self, key: K) -> bool:
         return key in self._tasks
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._tasks)
 
     def waiters(self, key: K) -> int:
         """How many callers wait for `key` now."""

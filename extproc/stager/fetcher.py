@@ -176,7 +176,7 @@ class Fetcher:
         job.origin = plan.source.label
         token = f"{name} ({id(job):x})"
         index = self._holdings.index
-        await asyncio.to_thread(self._store.check_name, name)
+        self._store.check_name(name)  # some looks at directories, like the next line: less than a thread takes to wake up
         with self._store.staging() as directory:
             try:
                 if listing.archive:
@@ -288,7 +288,8 @@ class Fetcher:
         return file.size
 
     async def _check_config(self, directory: Path) -> AdapterConfig:
-        text = await _on_disk((directory / CONFIG_FILE).read_bytes)
+        with disk_errors():
+            text = (directory / CONFIG_FILE).read_bytes()  # some kilobytes, written just now
         engine = self._settings.engine
         return check_config(text, base_model=engine.base_model, base_names=engine.base_names, max_rank=self._engine.limits.max_lora_rank)
 

@@ -84,6 +84,12 @@ class Loads:
         await self._flights.join(name, lambda: self._load(name, Load(adapter, id_)))
         return model
 
+    def begin(self, adapter: AdapterName, id_: str) -> None:
+        """Start to load a version that somebody will ask for in a moment. Whatever comes of it, `ensure` tells."""
+        name = versioned_name(adapter, _digest(id_))
+        if self._engine.loads and name not in self._known and name not in self._refused and name not in self._flights:
+            self._flights.start(name, lambda: self._load(name, Load(adapter, id_)))
+
     async def replace(self, adapter: AdapterName, old: str, new: str) -> None:
         """Where the engine knows the old version, let it know the new one, before anybody is sent there. What it refuses never takes over."""
         if versioned_name(adapter, _digest(old)) in self._known:
@@ -109,6 +115,11 @@ class Loads:
             elif root == path or any(root.endswith(f"/{other}") for other in own):
                 others.add(name)
         return ours, others
+
+    def is_loading(self, id_: str) -> bool:
+        """Whether the engine is about to know the artifact, and does not list it yet."""
+        digest = _digest(id_)
+        return any((version := split_version(name)) is not None and digest.startswith(version[1]) for name in self._flights)
 
     def links(self, id_: str, names: Collection[AdapterName] | None = None) -> list[str]:
         """Names of ours that a resolver finds the artifact by, beside the adapters' own."""

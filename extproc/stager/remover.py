@@ -208,6 +208,8 @@ class Remover:
         """
         links = [*names, *self._loads.links(id_, only)]
         if self._engine.exists:
+            if self._loads.is_loading(id_):
+                return False
             readers, others = await self._loads.readers(id_, only)
             if others or readers & (await self._engine.requests()).running:
                 return False

@@ -211,7 +211,7 @@ class Stager:
             self._refuse_missing(name, began)
             self._flights.hurry(name, priority)
             try:
-                landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256))
+                landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256, loading))
             except InvalidAdapter as error:
                 if error.stated in ("", sha256):
                     raise
@@ -380,7 +380,7 @@ class Stager:
                 del self._missing[next(iter(self._missing))]
             self._missing[name] = (self._clock() + self._settings.negative_ttl_s, error)
 
-    async def _fly(self, name: AdapterName, priority: int, holder: str, sha256: str) -> Ensured:
+    async def _fly(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
         """One flight, with its one log line and its metrics."""
         async with self._flights.book(name, priority, "staged") as job:
             kept = await self._already(name, holder)
@@ -391,6 +391,8 @@ class Stager:
                     error.stated = sha256 if error.what == "digest" else ""
                     raise
                 assert named is not None
+                if loading is Loading.VERSIONED:
+                    self._loads.begin(name, named.id)  # the engine reads the artifact where it is: its own link can come meanwhile
                 try:
                     return await to_the_end(self._show_under(name, named, holder))
                 finally:
@@ -414,7 +416,7 @@ class Stager:
             kept = self._lease(name, self._clock(), holder, staged=False, waited_s=0.0)
             if kept is not None:
                 return kept
-        if self._settings.adopt and await asyncio.to_thread(self._adopter.is_there, name):
+        if self._settings.adopt and self._adopter.is_there(name):  # two looks: less than a thread takes to wake up
             await self._adopter.adopt(name)
             return self._lease(name, self._clock(), holder, staged=False, waited_s=0.0)
         return None

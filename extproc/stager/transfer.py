@@ -194,11 +194,14 @@ class Download:
         if end is not None and at != end:
             raise OriginFailed(f"{self.file.path}: the origin sent {at - begin} of {end - begin} bytes")
 
-    async def copy(self, source: Any) -> None:
-        """The same from an open binary file, in threads."""
+    async def copy(self, source: Any, first: bytes) -> None:
+        """The same from an open binary file, in threads; `first` are the WRITE_BYTES that were read of it already, or fewer, if there are no more."""
 
         async def chunks() -> AsyncIterator[bytes]:
-            while chunk := await asyncio.to_thread(source.read, WRITE_BYTES):
+            chunk = first
+            yield chunk
+            while len(chunk) == WRITE_BYTES:
+                chunk = await asyncio.to_thread(source.read, WRITE_BYTES)
                 yield chunk
 
         await self.write(chunks())
@@ -227,7 +230,8 @@ class Download:
         def work() -> None:
             with disk_errors():
                 _write_all(self._descriptor, pieces, at)
-            _start_writing_back(self._descriptor, at, size)
+            if size >= HASH_CHUNK_BYTES:  # of less the fsync is no slower for it
+                _start_writing_back(self._descriptor, at, size)
             if hash_now:
                 for piece in pieces:
                     self._digest.update(piece)

@@ -69,11 +69,16 @@ async def measure(console: Console, count: int, server: Vllm | None) -> None:
                     took["warm"].append(statistics.median(warm))
         phases, loads = read_log(root / "logs" / "node-1-stager.log")
     added = [cold - phases[name]["fetch"] - loads[name] - warm for name, cold, warm in zip(names, ours["cold"], direct["warm"], strict=True)]
-    table = Table("", *("ms" for _ in range(1)), title=f"{'vLLM' if server else 'simulated engine'}: {count} adapters, medians, request to first token")
+    counted = [sum(phases[name].values()) + loads[name] + warm for name, warm in zip(names, direct["warm"], strict=True)]
+    table = Table("", "ms", title=f"{'vLLM' if server else 'simulated engine'}: {count} adapters, medians, request to first token")
     rows: list[tuple[str, float]] = [("cold, through Envoy", statistics.median(ours["cold"]))]
     rows += [(f"  {phase}", statistics.median(phases[name][phase] for name in names)) for phase in PHASES]
     rows += [("  load into the engine", statistics.median(loads[name] for name in names)), ("  first token (warm, direct)", statistics.median(direct["warm"]))]
-    rows += [("  what we add beyond fetch, load and first token", statistics.median(added)), ("warm, through Envoy", statistics.median(ours["warm"]))]
+    rows += [
+        ("  decide: Envoy, router, RPC, link", statistics.median(cold - known for cold, known in zip(ours["cold"], counted, strict=True))),
+        ("  what we add beyond fetch, load and first token", statistics.median(added)),
+        ("warm, through Envoy", statistics.median(ours["warm"])),
+    ]
     rows += [("cold, engine directly, files in place", statistics.median(direct["cold"])), ("warm, engine directly", statistics.median(direct["warm"]))]
     for what, value in rows:
         table.add_row(what, f"{value:.1f}")

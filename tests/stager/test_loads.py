@@ -156,6 +156,27 @@ async def test_a_version_that_the_engine_refuses_never_takes_over(open_stager: O
     assert (await held(stager)).model == old.model
 
 
+async def test_nothing_goes_while_it_is_being_loaded(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, clock: Clock) -> None:
+    """Order of events: the engine is told to load; it does not list the adapter yet; an operator purges it; it is loaded, from files that are there."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    await stager.ensure(NAME)
+    loading = asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def wait(path: str) -> None:
+        if path == "/v1/load_lora_adapter":
+            loading.set()
+            await go_on.wait()
+
+    engine.step = wait
+    coming = asyncio.create_task(held(stager))
+    await loading.wait()
+    with pytest.raises(AdapterInUse):
+        await stager.purge(NAME)
+    go_on.set()
+    assert await engine.ask((await coming).model) == sha256(OLD[WEIGHTS])
+
+
 async def test_an_unnamed_version_survives_a_restart_as_long_as_the_engine_may_read_it(
     open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, node: Path, clock: Clock
 ) -> None:

@@ -59,7 +59,7 @@ async def test_an_open_file_is_copied(tmp_path: Path) -> None:
     (tmp_path / "original").write_bytes(data)
     download = download_of(tmp_path / "file", len(data))
     with (tmp_path / "original").open("rb") as original:
-        await download.copy(original)
+        await download.copy(original, original.read(WRITE_BYTES))
     assert (await download.finish()).sha256 == sha256(data)
     download.close()
 

@@ -9,7 +9,7 @@ from ...config import OriginSettings
 from ...core.artifact import AdapterName
 from ...errors import OriginChanged, OriginFailed
 from ..listing import ARCHIVE_SUFFIXES, Listing, RemoteFile, wanted
-from ..transfer import Download, opened
+from ..transfer import WRITE_BYTES, Download, opened
 from ..verify import CONFIG_FILE
 
 
@@ -32,10 +32,17 @@ class FileOrigin:
         return await asyncio.to_thread(self._resolve, name)
 
     async def fetch(self, _listing: Listing, file: RemoteFile, download: Download) -> None:
-        async with opened(lambda: self._open(file)) as original:
+        first: list[bytes] = []
+
+        def begin() -> BinaryIO:  # a small file is read in the same turn of a thread that opens it
+            original = self._open(file)
+            original.seek(download.received)
+            first.append(original.read(WRITE_BYTES))
+            return original
+
+        async with opened(begin) as original:
             try:
-                original.seek(download.received)
-                await download.copy(original)
+                await download.copy(original, first[0])
             except OriginFailed:  # another length than listed
                 if _version(os.fstat(original.fileno())) == file.version:
                     raise
