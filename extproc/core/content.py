@@ -44,14 +44,14 @@ class Content:
             body = decompress(body, self.encoding, max_bytes)
         return scanner.judge(body) if self.kind is Kind.JSON else form_model(body, self.boundary)
 
-    def with_model(self, body: bytes, model: str, max_bytes: int) -> bytes:
-        """The same body, plain, for another model; one that `model` has read before, and found a model in."""
+    def with_model(self, body: bytes, old: str, new: str, max_bytes: int) -> bytes:
+        """The same body, plain, for another model; `model` has read `old` in it."""
         if self.encoding:
             body = decompress(body, self.encoding, max_bytes)
         if self.kind is Kind.JSON:
-            return scanner.rename(body, model)
+            return scanner.rename(body, old, new)
         begin, end = _find_in_form(body, self.boundary)[0]
-        return b"".join((body[:begin], model.encode(), body[end:]))
+        return b"".join((body[:begin], new.encode(), body[end:]))
 
 
 def of_headers(headers: Mapping[str, str]) -> Content | None:

@@ -123,6 +123,7 @@ class Exchange:
         self._start: RequestHeaders | None = None
         self._content: content.Content | None = None  # None: nothing to judge, the body passes
         self._asked = False
+        self._model = ""  # as the body was judged to name it
         self._mutation: Mutation | None = None
         self._mutation_on_body = False  # rule 3
         self._chunks: list[bytes] = []
@@ -275,6 +276,7 @@ class Exchange:
         self._chunks = [body]  # in BUFFERED, too, until it is known whether it is to be changed
         assert self._content is not None
         model = self._content.model(body, self._max_body_bytes)
+        self._model = model or ""
         self.state = State.DECIDING
         if not self._asked:
             return self._ask(model)
@@ -343,7 +345,7 @@ class Exchange:
     def _rename(self, mutation: Mutation) -> Mutation:
         """Change the body that is held; the mutation, with what that means for the headers."""
         assert self._content is not None
-        body = self._content.with_model(b"".join(self._chunks), mutation.model, self._max_body_bytes)
+        body = self._content.with_model(b"".join(self._chunks), self._model, mutation.model, self._max_body_bytes)
         self._chunks = [body]
         if self._content.encoding:
             mutation = replace(mutation, remove_headers=(*mutation.remove_headers, "content-encoding"))

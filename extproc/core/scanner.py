@@ -64,13 +64,26 @@ def judge(body: bytes) -> str:
         raise InvalidRequest("the body's `model` is not a string") from None
 
 
-def rename(body: bytes, model: str) -> bytes:
-    """The body with another value of `model`, all else byte for byte as it was. The body has passed `judge`."""
+def rename(body: bytes, old: str, new: str) -> bytes:
+    """The body with `new` for `model`, all else byte for byte as it was. `judge` has read `old` in it.
+
+    The value is looked for as text, since walking through a long conversation costs milliseconds: where it stands is then its last occurrence or
+    its first, and the verdict on the changed body tells. Written with escapes, or hidden between its likes, it is found by the walk.
+    """
+    value, changed = msgspec.json.encode(old), msgspec.json.encode(new)
+    for begin in dict.fromkeys((body.rfind(value), body.find(value))):
+        if begin >= 0:
+            renamed = _replaced(body, begin, begin + len(value), changed)
+            if judge(renamed) == new:
+                return renamed
     scanner = Scanner()
     scanner.feed(body)
-    begin, end = scanner.span
+    return _replaced(body, *scanner.span, changed)
+
+
+def _replaced(body: bytes, begin: int, end: int, value: bytes) -> bytes:
     view = memoryview(body)
-    return b"".join((view[:begin], msgspec.json.encode(model), view[end:]))
+    return b"".join((view[:begin], value, view[end:]))
 
 
 class Scanner:

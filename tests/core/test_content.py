@@ -152,7 +152,7 @@ def test_another_model_comes_back_plain(encoding: str) -> None:
     """A compressed body is not compressed again: the engine is on the same network as the gateway."""
     body = b'{"messages": [], "model": "a"}'
     compress = {"": bytes, "gzip": gzip.compress, "deflate": zlib.compress, "br": brotli.compress, "zstd": zstandard.compress}[encoding]
-    assert Content(Kind.JSON, b"", encoding).with_model(compress(body), "b@sha256:00", 1000) == b'{"messages": [], "model": "b@sha256:00"}'
+    assert Content(Kind.JSON, b"", encoding).with_model(compress(body), "a", "b@sha256:00", 1000) == b'{"messages": [], "model": "b@sha256:00"}'
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -161,6 +161,6 @@ def test_another_model_in_a_form_changes_that_part_alone(first: bool) -> None:
     model = b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nacme/a\r\n'
     file = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x.wav"\r\nContent-Type: audio/wav\r\n\r\n\x00\r\nmodel\xff\r\n'
     body = (model + file if first else file + model) + b"--B--\r\n"
-    renamed = Content(Kind.FORM, b"B", "").with_model(body, "acme/a@sha256:00", 1000)
+    renamed = Content(Kind.FORM, b"B", "").with_model(body, "acme/a", "acme/a@sha256:00", 1000)
     assert renamed == body.replace(b"acme/a", b"acme/a@sha256:00")
     assert form_model(renamed, b"B") == "acme/a@sha256:00"
