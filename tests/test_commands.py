@@ -275,7 +275,12 @@ def test_list_on_a_terminal_keeps_to_its_width(stager: Running) -> None:
 
 def on_disk(name: str, **fields: Any) -> OnDisk:
     plain = {"digest": "d" * 64, "bytes": 2**20, "origin": "near", "revision": "1", "idle_seconds": 0.0, "leased_seconds": 0.0, "pinned": False}
-    plain |= {"checked_seconds": 0.0, "refresh_error": "", "adopted": False}
+    plain |= {
+        "checked_seconds": 0.0,
+        "refresh_error": "",
+        "adopted": False,
+        "loaded": False,
+    }
     return OnDisk(name=name, **{**plain, **fields})
 
 

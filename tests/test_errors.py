@@ -129,4 +129,4 @@ def test_an_error_without_words_says_its_reason() -> None:
 
 def test_only_a_nodes_own_trouble_is_worth_another_node() -> None:
     """What lies in the request, the adapter or its origin is the same everywhere."""
-    assert {name for name, cls in CLASSES.items() if not cls.shared} == {"NoSpace", "DiskFailed", "StagerUnavailable"}
+    assert {name for name, cls in CLASSES.items() if not cls.shared} == {"NoSpace", "DiskFailed", "StagerUnavailable", "EngineUnreachable"}

@@ -2,8 +2,9 @@
 
 import email.parser
 import email.policy
+import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,6 +17,8 @@ from . import scanner
 MAX_RATIO = 200  # text compresses 3 to 20 times; a bomb 1,000 times
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's: 16 is added for the gzip wrapper
 _STEP_BYTES = 64 * 1024
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_PARAMETER = re.compile(r";\s*([^\s=;]+)\s*=")
 
 
 class Kind(Enum):
@@ -110,13 +113,23 @@ def _find_in_form(body: bytes, boundary: bytes) -> list[tuple[int, int]]:
         head, blank, value = part.partition(b"\r\n\r\n")
         if not blank:
             raise InvalidRequest("a part of the form has no headers")
-        disposition = email.parser.BytesHeaderParser(policy=email.policy.HTTP).parsebytes(head.lstrip(b" \t\r\n"))["content-disposition"]
+        headers = email.parser.BytesHeaderParser(policy=email.policy.HTTP).parsebytes(head.lstrip(b" \t\r\n"))
+        disposition = headers["content-disposition"]
+        if disposition is not None:
+            _check_unambiguous([str(value) for name, value in headers.raw_items() if name.lower() == "content-disposition"])
         if disposition is None or disposition.params.get("name") != "model":
             continue
         if "filename" in disposition.params:
             raise InvalidRequest("the form's `model` is a file")
         found.append((end - len(value), end))
     return found
+
+
+def _check_unambiguous(dispositions: Sequence[str]) -> None:  # as they came
+    """Of a header or a parameter that comes twice, one parser takes the first and another the last: the engine's must read what we do."""
+    names = [name.lower() for name in _PARAMETER.findall(_QUOTED.sub('""', dispositions[0]))]
+    if len(dispositions) > 1 or len(set(names)) < len(names) or any(name.startswith("name*") for name in names):
+        raise InvalidRequest("a part of the form says twice, or in another character set, what it is called")
 
 
 def _zlib(body: bytes, window_bits: int, limit: int) -> bytes:

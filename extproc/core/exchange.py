@@ -122,9 +122,9 @@ class Exchange:
         self.response_mode = Mode.NONE
         self._start: RequestHeaders | None = None
         self._content: content.Content | None = None  # None: nothing to judge, the body passes
-        self._asked = False
+        self._asked = False  # and not answered: while the body arrives the answer says only that there would be one
         self._model = ""  # as the body was judged to name it
-        self._mutation: Mutation | None = None
+        self._was_decided = False  # once, while the body arrives
         self._mutation_on_body = False  # rule 3
         self._chunks: list[bytes] = []
         self._held_bytes = 0
@@ -178,11 +178,15 @@ class Exchange:
                 return self.failed(GatewayProtocolError(f"unreadable message: {event.why}"))
 
     def decided(self, mutation: Mutation) -> list[Action]:
-        """The answer to Decide: where to. It is sent as soon as the body was judged. Too late for a request that has ended: nothing."""
+        """The answer to Decide: where to. Too late for a request that has ended: nothing.
+
+        One that comes while the body arrives is not kept, only that the way is prepared: a body may take minutes, and where to may be another place, or
+        another version, by then. It is asked for again when the body was judged.
+        """
         if self.state is State.DECIDING:
             return self._answer(mutation)
-        if self.state is State.BODY:
-            self._mutation = mutation
+        self._asked = False
+        self._was_decided = True
         return []
 
     def failed(self, error: LoraExtprocError) -> list[Action]:
@@ -248,7 +252,7 @@ class Exchange:
             raise BodyTooLarge(f"the body has over {self._max_body_bytes} bytes")
         self._chunks.append(chunk)
         self._body_ended = last
-        if last or self._asked or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
+        if last or self._asked or self._was_decided or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
             return []
         if self._content is None or not self._content.can_be_scanned:
             return []
@@ -278,9 +282,7 @@ class Exchange:
         model = self._content.model(body, self._max_body_bytes)
         self._model = model or ""
         self.state = State.DECIDING
-        if not self._asked:
-            return self._ask(model)
-        return [] if self._mutation is None else self._answer(self._mutation)
+        return [] if self._asked else self._ask(model)
 
     def _owe_body(self, _chunk: bytes, _last: bool) -> list[Action]:
         self._body_owed = True

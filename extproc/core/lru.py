@@ -225,6 +225,11 @@ class Index:
         self._choose([entry])
         return True
 
+    def is_leased(self, id_: str, now: float) -> bool:
+        """Whether somebody counts on it, also while it leaves."""
+        entry = self._entries.get(id_)
+        return entry is not None and entry.leased_until > now
+
     def is_leaving(self, id_: str) -> bool:
         """Whether it is chosen, and not gone yet."""
         entry = self._entries.get(id_)

@@ -27,6 +27,7 @@ class Catalog:
         self._clients = clients
         self._said: dict[str, Models] = {}  # by stager
         self._stale: set[str] = set(clients)
+        self._body: bytes | None = None
         self._flights: SingleFlight[str, None] = SingleFlight()
 
     def changed(self, stager: str) -> None:
@@ -37,24 +38,30 @@ class Catalog:
         await self._flights.close()
 
     async def body(self) -> bytes:
-        """The list as `GET /v1/models` answers it."""
+        """The list as `GET /v1/models` answers it; made anew when a stager has said something new."""
         asking = {asyncio.ensure_future(self._flights.join(stager, partial(self._ask, stager))) for stager in self._stale}
         if asking:
             await asyncio.wait(asking, timeout=ASK_S)
             for task in asking:
                 task.cancel()
-        return json.dumps({"object": "list", "data": list(self._cards())}).encode()
+        if self._body is None:
+            self._body = await asyncio.to_thread(self._render, dict(self._said))  # of a hundred thousand adapters it has tens of megabytes
+        return self._body
+
+    def _render(self, said: Mapping[str, Models]) -> bytes:
+        return json.dumps({"object": "list", "data": list(self._cards(said))}).encode()
 
     async def _ask(self, stager: str) -> None:
         self._stale.discard(stager)  # before it is asked: what changes meanwhile makes it stale again
         try:
             self._said[stager] = await self._clients[stager].models()
+            self._body = None
         except LoraExtprocError:
             self._stale.add(stager)
 
-    def _cards(self) -> Iterable[dict[str, Any]]:
+    def _cards(self, all_said: Mapping[str, Models]) -> Iterable[dict[str, Any]]:
         for pool in self._pools:
-            said = [self._said[e.stager] for e in pool.table.endpoints if e.stager in self._said]
+            said = [all_said[e.stager] for e in pool.table.endpoints if e.stager in all_said]
             told = {base.id: base for models in reversed(said) for base in models.bases}
             names = sorted(pool.base_models)
             for name in names:

@@ -57,6 +57,7 @@ class Conversation:
         "_outcome",
         "_over",
         "_p",
+        "_placed",
         "_reason",
         "_sender",
         "_wait",
@@ -71,6 +72,7 @@ class Conversation:
         self._forward: Forward | None = None
         self._wait: asyncio.Task[Any] | None = None  # staging, while the body still arrives or after it; or for the list of models
         self._destination: tuple[Endpoint, ...] = ()  # best first
+        self._placed: Placed | None = None  # what the wait gave, which may have been over before the body was
         self._headers: Mapping[str, str] = {}
         self._waits_since = 0.0
         self._model = ""
@@ -149,7 +151,8 @@ class Conversation:
                 return self._exchange.decided(self._mutation(pool.name, order, "pass", model=facts.model or "", key=key or ""))
             case Forward() as forward:
                 self._forward = forward
-                placed = self._p.staging.now(forward)
+                placed = self._placed and self._p.staging.again(forward, self._placed)
+                placed = placed or self._p.staging.now(forward)
                 if placed is not None:
                     return self._exchange.decided(self._place(forward, placed))
                 self._waits_since = time.perf_counter()
@@ -182,6 +185,7 @@ class Conversation:
             self._trace("stage", time.perf_counter() - self._waits_since, {"adapter": self._forward.adapter if self._forward else ""}, failed)
             if error is None:
                 assert self._forward is not None
+                self._placed = wait.result()
                 self._carry_out(self._exchange.decided(self._place(self._forward, wait.result())))
             elif isinstance(error, LoraExtprocError):
                 self._carry_out(self._exchange.failed(error))
@@ -215,6 +219,8 @@ class Conversation:
 
     def _mutation(self, pool: str, endpoints: tuple[Endpoint, ...], outcome: str, engine_model: str = "", /, **notes: str | float) -> Mutation:
         self._outcome = outcome
+        if self._destination:  # chosen while the body was arriving
+            self._p.membership.end(self._destination[0])
         self._destination = endpoints
         self._p.membership.begin(endpoints[0])
         return self._p.steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": outcome, **notes}, engine_model)

@@ -130,6 +130,8 @@ class Residency:
 
     async def _release_later(self, stager: str, adapter: str, digest: str) -> None:
         await asyncio.sleep(IN_TRANSIT_S)
+        if any(lease.digest == digest for key, lease in self._leases.items() if key[0] == stager):
+            return  # another adapter with the same content: the stager counts one hold for both
         with contextlib.suppress(LoraExtprocError):  # then it ends by itself
             await self._clients[stager].release(adapter, digest)
 

@@ -13,7 +13,7 @@ from .holding import Holding
 from .residency import Residency
 
 MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
-NO_SPACE_PAUSE_S = 0.25
+NO_SPACE_PAUSE_S, MAX_NO_SPACE_PAUSE_S = 0.25, 2.0
 
 
 @dataclass(slots=True)
@@ -52,6 +52,14 @@ class Staging:
                     return Placed(self._having(forward, endpoint, lease.model), "hit", "", 0.0, lease.model)
         return None
 
+    def again(self, forward: Forward, before: Placed) -> Placed | None:
+        """The place that was waited for while the body arrived, if it is still one, by the name that its engine knows the adapter by now."""
+        endpoint = before.endpoints[0]
+        lease = self._residency.lease(endpoint, forward.adapter, plain=forward.plain) if endpoint in forward.candidates else None
+        if lease is None:
+            return None
+        return Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model)
+
     async def wait(self, forward: Forward) -> Placed:
         """Walk the candidates. A failure that another node would share ends the walk; one that it may not share goes on to the next.
 
@@ -64,13 +72,15 @@ class Staging:
         with self._holding.waiting(forward.adapter):
             try:
                 async with asyncio.timeout(forward.wait_s):
+                    pause_s = NO_SPACE_PAUSE_S
                     while True:
                         placed, failure = await self._walk(forward, began, failure)
                         if placed is not None:
                             return placed
                         if not isinstance(failure, NoSpace) or self._clock() - began >= self._no_space_wait_s:
                             break
-                        await asyncio.sleep(NO_SPACE_PAUSE_S)
+                        await asyncio.sleep(pause_s)
+                        pause_s = min(2 * pause_s, MAX_NO_SPACE_PAUSE_S)  # each walk asks origins anew
             except TimeoutError:
                 failure = StageDeadline(f"{forward.adapter} is still being fetched after {forward.wait_s:g} s")
             finally:

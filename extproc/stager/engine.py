@@ -155,9 +155,17 @@ class Engine:
         async with self._loading:
             status, body = await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, self._settings.load_timeout_s)
             said = _said(body)
-            if status == 200 or (status == 400 and "already been loaded" in said):
+            if status == 200:
+                return
+            if status == 400 and "already been loaded" in said:
+                await self._check_loaded(name, directory)
                 return
             await self._refused(status, said, directory)
+
+    async def _check_loaded(self, name: str, directory: Path) -> None:
+        """It knows the name already: from there, as after a load whose answer was lost, or from elsewhere, which is somebody else's."""
+        if (await self.known()).adapters.get(name) != str(directory):
+            raise EngineUnreachable(f"the engine knows something else as {name}")
 
     async def unload(self, name: str) -> None:
         """Make the engine forget a name; one that it does not know is fine."""

@@ -8,6 +8,7 @@ With `mode: api` a name is loaded from the artifact's own directory. With `mode:
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -26,6 +27,7 @@ from .store import Store
 log = logging.getLogger(__name__)
 
 IN_TRANSIT_S = 0.5  # what was sent to the engine under a name that is about to mean something else has arrived by then
+LOOKS = 5  # at a list that changes under the look
 MAX_RELOADED = 64  # after a restart of an engine whose slots are not known
 
 
@@ -50,8 +52,11 @@ class Loads:
         self._refused_s = refused_s
         self._clock = clock
         self._known: dict[str, Load] = {}
-        self._refused: dict[str, tuple[float, InvalidAdapter]] = {}
-        self._flights: SingleFlight[str, None] = SingleFlight()
+        self._unloading: set[str] = set()
+        self._changes = 0  # of the two above: a list that was asked for before one of them says nothing
+        self._unsettled: dict[str, set[str]] = {}  # artifacts that were unloaded and not seen at rest since -> the names that were theirs
+        self._refused: dict[Load, tuple[float, InvalidAdapter]] = {}
+        self._flights: SingleFlight[tuple[str, Load], None] = SingleFlight()
 
     async def close(self) -> None:
         await self._flights.close()
@@ -61,7 +66,7 @@ class Loads:
 
     def has(self, adapter: AdapterName, id_: str) -> bool:
         """Whether the engine knows this version of the adapter."""
-        return any((load := self._known.get(name)) is not None and load.id == id_ for name in (versioned_name(adapter, _digest(id_)), adapter))
+        return any(self._known.get(name) == Load(adapter, id_) for name in (versioned_name(adapter, _digest(id_)), adapter))
 
     async def ensure(self, adapter: AdapterName, id_: str, *, plain: bool) -> str:
         """Let the engine know the artifact; what a request's `model` must be. The caller sees to it that the artifact stays meanwhile.
@@ -70,30 +75,52 @@ class Loads:
         """
         if not self._engine.exists:
             return adapter
-        name = adapter if plain else versioned_name(adapter, _digest(id_))
+        name, load = adapter if plain else versioned_name(adapter, _digest(id_)), Load(adapter, id_)
         model = self._engine.request_model(name)
         if plain and model != adapter:
             raise GatewayProtocolError("this node's engine needs the request's `model` rewritten, which processing mode NONE does not allow")
-        if (load := self._known.get(name)) is not None and load.id == id_:
+        if self._known.get(name) == load:
             return model
         if not self._engine.loads and plain:
             return model  # its resolver finds the adapter's own link
-        until, error = self._refused.get(name, (0.0, None))
-        if error is not None and self._clock() < until:
-            raise InvalidAdapter(error.message, error.what)
-        await self._flights.join(name, lambda: self._load(name, Load(adapter, id_)))
+        self._refuse(load)
+        await self._flights.join((name, load), lambda: self._load(name, load))
         return model
 
     def begin(self, adapter: AdapterName, id_: str) -> None:
         """Start to load a version that somebody will ask for in a moment. Whatever comes of it, `ensure` tells."""
-        name = versioned_name(adapter, _digest(id_))
-        if self._engine.loads and name not in self._known and name not in self._refused and name not in self._flights:
-            self._flights.start(name, lambda: self._load(name, Load(adapter, id_)))
+        name, load = versioned_name(adapter, _digest(id_)), Load(adapter, id_)
+        if self._engine.loads and name not in self._known:
+            with contextlib.suppress(InvalidAdapter):
+                self._refuse(load)
+                self._flights.start((name, load), lambda: self._load(name, load))
 
     async def replace(self, adapter: AdapterName, old: str, new: str) -> None:
         """Where the engine knows the old version, let it know the new one, before anybody is sent there. What it refuses never takes over."""
-        if versioned_name(adapter, _digest(old)) in self._known:
+        if self.has(adapter, old):
             await self.ensure(adapter, new, plain=False)
+
+    async def unload(self, name: str, id_: str) -> None:
+        """Make the engine forget a name of the artifact, which counts as unsettled until it was seen at rest.
+
+        It is forgotten here first: if the engine's answer is lost, nobody is sent to a name that may not be there any more.
+        """
+        self._unsettled.setdefault(id_, set()).add(name)
+        self._unloading.add(name)
+        self.forget((name,))
+        try:
+            await self._engine.unload(name)
+        finally:
+            self._unloading.discard(name)
+            self._changes += 1
+
+    def unsettled(self, id_: str) -> set[str]:
+        """Names under which the artifact was unloaded since it was last seen at rest."""
+        return self._unsettled.get(id_, set())
+
+    def settled(self, id_: str) -> None:
+        """It was seen at rest, and is gone."""
+        self._unsettled.pop(id_, None)
 
     async def readers(self, id_: str, names: Collection[AdapterName] | None = None) -> tuple[set[str], set[str]]:
         """Names in the engine that lead to the artifact, as the engine lists them; with `names`, only those of these adapters.
@@ -101,25 +128,25 @@ class Loads:
         First those that are ours to unload, then those that somebody else has put there.
         """
         known = await self._engine.known()
-        path, digest = str(self._store.path(id_)), _digest(id_)
+        path = str(self._store.path(id_))
         own = self._holdings.names_of(id_) if names is None else names
         ours: set[str] = set()
         others: set[str] = set()
         for name, root in known.adapters.items():
             version = split_version(name)
             if version is not None:
-                if digest.startswith(version[1]) and (names is None or version[0] in names):
+                if (leads_to(name, id_) or root == path) and (names is None or version[0] in names):
                     ours.add(name)
-            elif name in own or (name in self._known and root == path and names is None):
-                ours.add(name)
+            elif name in own or (name in self._known and root == path):
+                if names is None or name in names:
+                    ours.add(name)
             elif root == path or any(root.endswith(f"/{other}") for other in own):
                 others.add(name)
         return ours, others
 
     def is_loading(self, id_: str) -> bool:
         """Whether the engine is about to know the artifact, and does not list it yet."""
-        digest = _digest(id_)
-        return any((version := split_version(name)) is not None and digest.startswith(version[1]) for name in self._flights)
+        return any(load.id == id_ for _, load in self._flights)
 
     def links(self, id_: str, names: Collection[AdapterName] | None = None) -> list[str]:
         """Names of ours that a resolver finds the artifact by, beside the adapters' own."""
@@ -131,6 +158,7 @@ class Loads:
         """The engine does not know them any more."""
         for name in names:
             self._known.pop(name, None)
+        self._changes += 1
 
     def take(self, links: dict[str, str]) -> None:
         """Links that the start found in the directory: name in the engine -> digest."""
@@ -141,14 +169,23 @@ class Loads:
     # -- what the engine says it knows
 
     async def compare(self) -> set[str]:
-        """Look at the engine's own list; the names that it has lost, because it was restarted or somebody else unloaded them."""
+        """Look at the engine's own list; the names that it has lost, because it was restarted or somebody else unloaded them.
+
+        Nothing is concluded from a list that was asked for before something was loaded or unloaded.
+        """
         if not self._engine.loads:
             return set()
-        listed = (await self._engine.known()).adapters
+        for _ in range(LOOKS):
+            before = self._changes
+            listed = (await self._engine.known()).adapters
+            if before == self._changes:
+                break
+        else:
+            return set()
         for name, root in listed.items():  # of an earlier stager on this directory
-            if name not in self._known and (load := self._made_of(name, root)) is not None:
+            if name not in self._known and name not in self._unloading and (load := self._made_of(name, root)) is not None:
                 self._known[name] = load
-        return {name for name in self._known if name not in listed and name not in self._flights}
+        return {name for name in self._known if name not in listed}
 
     async def load_again(self, lost: Collection[str]) -> set[AdapterName]:
         """Of the names that the engine lost, load those that are in demand, as many as it keeps in memory; the adapters that it does not know now."""
@@ -157,51 +194,54 @@ class Loads:
         self.forget(lost)
         entries = {name: entry for name, load in loads.items() if (entry := index.get(load.id)) is not None and entry.leased_until > now}
         latest_first = sorted(entries, key=lambda name: entries[name].last_used, reverse=True)
-        gone = {load.adapter for load in loads.values()}
+        missing = dict(loads)
         for name in latest_first[: self._engine.limits.max_cpu_loras or MAX_RELOADED]:
             load = loads[name]
             if not index.hold(load.id):
                 continue
             try:
-                await self._flights.join(name, partial(self._load, name, load))
-                gone.discard(load.adapter)
-            except InvalidAdapter as error:
+                await self._flights.join((name, load), partial(self._load, name, load))
+                del missing[name]
+            except LoraExtprocError as error:  # whatever it was: routers must be told of those that are missing
                 log.warning("%s is not loaded again: %s", load.adapter, error.message)
             finally:
                 index.let_go(load.id)
-        return gone
+        return {load.adapter for load in missing.values()}
 
     def _made_of(self, name: str, root: str) -> Load | None:
         """What a name that the engine lists leads to here, if it was we who loaded it."""
         version = split_version(name)
         adapter = AdapterName(version[0] if version else name)
         for id_ in (Path(root).name, f"{Path(root).name}@{adapter}"):
-            if root == str(self._store.path(id_)) and id_ in self._holdings.index:
+            if root == str(self._store.path(id_)) and self._holdings.index.get(id_) is not None:
                 return Load(adapter, id_)
         named = self._holdings.get(adapter)
-        if version and named is not None and named.digest.startswith(version[1]) and root == str(self._store.path(named.id)):
+        if version and named is not None and leads_to(name, named.id) and root == str(self._store.path(named.id)):
             return Load(adapter, named.id)
         return None
 
+    def _refuse(self, load: Load) -> None:
+        until, error = self._refused.get(load, (0.0, None))
+        if error is not None and self._clock() < until:
+            raise InvalidAdapter(error.message, error.what)
+
     async def _load(self, name: str, load: Load) -> None:
         began = self._clock()
-        result = "loaded"
+        result = "cancelled"
         try:
             if self._engine.loads:
-                if name in self._known:  # a plain name that led elsewhere
-                    await asyncio.sleep(IN_TRANSIT_S)
-                    await self._engine.unload(name)
-                    self.forget((name,))
-                await self._engine.load(name, self._store.path(load.id))
+                await self._load_by_api(name, load)
             else:
                 await asyncio.to_thread(self._store.link_version, name, load.id)
             self._known[name] = load
-            self._refused.pop(name, None)
+            self._changes += 1
+            self._refused.pop(load, None)
+            result = "loaded"
         except InvalidAdapter as error:
             result = error.reason
             if self._refused_s:
-                self._refused[name] = (self._clock() + self._refused_s, error)
-                self._refused = {n: kept for n, kept in self._refused.items() if kept[0] > self._clock()}
+                self._refused = {refused: kept for refused, kept in self._refused.items() if kept[0] > self._clock()}
+                self._refused[load] = (self._clock() + self._refused_s, error)
             self._metrics.verify_failures.labels(error.what).inc()
             log.warning("%s: %s", load.adapter, error.message)
             raise
@@ -213,6 +253,18 @@ class Loads:
             self._metrics.engine_loads.labels(result).inc()
             self._metrics.engine_load_seconds.observe(took)
         log.info("%s: the engine knows it as %s after %.0f ms", load.adapter, name, took * 1000)
+
+    async def _load_by_api(self, name: str, load: Load) -> None:
+        if (other := self._known.get(name)) is not None:  # an adapter's own name that leads to another version
+            await asyncio.sleep(IN_TRANSIT_S)
+            await self.unload(name, other.id)
+        await self._engine.load(name, self._store.path(load.id))
+
+
+def leads_to(name: str, id_: str) -> bool:
+    """Whether `name` is that of this version of some adapter."""
+    version = split_version(name)
+    return version is not None and _digest(id_).startswith(version[1])
 
 
 def _digest(id_: str) -> str:

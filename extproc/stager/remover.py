@@ -6,11 +6,12 @@ none waits at all, since a waiting request's adapter is in no label.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 
-from ..core.artifact import AdapterName
+from ..core.artifact import AdapterName, split_version
 from ..core.lru import Entry
 from ..errors import AdapterInUse, DiskFailed, LoraExtprocError, NoSpace
 from ..flight import SingleFlight
@@ -18,7 +19,7 @@ from ..metrics import StagerMetrics
 from .changes import Changes
 from .engine import Engine
 from .holdings import Holdings
-from .loads import Loads
+from .loads import Loads, leads_to
 from .readiness import Readiness
 from .store import Store
 
@@ -48,7 +49,6 @@ class Remover:
         self._engine = engine
         self._loads = loads
         self._quiet_looks = int(quiet_s / LOOK_S)
-        self._unsettled: dict[str, set[str]] = {}  # artifacts that were unloaded and not seen at rest since -> the names that were theirs
         self._was_at_rest = False  # since this process began: what an earlier one unloaded is not known
         self._retired: set[str] = set()  # content that no name leads to any more, and somebody may still be sent to
         self._changes = changes
@@ -113,8 +113,6 @@ class Remover:
             raise AdapterInUse(f"{name} was put here by others; stager.evict_adopted is off")
         if not holdings.index.leave(named.id, now, force=force):
             raise AdapterInUse(f"{name} is {_held(entry, now)}")
-        if entry.leased_until > now and self._engine.exists:
-            self._changes.tell("evicted", name)  # before the engine forgets it: nobody else may be sent there
         if (why := await self.remove(named.id, cause, (name,))) is not None:
             raise why
         return entry.size if named.id not in holdings.index else 0
@@ -138,8 +136,10 @@ class Remover:
         """Remove content that no name leads to any more: beside an engine when the last lease has ended, since requests may still be sent to it."""
         if self._holdings.names_of(id_):
             return
-        if self._engine.exists:
+        if self._engine.exists and id_ in self._holdings.index:
             self.retire(id_)
+            with contextlib.suppress(NoSpace, DiskFailed):  # then a restart may bring it back, until it is compared with its origin
+                await asyncio.to_thread(self._store.retire, id_)
             await self.remove_retired(id_)
         elif self._holdings.index.leave(id_, self._clock(), force=True):
             await self.remove(id_, "refreshed")
@@ -152,6 +152,8 @@ class Remover:
         """Remove what was retired and is not held, as far as the engine lets it go."""
         index = self._holdings.index
         for id_ in [only] if only else list(self._retired):
+            if index.is_leaving(id_):
+                continue
             if self._holdings.names_of(id_) or id_ not in index or (index.leave(id_, self._clock()) and await self.remove(id_, "refreshed") is None):
                 self._retired.discard(id_)
 
@@ -206,24 +208,24 @@ class Remover:
         The order matters. While a link is there, a request that slips in between registers the name again, which the last look sees.
         Taking the link first would kill the engine: a registered adapter that fell out of its slots is read again from the link.
         """
-        links = [*names, *self._loads.links(id_, only)]
+        links: list[str] = [*names, *self._loads.links(id_, only)]
         if self._engine.exists:
             if self._loads.is_loading(id_):
                 return False
             readers, others = await self._loads.readers(id_, only)
             if others or readers & (await self._engine.requests()).running:
                 return False
-            if readers:
-                self._unsettled.setdefault(id_, set()).update(readers)
+            if readers and self._holdings.index.is_leased(id_, self._clock()):
+                for name in names:
+                    self._changes.tell("evicted", name)  # before the engine forgets it: nobody else may be sent there
             for reader in sorted(readers):
-                await self._engine.unload(reader)
-                self._loads.forget((reader,))
+                await self._loads.unload(reader, id_)
             if readers and not self._engine.unload_waits:
                 await asyncio.sleep(SETTLE_S)
             if not await self._is_at_rest(links, id_, only):
                 return False
-        for name in links:
-            await asyncio.to_thread(self._store.unlink, name, id_)
+        for link in links:
+            await asyncio.to_thread(self._store.unlink, link, id_)
         gone = False
         try:
             gone = not self._engine.exists or await self._is_at_rest(links, id_, only)
@@ -231,23 +233,29 @@ class Remover:
             if not gone:
                 for name in names:
                     await asyncio.to_thread(self._store.link, name, id_)
-                for name in links[len(names) :]:
-                    await asyncio.to_thread(self._store.link_version, name, id_)
+                for link in links[len(names) :]:
+                    await asyncio.to_thread(self._store.link_version, link, id_)
         if gone:
             self._loads.forget(links[len(names) :])
+            self._loads.settled(id_)
         return gone
 
     async def _is_at_rest(self, links: Sequence[str], id_: str, only: Sequence[AdapterName] | None) -> bool:
-        """Whether no request can be left that uses the artifact, and no name that a new one could use."""
+        """Whether no request can be left that uses the artifact, and no name that a new one could use.
+
+        Of content that no name leads to any more (a replaced version), an adapter's own name may have been the one: no request by such a name may run.
+        """
         if any(await self._loads.readers(id_, only)):
             return False
         requests = await self._engine.requests()
-        if requests.running & {*links, *self._unsettled.get(id_, ())}:
+        unsettled, is_nameless = self._loads.unsettled(id_), not links
+        if requests.running & {*links, *unsettled} or any(leads_to(name, id_) for name in requests.running):
             return False
-        if requests.waiting and (id_ in self._unsettled or not self._was_at_rest):
+        if is_nameless and any(split_version(name) is None for name in requests.running):
+            return False
+        if requests.waiting and (unsettled or is_nameless or not self._was_at_rest):
             return False
         self._was_at_rest = self._was_at_rest or not requests.waiting
-        self._unsettled.pop(id_, None)
         return True
 
 

@@ -28,7 +28,10 @@ class SglangEngine(Engine):
     async def load(self, name: str, directory: Path) -> None:
         async with self._loading:
             status, success, said = await self._lora("/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, self._settings.load_timeout_s)
-            if success or "already loaded" in said:
+            if success:
+                return
+            if "already loaded" in said:
+                await self._check_loaded(name, directory)
                 return
             await self._refused(status, said, directory)
 

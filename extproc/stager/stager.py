@@ -126,6 +126,7 @@ class Stager:
         self._next_trim = 0.0
         self._scan: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
+        self._retiring: asyncio.Task[None] | None = None
         self._expose()
 
     @property
@@ -169,7 +170,7 @@ class Stager:
 
     async def close(self) -> None:
         """Give up flights, leave nothing half done, and let the directory go."""
-        for task in (self._housekeeping, self._scan):
+        for task in (self._housekeeping, self._retiring, self._scan):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -459,7 +460,8 @@ class Stager:
                 await self._keeper.check()
                 await self._check_disk()
                 await self._trim()
-                await self._remover.remove_retired()
+                if self._retiring is None or self._retiring.done():  # an engine may take its time to let something go
+                    self._retiring = asyncio.create_task(self._remover.remove_retired(), name="retired")
                 if self._settings.adopt and self._clock() >= self._next_scan and self._scan is not None and self._scan.done():
                     self._start_scan()
                 self._tell_space()

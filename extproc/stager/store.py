@@ -37,6 +37,7 @@ from .verify import CONFIG_FILE
 log = logging.getLogger(__name__)
 
 MANIFEST_FILE = ".lora-extproc.json"
+RETIRED_FILE = ".retired"  # beside the manifest of a version that a newer one has replaced: no name may lead there again by itself
 HASH_CHUNK_BYTES = 2**20
 SCAN_THREADS = 8
 SCAN_PART = 200
@@ -247,6 +248,7 @@ class Store:
                 self.check_name(name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._put_link(target, self.path(digest))
+                (self.path(digest) / RETIRED_FILE).unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):  # unlinked since
                 _fsync(target.parent)
 
@@ -306,6 +308,11 @@ class Store:
                     parent.rmdir()
                 except OSError:
                     break
+
+    def retire(self, digest: str) -> None:
+        """Remember that its name leads elsewhere on purpose: else the next start would take it for a publication that a crash has cut short."""
+        with disk_errors(), contextlib.suppress(FileNotFoundError):
+            (self.path(digest) / RETIRED_FILE).touch()
 
     def remove(self, id_: str) -> None:
         """Delete an artifact; whole or gone at any instant."""
@@ -381,7 +388,7 @@ class Store:
             if link.startswith(ours):
                 self._scan_name(scan, name, path, scan.artifacts.get(link[len(ours) :]))
         for found in scan.artifacts.values():  # a crash between the two renames of a publish
-            if not found.names and not os.path.lexists(self.directory / found.name):
+            if not (found.names or os.path.lexists(self.directory / found.name) or os.path.lexists(self.path(found.digest) / RETIRED_FILE)):
                 with contextlib.suppress(InvalidRequest, StageError):
                     called = adapter_name(found.name)
                     self.link(called, found.digest)

@@ -164,3 +164,26 @@ def test_another_model_in_a_form_changes_that_part_alone(first: bool) -> None:
     renamed = Content(Kind.FORM, b"B", "").with_model(body, "acme/a", "acme/a@sha256:00", 1000)
     assert renamed == body.replace(b"acme/a", b"acme/a@sha256:00")
     assert form_model(renamed, b"B") == "acme/a@sha256:00"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'Content-Disposition: form-data; name="x"; name="model"',
+        b'Content-Disposition: form-data; name="model"; name="x"',
+        b'Content-Disposition: form-data; name="x"\r\nContent-Disposition: form-data; name="model"',
+        b"Content-Disposition: form-data; name*=utf-8''model",
+        b'Content-Disposition: form-data; NAME="x"; name="model"',
+    ],
+)
+def test_a_part_that_is_described_twice_is_refused(head: bytes) -> None:
+    """The engine's parser takes the last where ours takes the first: it would read another model."""
+    body = b"--B\r\n" + head + b"\r\n\r\nother\r\n--B--\r\n"
+    with pytest.raises(InvalidRequest, match="twice"):
+        form_model(body, b"B")
+
+
+def test_a_file_name_that_looks_like_a_parameter_is_none() -> None:
+    """In quotes."""
+    body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a; name=model; name=x"\r\n\r\n1\r\n--B--\r\n'
+    assert form_model(body, b"B") is None

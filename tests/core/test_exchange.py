@@ -401,17 +401,18 @@ def events_of(request: Legal) -> list[Event]:
 
 
 def served(request: Legal) -> Heard:
-    """The decision comes `patience` events after the question, at the latest when the gateway has nothing more to show."""
+    """The decision comes `patience` events after the first question, at the latest when the gateway has nothing more to show; a second one at once."""
     exchange = Exchange(max_body_bytes=10**6, early_scan_bytes=request.early_scan_bytes)
     heard = Heard()
     patience = request.patience
-    answered = False
+    answered = 0
     for event in [*events_of(request), None]:
         if event is not None:
             heard.take(exchange.receive(event))
-        if heard.asked and not answered:
-            if patience == 0 or event is None:
-                answered = True
+        asked = sum(isinstance(action, Decide) for action in heard.actions)
+        if asked > answered:
+            if patience <= 0 or event is None:
+                answered = asked
                 heard.take(exchange.decided(TO))
             patience -= 1
     return heard

@@ -154,7 +154,7 @@ def test_where_no_node_has_room_the_walk_is_repeated_for_a_while() -> None:
         began = asyncio.get_running_loop().time()
         refused = await served(router, "b")
         assert refused.immediate().details == "no_space"
-        assert 10 <= asyncio.get_running_loop().time() - began < 11
+        assert 10 <= asyncio.get_running_loop().time() - began <= 12
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(main())

@@ -196,6 +196,93 @@ async def test_an_unnamed_version_survives_a_restart_as_long_as_the_engine_may_r
     assert set(engine.adapters.registry) == {new.model}
 
 
+async def test_a_running_version_is_recognised_after_a_restart(
+    open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, node: Path, clock: Clock
+) -> None:
+    """Order of events: a request of acme/a is queued; acme/a is unloaded, and stays; the stager is restarted; the request runs, and nothing waits."""
+    origin.add("acme/b", small_files(seed=7))
+    stager = await open_stager(origin, engine_url=engine.url)
+    a, b = await held(stager), await held(stager, "acme/b")
+    clock.now += 1000
+    running = asyncio.Event()
+    done = asyncio.Event()
+
+    async def run() -> None:
+        async with engine.adapters.use(a.model):
+            running.set()
+            await done.wait()
+
+    async with engine.adapters.use(b.model):
+        request = asyncio.create_task(run())
+        await until(lambda: engine.adapters.waiting)
+        with pytest.raises(AdapterInUse):
+            await stager.evict(NAME)
+    await running.wait()
+    await stager.close()
+    again = await open_stager(origin, engine_url=engine.url)
+    assert a.model not in engine.adapters.registry
+    with pytest.raises(AdapterInUse):
+        await again.evict(NAME)
+    done.set()
+    await request
+    assert await again.evict(NAME)
+
+
+async def test_a_failed_reload_is_told_to_routers(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
+    """An engine that dies again while it is told what is in demand: whoever has a lease on it must ask."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    await held(stager)
+    engine.adapters.registry.clear()
+
+    async def fail(path: str) -> web.Response | None:
+        return web.Response(status=503) if path == "/v1/load_lora_adapter" else None
+
+    engine.step = fail
+    with stager.changes.since(stager.changes.last) as (queue, _):
+        await stager._keeper.compare()
+        told = [change.kind for change in (queue.get_nowait() for _ in range(queue.qsize())) if change is not None and change.adapter]
+    assert told == ["evicted"]
+
+
+async def test_a_list_from_before_a_load_is_no_loss(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
+    """Order of events: the list is asked for; an adapter is loaded; the list, which lacks it, is answered."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    await held(stager)
+    origin.add("acme/b", small_files(seed=7))
+    loaded = False
+
+    async def load_meanwhile(path: str) -> web.Response | None:
+        nonlocal loaded
+        if path != "/v1/models" or loaded:
+            return None
+        loaded = True
+        listed = [{"id": name, "root": root, "parent": "base"} for name, root in engine.adapters.registry.items()]
+        await held(stager, "acme/b")
+        return web.json_response({"data": listed})
+
+    engine.step = load_meanwhile
+    assert await stager._loads.compare() == set()
+    assert loaded
+
+
+async def test_a_replaced_version_does_not_come_back_with_a_restart(
+    open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, node: Path, clock: Clock
+) -> None:
+    """Order of events: refreshed; the old version cannot go yet; the new one is evicted; restarted. The name leads nowhere, not to the old version."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    old = await held(stager)
+    renew(origin)
+    await stager.refresh(NAME)
+    async with engine.adapters.use(old.model):
+        clock.now += 1000
+        assert await stager.evict(NAME)
+        await stager.close()
+        again = await open_stager(origin, engine_url=engine.url)
+        assert list(again.holdings) == []
+        assert (node / ".store" / old.digest).is_dir()
+    assert await engine.ask((await held(again)).model) == sha256(NEW[WEIGHTS])
+
+
 async def test_an_eviction_waits_until_what_was_queued_is_done(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, clock: Clock) -> None:
     """Order of events: acme/b holds the only slot; a request of acme/a waits for it; acme/a is unloaded. Its files stay until the queue was empty."""
     origin.add("acme/b", small_files(seed=7))
@@ -316,8 +403,39 @@ async def test_a_plain_name_is_exchanged_one_version_after_the_other(
     renew(origin)
     await stager.refresh(NAME)
     new = await held(stager, loading=Loading.PLAIN)
-    assert engine.adapters.registry == {NAME: str(stager.store.path(new.digest))}
+    assert engine.adapters.registry[NAME] == str(stager.store.path(new.digest))
     assert await engine.ask(NAME) == sha256(NEW[WEIGHTS])
+
+
+async def test_a_refused_version_takes_over_no_plain_name(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
+    """It is loaded under its own name first, so that the old one is not unloaded for nothing."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    await held(stager, loading=Loading.PLAIN)
+    origin.add(NAME, small_files(seed=3, rank=8))
+    origin.revisions[NAME] = "2"
+    engine.adapters._max_lora_rank = 4
+    with pytest.raises(InvalidAdapter, match="rank"):
+        await stager.refresh(NAME)
+    await held(stager, loading=Loading.PLAIN)
+    assert await engine.ask(NAME) == sha256(OLD[WEIGHTS])
+
+
+async def test_a_replaced_version_stays_while_a_plain_name_runs(
+    open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, node: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Order of events: a request of the plain name runs on the old version; the name is exchanged; the old version's lease ends. It may be read again."""
+    monkeypatch.setattr(loads_module, "IN_TRANSIT_S", 0.01)
+    stager = await open_stager(origin, engine_url=engine.url)
+    old = await held(stager, loading=Loading.PLAIN)
+    async with engine.adapters.use(NAME):
+        renew(origin)
+        await stager.refresh(NAME)
+        await held(stager, loading=Loading.PLAIN)
+        clock.now += 1000
+        await stager._remover.remove_retired()
+        assert (node / ".store" / old.digest).is_dir()
+    await stager._remover.remove_retired()
+    assert not (node / ".store" / old.digest).exists()
 
 
 async def test_an_engine_that_wants_another_model_refuses_plain_names(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
