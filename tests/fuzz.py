@@ -83,6 +83,19 @@ def fuzz_body(rng: random.Random, body: bytes) -> None:
         found.feed(body[start : start + step])
         start += step
     assert verdict is None or found.model == verdict, f"scanner {found.model!r}, verdict {verdict!r}"
+    if verdict is not None:
+        fuzz_rename(body, verdict)
+
+
+def fuzz_rename(body: bytes, old: str) -> None:
+    """Another model is read where one was, and taken back the body is what it was."""
+    new = "acme/a@sha256:0123456789ab"
+    renamed = scanner.rename(body, old, new)
+    assert strict(renamed) == new, f"renamed it reads {strict(renamed)!r}"
+    walk = scanner.Scanner()
+    walk.feed(body)
+    begin, end = walk.span
+    assert (renamed[:begin], renamed[len(renamed) - len(body) + end :]) == (body[:begin], body[end:])
 
 
 def fuzz_form(rng: random.Random, body: bytes) -> None:
@@ -101,7 +114,7 @@ def fuzz_messages(rng: random.Random, messages: bytes) -> None:
             event.headers = {**event.headers, "content-type": rng.choice(("application/json", "text/plain", "multipart/form-data; boundary=b"))}
         for action in exchange.receive(event):
             if isinstance(action, Decide):
-                for reply in exchange.decided(Mutation({"a": "b"})):
+                for reply in exchange.decided(Mutation({"a": "b"}, model=rng.choice(("", "x@sha256:0")))):
                     assert not isinstance(reply, Decide)
                     wire.encode(reply)
             else:

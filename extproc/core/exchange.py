@@ -184,7 +184,10 @@ class Exchange:
         another version, by then. It is asked for again when the body was judged.
         """
         if self.state is State.DECIDING:
-            return self._answer(mutation)
+            try:
+                return self._answer(mutation)
+            except LoraExtprocError as error:
+                return self.failed(error)
         self._asked = False
         self._was_decided = True
         return []

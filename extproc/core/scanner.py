@@ -6,6 +6,7 @@ and the engine read differently would be routed for one adapter and answered by 
 keys, so two are refused.
 """
 
+import contextlib
 import re
 
 import msgspec
@@ -72,8 +73,8 @@ def rename(body: bytes, old: str, new: str) -> bytes:
     """
     value, changed = msgspec.json.encode(old), msgspec.json.encode(new)
     for begin in dict.fromkeys((body.rfind(value), body.find(value))):
-        if begin >= 0:
-            renamed = _replaced(body, begin, begin + len(value), changed)
+        renamed = _replaced(body, begin, begin + len(value), changed) if begin >= 0 else b""
+        with contextlib.suppress(InvalidRequest):  # what looked like the value was the end of one string and the beginning of the next
             if judge(renamed) == new:
                 return renamed
     scanner = Scanner()

@@ -364,6 +364,7 @@ def test_a_key_longer_than_any_spelling_of_model_is_passed_over() -> None:
         (b'{"model":"a"}', b'{"model":"b@sha256:00"}'),
         (b' {\n"x": {"model": "a"}, "model" : "a" , "model2":"a"} ', b' {\n"x": {"model": "a"}, "model" : "b@sha256:00" , "model2":"a"} '),
         (b'{"mod\\u0065l":"\\u0061\\"","y":1}', b'{"mod\\u0065l":"b@sha256:00","y":1}'),
+        (b'{"x":"1","model":",","y":"2","z":"3"}', b'{"x":"1","model":"b@sha256:00","y":"2","z":"3"}'),
         (b'{"model":"a","a":1}', b'{"model":"b@sha256:00","a":1}'),
         (b'{"a":"a","model":"a","b":"a"}', b'{"a":"a","model":"b@sha256:00","b":"a"}'),
         ('{"messages":["é\\"model\\":"],"model":"a"}'.encode(), '{"messages":["é\\"model\\":"],"model":"b@sha256:00"}'.encode()),
