@@ -70,6 +70,14 @@ async def stop(children: Sequence[Child], grace_s: float) -> None:
             with contextlib.suppress(ProcessLookupError):
                 child.process.kill()
     await asyncio.gather(*waits)
+    for child in children:
+        kill_family(child)
+
+
+def kill_family(child: Child) -> None:
+    """What a child has started, and left behind when it was killed: each child leads a group of its own. A vLLM's workers outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.process.pid, signal.SIGKILL)
 
 
 def free_ports(count: int) -> list[int]:

@@ -17,7 +17,7 @@ from .. import envoyconfig
 from ..config import OriginSettings, Settings, parse
 from ..errors import StartError
 from . import demo, tiny
-from .processes import Child, check_port_is_free, free_ports, python, spawn, stop
+from .processes import Child, check_port_is_free, free_ports, kill_family, python, spawn, stop
 from .vllm import START_S as VLLM_START_S
 from .vllm import Vllm
 
@@ -153,6 +153,7 @@ class Stack:
     async def restart(self, name: str) -> None:
         """Start a child that has ended again, with the same command."""
         child = self.process(name)
+        kill_family(child)
         self._children[self._children.index(child)] = await spawn(name, child.command, child.log.parent, environment=child.environment)
 
     # -- start and stop
