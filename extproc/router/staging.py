@@ -10,7 +10,7 @@ from ..core.endpoint import Endpoint
 from ..errors import LoraExtprocError, NoEndpoint, NoSpace, StageDeadline
 from ..metrics import RouterMetrics
 from .holding import Holding
-from .residency import Residency
+from .residency import Lease, Residency
 
 MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
 NO_SPACE_PAUSE_S, MAX_NO_SPACE_PAUSE_S = 0.25, 2.0
@@ -42,20 +42,18 @@ class Staging:
     def now(self, forward: Forward) -> Placed | None:
         """The answer, if no wait is needed. While the owner's engine has no slot left, another that has the adapter is as good."""
         owner = forward.candidates[0]
-        lease = self._residency.lease(owner, forward.adapter, plain=forward.plain)
-        if lease is not None:
+        if (lease := self._lease(forward, owner)) is not None:
             return Placed(self._having(forward, owner, lease.model), "hit", "", 0.0, lease.model)
         if self._residency.is_full(owner):
             for endpoint in forward.candidates[1:MAX_CANDIDATES]:
-                lease = self._residency.lease(endpoint, forward.adapter, plain=forward.plain)
-                if lease is not None:
+                if (lease := self._lease(forward, endpoint)) is not None:
                     return Placed(self._having(forward, endpoint, lease.model), "hit", "", 0.0, lease.model)
         return None
 
     def again(self, forward: Forward, before: Placed) -> Placed | None:
         """The place that was waited for while the body arrived, if it is still one, by the name that its engine knows the adapter by now."""
         endpoint = before.endpoints[0]
-        lease = self._residency.lease(endpoint, forward.adapter, plain=forward.plain) if endpoint in forward.candidates else None
+        lease = self._lease(forward, endpoint) if endpoint in forward.candidates else None
         if lease is None:
             return None
         return Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model)
@@ -113,11 +111,11 @@ class Staging:
 
         One that lacks it would answer with 404, which no client repeats.
         """
-        return (chosen, *(e for e in forward.candidates if e is not chosen and self._knows(e, forward, model)))
+        leases = ((e, self._lease(forward, e)) for e in forward.candidates if e is not chosen)
+        return (chosen, *(e for e, lease in leases if lease is not None and lease.model == model))
 
-    def _knows(self, endpoint: Endpoint, forward: Forward, model: str) -> bool:
-        lease = self._residency.lease(endpoint, forward.adapter, plain=forward.plain)
-        return lease is not None and lease.model == model
+    def _lease(self, forward: Forward, endpoint: Endpoint) -> Lease | None:
+        return self._residency.lease(endpoint, forward.adapter, plain=forward.plain)
 
 
 def _other(model: str, adapter: str) -> str:

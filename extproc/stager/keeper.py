@@ -19,7 +19,7 @@ CAUSE = "engine"  # of not being ready
 
 
 class EngineKeeper:
-    """Keeps the node's readiness true to the engine's. `watch` notices its end at once, `check` everything else."""
+    """Keeps the node's readiness true to the engine's. From `open` on its end is noticed at once; `check` sees everything else."""
 
     def __init__(self, engine: Engine, loads: Loads, readiness: Readiness, changes: Changes, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
