@@ -253,7 +253,8 @@ class Exchange:
         self._held_bytes += len(chunk)
         if self._held_bytes > self._max_body_bytes and self._content is not None:
             raise BodyTooLarge(f"the body has over {self._max_body_bytes} bytes")
-        self._chunks.append(chunk)
+        if chunk:  # the last is often empty; one alone need not be joined
+            self._chunks.append(chunk)
         self._body_ended = last
         if last or self._asked or self._was_decided or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
             return []
@@ -279,8 +280,7 @@ class Exchange:
 
     def _judge(self) -> list[Action]:
         self._scanner = None
-        body = b"".join(self._chunks)
-        self._chunks = [body]  # in BUFFERED, too, until it is known whether it is to be changed
+        body = self._join()  # in BUFFERED, too, until it is known whether it is to be changed
         assert self._content is not None
         model = self._content.model(body, self._max_body_bytes)
         self._model = model or ""
@@ -338,7 +338,7 @@ class Exchange:
             self._body_owed = False
         if self.mode is Mode.FULL_DUPLEX_STREAMED:
             if self._chunks or self._body_ended:
-                actions += _in_chunks(b"".join(self._chunks), end_of_stream=self._body_ended and not self._trailers_owed)
+                actions += _in_chunks(self._join(), end_of_stream=self._body_ended and not self._trailers_owed)
         elif self._body_owed:
             actions.append(BodyReply(Direction.REQUEST))
         if self._trailers_owed:
@@ -350,13 +350,19 @@ class Exchange:
     def _rename(self, mutation: Mutation) -> Mutation:
         """Change the body that is held; the mutation, with what that means for the headers."""
         assert self._content is not None
-        body = self._content.with_model(b"".join(self._chunks), self._model, mutation.model, self._max_body_bytes)
+        body = self._content.with_model(self._join(), self._model, mutation.model, self._max_body_bytes)
         self._chunks = [body]
         if self._content.encoding:
             mutation = replace(mutation, remove_headers=(*mutation.remove_headers, "content-encoding"))
         if self.mode is Mode.BUFFERED:  # in full duplex Envoy takes the length away; here it compares
             mutation = replace(mutation, set_headers={**mutation.set_headers, "content-length": str(len(body))})
         return mutation
+
+    def _join(self) -> bytes:
+        """What is held of the body, as one piece from now on."""
+        if len(self._chunks) != 1:
+            self._chunks = [b"".join(self._chunks)]
+        return self._chunks[0]
 
     def _end(self) -> None:
         self.state = State.ENDED

@@ -5,7 +5,7 @@ import logging
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from .http2 import Buffer, Call, Methods, Sender
+from .http2 import Call, Message, Methods, Sender, joined
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class _Check(Call):
         self._health = health
         self._sender = sender
 
-    def receive(self, message: Buffer) -> None:
+    def receive(self, message: Message) -> None:
         try:
-            name = health_pb2.HealthCheckRequest.FromString(bytes(message)).service
+            name = health_pb2.HealthCheckRequest.FromString(joined(message)).service
         except DecodeError:
             self._sender.finish(_INVALID_ARGUMENT, "not a HealthCheckRequest")
             return
@@ -78,9 +78,9 @@ class _Watch(Call):
         self._sender = sender
         self._name: str | None = None
 
-    def receive(self, message: Buffer) -> None:
+    def receive(self, message: Message) -> None:
         try:
-            self._name = health_pb2.HealthCheckRequest.FromString(bytes(message)).service
+            self._name = health_pb2.HealthCheckRequest.FromString(joined(message)).service
         except DecodeError:
             self._sender.finish(_INVALID_ARGUMENT, "not a HealthCheckRequest")
             return

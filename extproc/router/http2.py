@@ -10,6 +10,10 @@ gateway sends the same block for every stream, so it is decoded once.
 Flow control: bytes of a stream are given back to its sender when its call has taken them, unless the call's own answers pile up: a slow
 exchange then stops its own sender and nobody else's. The connection's window is given back at once; what all calls together may hold is the
 caller's to limit.
+
+Copies: all connections of a listener read into one buffer, since each read is dealt with before the next. What has to be kept is copied out of it,
+and a message that came in several frames is handed over in its pieces, for the call to join what it needs. What is sent goes to the kernel from
+where it lies.
 """
 
 import asyncio
@@ -17,7 +21,7 @@ import logging
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import hpack
 
@@ -35,7 +39,8 @@ DEFAULT_WINDOW = 65_535  # RFC 9113, 6.9.2: of a connection, and of streams unti
 MAX_WINDOW = 2**31 - 1
 STREAM_WINDOW = 2**20  # a 1 MB prompt needs no round trip of window updates
 LARGE_BYTES = 8192  # what is smaller is cheaper to copy than to keep a view of
-OUR_MAX_FRAME = 2**20  # fewer, larger frames; a peer that ignores it sends 16 KiB ones
+OUR_MAX_FRAME = 2**17  # fewer, larger frames; a peer that ignores it, as Envoy does, sends 16 KiB ones
+READ_BYTES = 2**18  # at once; one whole frame at least
 MAX_HEADER_BLOCK = 64 * 1024  # a gateway's has some hundred bytes
 MAX_MESSAGE_BYTES = 64 * 2**20  # of one gRPC message; what a body may have is the router's to limit, with an answer that a client understands
 MAX_UNSENT_BYTES = 256 * 1024  # of one stream, above which it is not given window
@@ -45,19 +50,30 @@ MAX_REMEMBERED_BLOCKS = 256
 # gRPC status codes (grpc/status.h) used here
 OK, UNIMPLEMENTED, INTERNAL, RESOURCE_EXHAUSTED = 0, 12, 13, 8
 
+_FRAME_HEADER = struct.Struct(">HBBBI")  # a length of three bytes, type, flags, stream
+_PREFIX = struct.Struct(">BI")  # of a gRPC message: whether it is compressed, its length
+
 # HPACK without a dynamic table: 0x88 is ":status: 200" of the static table; then literals that are not to be indexed (RFC 7541, 6.2.2)
 _RESPONSE_HEADERS = b"\x88\x0f\x10\x10application/grpc"
 
 
 Buffer = bytes | memoryview
-Message = bytes | tuple[Buffer, ...]  # what is sent may come in parts: a large body is not copied into its message
+Message = Buffer | tuple[Buffer, ...]  # a large one may be in pieces, so that its body is not copied into it or out of it
+
+
+_Payload = TypeVar("_Payload", bytes, memoryview)
+
+
+def joined(message: Message) -> bytes:
+    """A message as bytes that may be kept."""
+    return b"".join(message) if isinstance(message, tuple) else bytes(message)
 
 
 class Call(Protocol):
     """One gRPC call, as the transport drives it. Its methods return at once and raise nothing."""
 
-    def receive(self, message: Buffer) -> None:
-        """The next message of the client; a large one as a view, to be read before this returns."""
+    def receive(self, message: Message) -> None:
+        """The next message of the client. Views are to be read before this returns: the next read writes over them."""
 
     def half_close(self) -> None:
         """The client sends no more."""
@@ -98,10 +114,10 @@ class _Stream:
         "ended_there",
         "id",
         "incoming",
-        "incoming_bytes",
-        "needed",
+        "missing",
         "send_window",
         "started",
+        "trailers",
         "unsent",
         "unsent_bytes",
         "window",
@@ -114,11 +130,11 @@ class _Stream:
         self.send_window = send_window
         self.window = STREAM_WINDOW  # what the client may still send
         self.consumed = 0  # taken by the call, not given back yet
-        self.incoming: list[Buffer] = []  # the beginning of a message
-        self.incoming_bytes = 0
-        self.needed = 0  # bytes until it is whole
-        self.unsent: deque[tuple[Buffer, bool]] = deque()  # payload and whether it is the trailers
+        self.incoming: list[bytes] = []  # the beginning of a message
+        self.missing = 0  # bytes until it is whole; 0 while its length is not known
+        self.unsent: deque[memoryview] = deque()  # none of them empty
         self.unsent_bytes = 0
+        self.trailers: bytes | None = None  # to be sent when that has gone
         self.started = False  # the response headers have been sent
         self.ended_there = False
         self.ended_here = False
@@ -133,18 +149,24 @@ class _Stream:
             self._connection.send_trailers(self, status, text)
 
 
-class Connection(asyncio.Protocol):
-    """One client's connection."""
+class Connection(asyncio.BufferedProtocol):
+    """One client's connection. `reads` is where it reads to; connections of one event loop may share it."""
 
     def __init__(
-        self, methods: Methods, max_streams: int, on_closed: Callable[["Connection"], None] = lambda _: None, on_idle: Callable[[], None] = lambda: None
+        self,
+        methods: Methods,
+        max_streams: int,
+        on_closed: Callable[["Connection"], None] = lambda _: None,
+        on_idle: Callable[[], None] = lambda: None,
+        reads: bytearray | None = None,
     ) -> None:
         self._methods = methods
         self._max_streams = max_streams
         self._on_closed = on_closed
         self._on_idle = on_idle  # no call is open any more
         self._transport: asyncio.Transport | None = None
-        self._buffer = b""
+        self._reads = memoryview(bytearray(READ_BYTES) if reads is None else reads)
+        self._rest = b""  # of the last read: a frame that has only begun
         self._awaits_preface = True
         self._decoder = hpack.Decoder()
         self._remembered: dict[bytes, str] = {}  # header block -> path
@@ -180,10 +202,14 @@ class Connection(asyncio.Protocol):
         self._frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", MAX_WINDOW - DEFAULT_WINDOW))
         self._flush()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # asyncio's signature
+        self._reads[: len(self._rest)] = self._rest
+        return self._reads[len(self._rest) :]
+
+    def buffer_updated(self, nbytes: int) -> None:
         self._in_read = True
         try:
-            self._read(self._buffer + data if self._buffer else data)
+            self._read(self._reads[: len(self._rest) + nbytes])
         except _ConnectionError as error:
             log.info("closing %r: %s", self, error)
             self._frame(GOAWAY, 0, 0, struct.pack(">II", self._last_id, error.code) + str(error).encode())
@@ -228,41 +254,38 @@ class Connection(asyncio.Protocol):
 
     # -- reading
 
-    def _read(self, data: bytes) -> None:
+    def _read(self, data: memoryview) -> None:
         position, size = 0, len(data)
         if self._awaits_preface:
             if not PREFACE.startswith(data[: len(PREFACE)]):
                 raise _ConnectionError(PROTOCOL_ERROR, "not an HTTP/2 client")
             if size < len(PREFACE):
-                self._buffer = data
+                self._rest = bytes(data)
                 return
             self._awaits_preface = False
             position = len(PREFACE)
-        while size - position >= 9:
-            length = int.from_bytes(data[position : position + 3], "big")
+        while size - position >= _FRAME_HEADER.size:
+            high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, position)
+            length = high << 8 | low
             if length > OUR_MAX_FRAME:
                 raise _ConnectionError(FRAME_SIZE_ERROR, f"a frame of {length} bytes; the limit is {OUR_MAX_FRAME}")
-            end = position + 9 + length
-            if end > size:
+            begin = position + _FRAME_HEADER.size
+            if begin + length > size:
                 break
-            kind, flags = data[position + 3], data[position + 4]
-            stream_id = int.from_bytes(data[position + 5 : position + 9], "big") & MAX_WINDOW
-            payload: Buffer = data[position + 9 : end] if length < LARGE_BYTES else memoryview(data)[position + 9 : end]
-            position = end
+            position = begin + length
             if self._block is not None and kind != CONTINUATION:
                 raise _ConnectionError(PROTOCOL_ERROR, "a header block was not continued")
-            self._handle(kind, flags, stream_id, payload)
-        self._buffer = data[position:]
+            if kind == DATA:
+                self._on_data(flags, stream_id & MAX_WINDOW, data[begin:position])
+            else:
+                self._handle(kind, flags, stream_id & MAX_WINDOW, bytes(data[begin:position]))
+        self._rest = bytes(data[position:])
 
-    def _handle(self, kind: int, flags: int, stream_id: int, payload: Buffer) -> None:
-        if kind == DATA:
-            self._on_data(flags, stream_id, payload)
-            return
-        payload = bytes(payload)
+    def _handle(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         if kind == WINDOW_UPDATE:
             self._on_window_update(stream_id, payload)
         elif kind == HEADERS:
-            block = bytes(_unpad(payload, flags))
+            block = _unpad(payload, flags)
             if flags & PRIORITY_FLAG:
                 block = block[5:]
             self._on_header_block(stream_id, bytearray(block), bool(flags & END_STREAM), bool(flags & END_HEADERS))
@@ -330,7 +353,7 @@ class Connection(asyncio.Protocol):
             self._remembered[block] = path
         return path
 
-    def _on_data(self, flags: int, stream_id: int, payload: Buffer) -> None:
+    def _on_data(self, flags: int, stream_id: int, payload: memoryview) -> None:
         size = len(payload)
         self._uncredited += size
         if self._uncredited >= STREAM_WINDOW:
@@ -346,48 +369,56 @@ class Connection(asyncio.Protocol):
             raise _ConnectionError(FLOW_CONTROL_ERROR, f"stream {stream_id} sent more than its window")
         if stream.ended_there:
             raise _ConnectionError(STREAM_CLOSED, f"data of stream {stream_id} after its end")
-        data = _unpad(payload, flags)
-        if stream.call is not None and not self._take_messages(stream, data):
+        if flags & PADDED:
+            payload = _unpad(payload, flags)
+        if len(payload) < stream.missing:  # as most frames of a large body
+            stream.incoming.append(bytes(payload))
+            stream.missing -= len(payload)
+        elif stream.call is not None and not self._take_messages(stream, payload):
             return
         stream.consumed += size
-        self._give_window(stream)
+        if stream.consumed >= STREAM_WINDOW // 2:
+            self._give_window(stream)
         if flags & END_STREAM:
             self._end_of_client(stream)
 
-    def _take_messages(self, stream: _Stream, data: Buffer) -> bool:
-        """Cut the stream's bytes into gRPC messages: a flag byte, a length, the message. False if that ended the stream.
-
-        The pieces of a message that comes in many frames are joined once, when the last is there.
-        """
-        if stream.incoming:
-            stream.incoming.append(data)
-            stream.incoming_bytes += len(data)
-            if stream.incoming_bytes < stream.needed:
-                return True
-            data = b"".join(stream.incoming)
-            stream.incoming.clear()
+    def _take_messages(self, stream: _Stream, data: memoryview) -> bool:
+        """Cut the stream's bytes into gRPC messages: a flag byte, a length, the message. False if that ended the stream."""
+        if stream.missing:  # and it is all there
+            first, *others = stream.incoming
+            message: tuple[Buffer, ...] = (memoryview(first)[_PREFIX.size :], *others, data[: stream.missing])
+            data = data[stream.missing :]
+            stream.incoming, stream.missing = [], 0
+            if not self._hand_over(stream, message):
+                return False
+        elif stream.incoming:  # of so little that its length is not known
+            data = memoryview(b"".join((*stream.incoming, data)))
+            stream.incoming = []
         position, size = 0, len(data)
-        needed = 5
-        while size - position >= 5:
-            if data[position]:
+        while size - position >= _PREFIX.size:
+            compressed, length = _PREFIX.unpack_from(data, position)
+            if compressed:
                 return self._refuse(stream, UNIMPLEMENTED, "compressed messages are not understood")
-            length = int.from_bytes(data[position + 1 : position + 5], "big")
             if length > MAX_MESSAGE_BYTES:
                 return self._refuse(stream, RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
-            end = position + 5 + length
+            begin = position + _PREFIX.size
+            end = begin + length
             if end > size:
-                needed = 5 + length
+                stream.missing = end - size
                 break
-            if stream.call is None:
+            if not self._hand_over(stream, bytes(data[begin:end]) if length < LARGE_BYTES else data[begin:end]):
                 return False
-            stream.call.receive(bytes(data[position + 5 : end]) if length < LARGE_BYTES else memoryview(data)[position + 5 : end])
             position = end
-            if stream.id not in self._streams:
-                return False
         if position < size:
-            stream.incoming.append(data[position:] if position else data)
-            stream.incoming_bytes, stream.needed = size - position, needed
+            stream.incoming.append(bytes(data[position:]))
         return True
+
+    def _hand_over(self, stream: _Stream, message: Message) -> bool:
+        """False if the stream is over, before or because of it."""
+        if stream.call is None:
+            return False
+        stream.call.receive(message)
+        return stream.id in self._streams
 
     def _refuse(self, stream: _Stream, status: int, text: str) -> bool:
         self._abandon(stream)
@@ -455,21 +486,12 @@ class Connection(asyncio.Protocol):
         if not stream.started:
             stream.started = True
             self._frame(HEADERS, END_HEADERS, stream.id, _RESPONSE_HEADERS)
-        if isinstance(message, tuple):
-            size = sum(map(len, message))
-            parts: tuple[Buffer, ...] = (b"\x00" + size.to_bytes(4, "big") + message[0], *message[1:])
-        else:
-            size = len(message)
-            parts = (b"\x00" + size.to_bytes(4, "big") + message,)
-        size += 5
-        if len(parts) == 1 and not (stream.unsent or self._paused) and size <= min(self._max_frame, stream.send_window, self._send_window):
-            stream.send_window -= size
-            self._send_window -= size
-            self._frame(DATA, 0, stream.id, parts[0])
-        else:
-            stream.unsent.extend((memoryview(part), False) for part in parts)  # cut into frames without copying
-            stream.unsent_bytes += size
-            self._send_unsent(stream)
+        parts = message if isinstance(message, tuple) else (message,)
+        size = sum(map(len, parts))
+        stream.unsent.append(memoryview(_PREFIX.pack(0, size) + parts[0]))  # views are cut into frames without copying
+        stream.unsent.extend(memoryview(part) for part in parts[1:] if part)
+        stream.unsent_bytes += _PREFIX.size + size
+        self._send_unsent(stream)
         self._flush_soon()
 
     def send_trailers(self, stream: _Stream, status: int, text: str) -> None:
@@ -479,35 +501,42 @@ class Connection(asyncio.Protocol):
         if text:
             fields += _literal(b"grpc-message", text.encode("ascii", "replace").replace(b"%", b"%25")[:120])
         stream.started = True
-        stream.unsent.append((fields, True))
+        stream.trailers = fields
         self._send_unsent(stream)
         self._flush_soon()
 
     def _send_more(self) -> None:
-        for stream in [stream for stream in self._streams.values() if stream.unsent]:
+        for stream in [stream for stream in self._streams.values() if stream.unsent or stream.trailers is not None]:
             self._send_unsent(stream)
 
     def _send_unsent(self, stream: _Stream) -> None:
         while stream.unsent:
-            data, is_trailers = stream.unsent[0]
-            if is_trailers:
-                stream.unsent.popleft()
-                self._frame(HEADERS, END_HEADERS | END_STREAM, stream.id, data)
-                self._forget_if_done(stream)
+            size = min(stream.unsent_bytes, stream.send_window, self._send_window, self._max_frame)
+            if size <= 0 or self._paused:
                 return
-            room = min(stream.send_window, self._send_window, self._max_frame)
-            if room <= 0 or self._paused:
-                return
-            part = data[:room]
-            self._frame(DATA, 0, stream.id, part)
-            stream.send_window -= len(part)
-            self._send_window -= len(part)
-            stream.unsent_bytes -= len(part)
-            if len(part) < len(data):
-                stream.unsent[0] = (data[room:], False)
-            else:
-                stream.unsent.popleft()
+            self._fill_frame(stream, size)
+        if stream.trailers is not None:
+            trailers, stream.trailers = stream.trailers, None
+            self._frame(HEADERS, END_HEADERS | END_STREAM, stream.id, trailers)
+            self._forget_if_done(stream)
+            return
         self._give_window(stream)
+
+    def _fill_frame(self, stream: _Stream, size: int) -> None:
+        """One frame of the next `size` bytes, from as many pieces as that takes."""
+        stream.send_window -= size
+        self._send_window -= size
+        stream.unsent_bytes -= size
+        self._out_bytes += size
+        self._out.append(_FRAME_HEADER.pack(size >> 8, size & 0xFF, DATA, 0, stream.id))
+        while size:
+            part = stream.unsent[0]
+            if len(part) <= size:
+                stream.unsent.popleft()
+            else:
+                part, stream.unsent[0] = part[:size], part[size:]
+            self._out.append(part)
+            size -= len(part)
 
     def _give_window(self, stream: _Stream) -> None:
         """Let the client send more, once half of its window was taken and what it is answered does not pile up."""
@@ -517,7 +546,7 @@ class Connection(asyncio.Protocol):
             stream.consumed = 0
 
     def _forget_if_done(self, stream: _Stream) -> None:
-        if not stream.ended_here or stream.unsent or stream.id not in self._streams:
+        if not stream.ended_here or stream.unsent or stream.trailers is not None or stream.id not in self._streams:
             return
         self._forget(stream)
         stream.call = None  # the call knows its stream: without this cut the two would wait for the collector of cycles
@@ -539,9 +568,9 @@ class Connection(asyncio.Protocol):
         self._frame(RST_STREAM, 0, stream_id, struct.pack(">I", code))
         self._check_backlog()
 
-    def _frame(self, kind: int, flags: int, stream_id: int, payload: Buffer) -> None:
+    def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         self._out_bytes += len(payload)
-        self._out.append(struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream_id))
+        self._out.append(_FRAME_HEADER.pack(len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream_id))
         self._out.append(payload)
 
     def _check_backlog(self) -> None:
@@ -567,7 +596,7 @@ class Connection(asyncio.Protocol):
         self._out, self._out_bytes = [], 0
 
 
-def _unpad(payload: Buffer, flags: int) -> Buffer:
+def _unpad(payload: _Payload, flags: int) -> _Payload:
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):

@@ -4,7 +4,7 @@ import asyncio
 import ssl
 
 from ..process import listen
-from .http2 import Connection, Methods
+from .http2 import READ_BYTES, Connection, Methods
 
 
 class Listener:
@@ -18,6 +18,7 @@ class Listener:
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._idle = asyncio.Event()
+        self._reads = bytearray(READ_BYTES)  # of all connections: each read is dealt with before the next
 
     @property
     def address(self) -> str:
@@ -48,7 +49,7 @@ class Listener:
             connection.close()
 
     def _connection(self) -> Connection:
-        connection = Connection(self._methods, self._max_streams, self._closed, self._idle.set)
+        connection = Connection(self._methods, self._max_streams, self._closed, self._idle.set, self._reads)
         self._connections.add(connection)
         return connection
 

@@ -17,7 +17,7 @@ from ..metrics import RouterMetrics
 from . import wire
 from .catalog import Catalog
 from .holding import Holding
-from .http2 import Buffer, Sender
+from .http2 import Message, Sender
 from .membership import Membership
 from .staging import Placed, Staging
 from .tracing import Tracing
@@ -84,7 +84,7 @@ class Conversation:
 
     # -- the transport's side
 
-    def receive(self, message: Buffer) -> None:
+    def receive(self, message: Message) -> None:
         """The next ProcessingRequest."""
         try:
             event = wire.decode(message)

@@ -1,6 +1,7 @@
 """ext_proc messages to events, replies to messages: the only place that touches the generated code of `protos/ext_proc.proto`."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
@@ -27,7 +28,7 @@ from ..core.events import (
 from ..core.steering import LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE, REMEMBERED
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
-from .http2 import LARGE_BYTES, Buffer, Message
+from .http2 import LARGE_BYTES, MAX_MESSAGE_BYTES, Buffer, Message, joined
 
 _REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types
 
@@ -38,13 +39,13 @@ SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 SERVED_KEY = "x-gateway-destination-endpoint-served"
 
 
-def decode(message: Buffer) -> Event:
+def decode(message: Message) -> Event:
     """One ProcessingRequest as an event. What cannot be read is an event too: the exchange answers it."""
-    body = _decode_body(message)
+    body = _decode_body(message if isinstance(message, tuple) else (message,))
     if body is not None:
         return body
     try:
-        request = pb.ProcessingRequest.FromString(bytes(message))
+        request = pb.ProcessingRequest.FromString(joined(message))
     except DecodeError:
         return Unreadable("not a ProcessingRequest")
     kind = request.WhichOneof("request")
@@ -120,43 +121,53 @@ def _encode(reply: Reply) -> bytes:
 # Anything but the plain form goes the ordinary way, and the tests compare both with an independent full set.
 
 
-def _decode_body(message: Buffer) -> RequestBody | ResponseBody | None:
-    """A ProcessingRequest that is `request_body` (field 4) or `response_body` (5) and nothing else, holding `body` and `end_of_stream` in order."""
-    size = len(message)
-    if size < 2 or message[0] not in (_REQUEST_BODY, _RESPONSE_BODY):
+def _decode_body(pieces: tuple[Buffer, ...]) -> RequestBody | ResponseBody | None:
+    """A ProcessingRequest that is `request_body` (field 4) or `response_body` (5) and nothing else, holding `body` and `end_of_stream` in order.
+
+    What stands before the body is in the first piece, what comes after it in the last; anything else is not worth a path of its own.
+    """
+    first, last, size = pieces[0], pieces[-1], sum(map(len, pieces))
+    if len(first) < 2 or first[0] not in (_REQUEST_BODY, _RESPONSE_BODY):
         return None
-    length, position = _varint(message, 1)
+    length, position = _varint(first, 1)
     if position + length != size:
         return None
-    body = b""
-    if position < size and message[position] == _BODY:
-        length, position = _varint(message, position + 1)
-        if position + length > size:
-            return None
-        body = bytes(message[position : position + length])
-        position += length
-    end_of_stream = False
-    if position + 2 == size and message[position] == _END_OF_STREAM and message[position + 1] == 1:
-        end_of_stream, position = True, size
-    if position != size:
+    body_size = 0
+    if position < len(first) and first[position] == _BODY:
+        body_size, position = _varint(first, position + 1)
+    after = size - position - body_size  # bytes behind the body
+    if after not in (0, 2) or after > len(last) - (position if len(pieces) == 1 else 0):
         return None
-    return RequestBody(body, end_of_stream) if message[0] == _REQUEST_BODY else ResponseBody(body, end_of_stream)
+    end_of_stream = after == 2
+    if end_of_stream and (last[-2] != _END_OF_STREAM or last[-1] != 1):
+        return None
+    if len(pieces) == 1:
+        body = bytes(first[position : position + body_size])
+    else:
+        body = b"".join((memoryview(first)[position:], *pieces[1:-1], last[: len(last) - after]))
+    return RequestBody(body, end_of_stream) if first[0] == _REQUEST_BODY else ResponseBody(body, end_of_stream)
 
 
 def _encode_body(direction: Direction, chunk: Buffer, end_of_stream: bool) -> Message:
-    """`request_body` (3) or `response_body` (4) . response (1) . body_mutation (3) . streamed_response (3) . {body (1), end_of_stream (2)}."""
     tail = b"\x10\x01" if end_of_stream else b""
-    head = b"\x0a" + _length(len(chunk)) if chunk else b""
-    inner = len(head) + len(chunk) + len(tail)
+    head = _head(direction, len(chunk), len(tail))
+    return (head, chunk, tail) if len(chunk) >= LARGE_BYTES else head + chunk + tail
+
+
+@lru_cache(1024)
+def _head(direction: Direction, size: int, after: int) -> bytes:
+    """`request_body` (3) or `response_body` (4) . response (1) . body_mutation (3) . streamed_response (3) . {body (1), end_of_stream (2)}."""
+    head = b"\x0a" + _length(size) if size else b""
+    inner = len(head) + size + after
     for tag in (b"\x1a", b"\x1a", b"\x0a", b"\x1a" if direction is Direction.REQUEST else b"\x22"):
         wrapped = tag + _length(inner)
         head = wrapped + head
         inner += len(wrapped)
-    return (head, chunk, tail) if len(chunk) >= LARGE_BYTES else head + chunk + tail
+    return head
 
 
 def _varint(message: Buffer, position: int) -> tuple[int, int]:
-    """A number of at most five bytes and where it ends; a size that no message has if it does not end."""
+    """A number of at most five bytes and where it ends; a size that no message has if it does not end there."""
     value = shift = 0
     for at in range(position, min(position + 5, len(message))):
         byte = message[at]
@@ -164,7 +175,7 @@ def _varint(message: Buffer, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at + 1
         shift += 7
-    return len(message) + 1, position
+    return MAX_MESSAGE_BYTES + 1, position
 
 
 def _length(value: int) -> bytes:

@@ -14,7 +14,7 @@ from extproc.metrics import RouterMetrics
 from extproc.pb import ext_proc_pb2 as pb
 from extproc.router.catalog import Catalog
 from extproc.router.holding import Holding
-from extproc.router.http2 import Message
+from extproc.router.http2 import Message, joined
 from extproc.router.membership import Membership
 from extproc.router.processor import Conversation, Processor
 from extproc.router.residency import Residency
@@ -162,11 +162,6 @@ class Gateway:
         destination = headers["x-gateway-destination-endpoint"]
         assert first.dynamic_metadata.fields["envoy.lb"].struct_value.fields["x-gateway-destination-endpoint"].string_value == destination
         return destination
-
-
-def joined(message: Message) -> bytes:
-    """A message that may come in parts."""
-    return message if isinstance(message, bytes) else b"".join(message)
 
 
 def headers(values: Mapping[str, str] | None = None, *, end: bool = False, mode: pb.BodySendMode = pb.FULL_DUPLEX_STREAMED) -> pb.ProcessingRequest:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.router import http2
-from extproc.router.http2 import Buffer, Connection, Sender
+from extproc.router.http2 import Connection, Message, Sender, joined
 from extproc.router.listener import Listener
 
 ECHO, HOLD = "/test.Echo/Echo", "/test.Echo/Hold"
@@ -26,8 +26,8 @@ class Echo:
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
 
-    def receive(self, message: Buffer) -> None:
-        self._sender.send(bytes(message))
+    def receive(self, message: Message) -> None:
+        self._sender.send(joined(message))
 
     def half_close(self) -> None:
         self._sender.finish()
@@ -44,7 +44,7 @@ class Hold:
     def __init__(self, _sender: Sender) -> None:
         Hold.open_calls += 1
 
-    def receive(self, message: Buffer) -> None:
+    def receive(self, message: Message) -> None:
         pass
 
     def half_close(self) -> None:
@@ -273,8 +273,11 @@ async def test_a_sender_that_ignores_its_window_is_cut_off() -> None:
     async with serving() as (address, _), raw(address) as wire:
         wire.frame(http2.SETTINGS, 0, 0, struct.pack(">HI", http2.INITIAL_WINDOW_SIZE, 0))
         wire.open(1, ECHO)
-        for _ in range(2):
-            wire.frame(http2.DATA, 0, 1, b"\x00" + (700_000).to_bytes(4, "big") + bytes(700_000))
+        answered = b"\x00" + (300_000).to_bytes(4, "big") + bytes(300_000)  # by more than MAX_UNSENT_BYTES
+        begun = b"\x00" + (2_000_000).to_bytes(4, "big")
+        sent = (answered + begun).ljust(http2.STREAM_WINDOW + 1, b"\x00")  # nothing comes after the byte that is over the window
+        for at in range(0, len(sent), http2.OUR_MAX_FRAME):
+            wire.frame(http2.DATA, 0, 1, sent[at : at + http2.OUR_MAX_FRAME])
         assert await wire.goaway() == http2.FLOW_CONTROL_ERROR
 
 
@@ -349,6 +352,11 @@ class _NoTransport(asyncio.Transport):
         self.closed = True
 
 
+def _feed(connection: Connection, data: bytes) -> None:
+    connection.get_buffer(-1)[: len(data)] = data
+    connection.buffer_updated(len(data))
+
+
 @settings(max_examples=300)
 @given(st.lists(st.one_of(st.binary(max_size=40), st.tuples(st.integers(0, 12), st.integers(0, 255), st.integers(0, 7), st.binary(max_size=30))), max_size=20))
 async def test_no_bytes_raise(parts: list[bytes | tuple[int, int, int, bytes]]) -> None:
@@ -356,14 +364,14 @@ async def test_no_bytes_raise(parts: list[bytes | tuple[int, int, int, bytes]]) 
     connection = Connection(METHODS, 100)
     transport = _NoTransport()
     connection.connection_made(transport)
-    connection.data_received(http2.PREFACE)
+    _feed(connection, http2.PREFACE)
     for part in parts:
         if transport.closed:
             break
         if isinstance(part, bytes):
-            connection.data_received(part)
+            _feed(connection, part)
         else:
             kind, flags, stream, payload = part
-            connection.data_received(struct.pack(">HBBBI", 0, len(payload), kind, flags, stream) + payload)
+            _feed(connection, struct.pack(">HBBBI", 0, len(payload), kind, flags, stream) + payload)
     connection.connection_lost(None)
     assert connection.is_idle

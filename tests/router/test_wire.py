@@ -26,9 +26,7 @@ from extproc.core.events import (
 )
 from extproc.errors import ModelNotFound, NoSpace
 from extproc.router import wire
-from extproc.router.http2 import Message
-
-from .fakes import joined
+from extproc.router.http2 import Message, joined
 
 BodySendMode = ext_proc_filter.ProcessingModeBodySendMode
 MUTATION = Mutation({"x-a": "1", "x-b": "é"}, ("x-c",), {"envoy.lb": {"x-a": "1"}, "lora_extproc": {"waited_ms": 1.5}}, clear_route_cache=True)
