@@ -1,8 +1,10 @@
 """One file on its way from an origin to the disk: written, hashed and counted once, whatever fails in between.
 
 A `Download` outlives an attempt. What is on disk and hashed stays, and the next attempt goes on behind it, so that a connection that breaks
-every minute costs a minute and not the file. Parts may arrive out of order (parallel ranges); hashing then follows behind the gap-free front.
-The write of one piece, in a thread, overlaps the arrival of the next.
+every minute costs a minute and not the file. A piece is written and hashed by two threads at once, while the next arrives. Parts that arrive out of
+order (parallel ranges), or that the kernel has copied, are hashed behind the gap-free front, read back from the page cache.
+
+Nothing here touches the disk in the event loop: while it writes back, an open or a truncation can take a tenth of a second.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ import errno
 import hashlib
 import heapq
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,12 +23,16 @@ from typing import Any, BinaryIO
 from ..core.artifact import File
 from ..errors import AdapterTooLarge, OriginFailed
 from .listing import RemoteFile
-from .store import HASH_CHUNK_BYTES, disk_errors
+from .store import disk_errors
 
 RANGE_BYTES = 16 * 2**20  # of one request among parallel ones; AWS advises 8 to 16 MB
 MAX_PIECES = 1000  # below IOV_MAX, which is 1024
-WRITE_BYTES = 2 * 2**20  # handed to a thread at once: some milliseconds of hashing, so that the hand-over costs little beside it
+WRITE_BYTES = 2**20  # handed to a thread at once: a millisecond of hashing, so that the hand-over costs little beside it
+APART_BYTES = 2**18  # from here on two threads are worth it
+COPY_BYTES = 8 * 2**20  # by the kernel at once
+READ_BACK_BYTES = 2**18  # what a core's cache holds
 
+Buffer = bytes | memoryview
 
 _SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): "Start write-out of all dirty pages in the specified range"
 _sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
@@ -126,8 +133,8 @@ class Download:
         self._hashed = 0
         self._hashing = asyncio.Lock()
         self._ahead: list[tuple[int, int]] = []  # parts on disk behind a gap, as (begin, end), a heap
-        with disk_errors():
-            self._descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._descriptor = -1  # until a thread needs it
+        self._opening = threading.Lock()
 
     @property
     def on_disk(self) -> int:
@@ -152,18 +159,19 @@ class Download:
     async def restart(self) -> None:
         """The origin cannot go on where it broke off: forget what there is."""
         self._job.done_bytes -= self.on_disk
-        self.received, self._hashed, self._ahead, self._digest = 0, 0, [], hashlib.sha256()
-        with disk_errors():
-            os.ftruncate(self._descriptor, 0)
+        self.received, self._ahead = 0, []
+        self._forget_hash()
+        if self._descriptor >= 0:
+            await asyncio.to_thread(self._truncate)
 
-    async def write(self, chunks: AsyncIterator[bytes], at: int | None = None, end: int | None = None) -> None:
+    async def write(self, chunks: AsyncIterator[Buffer], at: int | None = None, end: int | None = None) -> None:
         """Write `chunks` from `at` (default: `received`) up to `end` (default: the file's). More bytes than that are OriginFailed; so are fewer.
 
         What arrived before a failure is kept.
         """
         begin = at = self.received if at is None else at
         end = self.file.size if end is None else end
-        pending: list[bytes] = []
+        pending: list[Buffer] = []
         count = 0  # bytes in them
         writing: asyncio.Task[None] | None = None
         try:
@@ -195,57 +203,128 @@ class Download:
             raise OriginFailed(f"{self.file.path}: the origin sent {at - begin} of {end - begin} bytes")
 
     async def copy(self, source: Any, first: bytes) -> None:
-        """The same from an open binary file, in threads; `first` are the WRITE_BYTES that were read of it already, or fewer, if there are no more."""
+        """The same from an open binary file; `first` are the WRITE_BYTES that were read of it already, or fewer, if there are no more."""
 
-        async def chunks() -> AsyncIterator[bytes]:
-            chunk = first
+        async def chunks(chunk: bytes) -> AsyncIterator[bytes]:
             yield chunk
             while len(chunk) == WRITE_BYTES:
                 chunk = await asyncio.to_thread(source.read, WRITE_BYTES)
                 yield chunk
 
-        await self.write(chunks())
+        if len(first) == WRITE_BYTES and self.file.size is not None and await self._copy_in_kernel(source.fileno(), self.file.size):
+            await asyncio.to_thread(source.seek, self.received)
+            first = await asyncio.to_thread(source.read, WRITE_BYTES)
+        await self.write(chunks(first))
+
+    async def _copy_in_kernel(self, source: int, size: int) -> int:
+        """As much of the rest as copy_file_range(2) takes, in bytes, with hashing behind it. Where it fails, reading and writing tell whose fault that is."""
+        began = self.received
+        hashing: asyncio.Task[None] | None = None
+        try:
+            while self.received < size:
+                step = asyncio.create_task(asyncio.to_thread(self._copy_range, source, self.received, min(COPY_BYTES, size - self.received)))
+                await _end_of(step)
+                count = step.result()
+                if not count:
+                    break
+                self._job.done_bytes += count
+                self._arrived(self.received, self.received + count)
+                if hashing is None or hashing.done():
+                    hashing = asyncio.create_task(self._hash_up())
+                if self._pace is not None:
+                    await self._pace.spend(count)
+        finally:
+            if hashing is not None:
+                await _end_of(hashing)
+                hashing.result()
+        return self.received - began
+
+    def _copy_range(self, source: int, at: int, count: int) -> int:
+        descriptor = self._open()
+        try:
+            copied = os.copy_file_range(source, descriptor, count, at, at)
+        except OSError:
+            return 0
+        _start_writing_back(descriptor, at, copied)
+        return copied
 
     async def take(self, path: Path) -> None:
         """Let a file that somebody else wrote on this file system be the target."""
         await self.restart()
-        with disk_errors():
-            os.replace(path, self.target)  # noqa: PTH105  # one system call on one file system
-            self.close()
-            self._descriptor = os.open(self.target, os.O_RDWR)
-            size = os.fstat(self._descriptor).st_size
+
+        def replace() -> int:
+            with disk_errors():
+                os.replace(path, self.target)  # noqa: PTH105  # one system call on one file system
+                self.close()
+                self._descriptor = os.open(self.target, os.O_RDWR)
+                return os.fstat(self._descriptor).st_size
+
+        size = await asyncio.to_thread(replace)
         self._job.done_bytes += size
         self._arrived(0, size)
 
     async def finish(self) -> File:
         """All is there: its size and SHA-256."""
+        if self._descriptor < 0:
+            await asyncio.to_thread(self._open)  # of no bytes
         await self._hash_up()
         return File(self.file.path, self.received, self._digest.hexdigest())
 
-    async def _put(self, pieces: list[bytes], at: int) -> None:
-        """Write in a thread, and hash in the same turn where nothing is missing before it."""
-        hash_now = at == self._hashed and not self._hashing.locked()
+    def _open(self) -> int:
+        """The target's descriptor. Called in threads."""
+        with self._opening, disk_errors():
+            if self._descriptor < 0:
+                self._descriptor = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            return self._descriptor
+
+    def _truncate(self) -> None:
+        with disk_errors():
+            os.ftruncate(self._descriptor, 0)
+
+    async def _put(self, pieces: list[Buffer], at: int) -> None:
+        """Write, and hash where nothing is missing before it."""
         size = sum(map(len, pieces))
-
-        def work() -> None:
-            with disk_errors():
-                _write_all(self._descriptor, pieces, at)
-            if size >= HASH_CHUNK_BYTES:  # of less the fsync is no slower for it
-                _start_writing_back(self._descriptor, at, size)
-            if hash_now:
-                for piece in pieces:
-                    self._digest.update(piece)
-
-        if hash_now:
+        if at == self._hashed and not self._hashing.locked():
             async with self._hashing:
-                await asyncio.to_thread(work)
+                await self._write_and_hash(pieces, at, size)
                 self._hashed += size
         else:
-            await asyncio.to_thread(work)
+            await asyncio.to_thread(self._write, pieces, at, size)
         self._job.done_bytes += size
         self._arrived(at, at + size)
         if self._hashed < self.received and not self._hashing.locked():
             await self._hash_up()
+
+    async def _write_and_hash(self, pieces: list[Buffer], at: int, size: int) -> None:
+        def hash_all() -> None:
+            for piece in pieces:
+                self._digest.update(piece)
+
+        def both() -> None:
+            self._write(pieces, at, size)
+            hash_all()
+
+        if size < APART_BYTES:
+            await asyncio.to_thread(both)
+            return
+        hashing = asyncio.create_task(asyncio.to_thread(hash_all))
+        try:
+            await asyncio.to_thread(self._write, pieces, at, size)
+        except BaseException:
+            await _end_of(hashing)
+            self._forget_hash()  # it counts what is not on disk
+            raise
+        await hashing
+
+    def _write(self, pieces: list[Buffer], at: int, size: int) -> None:
+        descriptor = self._open()
+        with disk_errors():
+            _write_all(descriptor, pieces, at)
+        if size >= APART_BYTES:  # of less the fsync is no slower for it
+            _start_writing_back(descriptor, at, size)
+
+    def _forget_hash(self) -> None:
+        self._hashed, self._digest = 0, hashlib.sha256()
 
     def _arrived(self, begin: int, end: int) -> None:
         heapq.heappush(self._ahead, (begin, end))
@@ -256,13 +335,14 @@ class Download:
         """Hash what is on disk without a gap; it is read back from the page cache."""
 
         def work(begin: int, end: int) -> None:
+            buffer = memoryview(bytearray(min(READ_BACK_BYTES, end - begin)))
             with disk_errors():
                 while begin < end:
-                    data = os.pread(self._descriptor, min(HASH_CHUNK_BYTES, end - begin), begin)
-                    if not data:
+                    count = os.preadv(self._descriptor, [buffer[: end - begin]], begin)
+                    if not count:
                         raise OSError(errno.EIO, os.strerror(errno.EIO))
-                    self._digest.update(data)
-                    begin += len(data)
+                    self._digest.update(buffer[:count])
+                    begin += count
 
         async with self._hashing:
             while self._hashed < self.received:
@@ -306,7 +386,7 @@ def _close(opening: asyncio.Future[BinaryIO]) -> None:
         opening.result().close()
 
 
-def _write_all(descriptor: int, pieces: list[bytes], at: int) -> None:
+def _write_all(descriptor: int, pieces: list[Buffer], at: int) -> None:
     written = os.pwritev(descriptor, pieces, at)
     if written < sum(map(len, pieces)):  # as on a disk that is nearly full
         view = memoryview(b"".join(pieces))[written:]
@@ -320,7 +400,7 @@ def _start_writing_back(descriptor: int, at: int, size: int) -> None:
     _sync_file_range(descriptor, at, size, _SYNC_FILE_RANGE_WRITE)
 
 
-async def _end_of(task: asyncio.Task[None]) -> None:
+async def _end_of(task: asyncio.Task[Any]) -> None:
     """Wait until `task` is over, also when the waiter is cancelled meanwhile, however often; then the cancellation goes on."""
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

@@ -1,6 +1,8 @@
 """One file on its way to the disk, whatever fails in between; and who may fetch when, and how fast."""
 
 import asyncio
+import contextlib
+import errno
 import os
 import random
 import threading
@@ -25,6 +27,11 @@ async def stream(*chunks: bytes, fails: Exception | None = None) -> AsyncIterato
         yield chunk
     if fails is not None:
         raise fails
+
+
+def on_disk(path: Path) -> int:
+    """Bytes; a file is made when the first of them comes."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def pieces(data: bytes, size: int = 999_983) -> list[bytes]:
@@ -53,15 +60,49 @@ async def test_a_stream_is_written_hashed_and_counted(tmp_path: Path, size: int,
     assert job.done_bytes == download.received == download.on_disk == size
 
 
-async def test_an_open_file_is_copied(tmp_path: Path) -> None:
-    """From where it stands."""
-    data = os.urandom(2 * WRITE_BYTES + 5)
+@pytest.mark.parametrize("kernel_takes", [2**30, WRITE_BYTES + 7, 0], ids=["all", "some", "none"])
+@pytest.mark.parametrize("had", [0, WRITE_BYTES // 3])
+async def test_an_open_file_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_takes: int, had: int) -> None:
+    """From where it stands: by the kernel as far as that goes, which some file systems do not let it, through memory from there on."""
+    data = os.urandom(20 * WRITE_BYTES + 5)
     (tmp_path / "original").write_bytes(data)
-    download = download_of(tmp_path / "file", len(data))
+    by_kernel = os.copy_file_range
+
+    def limited(source: int, target: int, count: int, at: int, to: int) -> int:
+        if at >= kernel_takes:
+            raise OSError(errno.EXDEV, "between two file systems")
+        return by_kernel(source, target, min(count, kernel_takes - at), at, to)
+
+    monkeypatch.setattr(os, "copy_file_range", limited)
+    job = Job()
+    download = download_of(tmp_path / "file", len(data), job=job)
+    with contextlib.suppress(OriginFailed):
+        await download.write(stream(data[:had], fails=OriginFailed("broke")))
     with (tmp_path / "original").open("rb") as original:
+        original.seek(had)
         await download.copy(original, original.read(WRITE_BYTES))
     assert (await download.finish()).sha256 == sha256(data)
     download.close()
+    assert (tmp_path / "file").read_bytes() == data
+    assert job.done_bytes == len(data)
+
+
+async def test_a_copy_that_is_cancelled_leaves_no_thread_at_its_file(tmp_path: Path) -> None:
+    """The descriptor may be another file's at once after the close."""
+    data = os.urandom(40 * WRITE_BYTES)
+    (tmp_path / "original").write_bytes(data)
+    download = download_of(tmp_path / "file", len(data))
+    with (tmp_path / "original").open("rb") as original:
+        copying = asyncio.create_task(download.copy(original, original.read(WRITE_BYTES)))
+        await until(lambda: download.received > 0)
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+    arrived, hashed = download.received, download._hashed
+    download.close()
+    await asyncio.sleep(0.05)
+    assert (download.received, download._hashed) == (arrived, hashed)
+    assert (tmp_path / "file").read_bytes()[:arrived] == data[:arrived]
 
 
 async def test_a_download_replaces_what_lies_there(tmp_path: Path) -> None:
@@ -108,7 +149,7 @@ async def test_a_stream_of_unknown_length_ends_at_its_limit(tmp_path: Path, limi
     with pytest.raises(AdapterTooLarge, match=f"over {limit} bytes"):
         await download.write(stream(*pieces(bytes(limit + 1))))
     download.close()
-    assert (tmp_path / "file").stat().st_size <= limit
+    assert on_disk(tmp_path / "file") <= limit
     exact = download_of(tmp_path / "exact", limit=limit)
     await exact.write(stream(*pieces(bytes(limit))))
     exact.close()
@@ -137,7 +178,7 @@ async def test_what_arrived_before_a_failure_is_kept(tmp_path: Path, first: int)
     download = download_of(tmp_path / "file", len(data), job=job)
     with pytest.raises(OriginFailed, match="broke"):
         await download.write(stream(*pieces(data[:first]), fails=OriginFailed("broke")))
-    assert download.received == job.done_bytes == (tmp_path / "file").stat().st_size == first
+    assert download.received == job.done_bytes == on_disk(tmp_path / "file") == first
     await download.write(stream(*pieces(data[download.received :])))
     got = await download.finish()
     download.close()
