@@ -1,18 +1,20 @@
 """Talk to one stager. gRPC's errors become ours here and nowhere else."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 
-from . import credentials
+from . import chunks, credentials
 from .config import RpcSettings
 from .core.artifact import File
 from .errors import BY_NAME, LoraExtprocError, ModelNotFound, NotPermitted, StagerUnavailable
 from .pb import stager_pb2 as pb
+
+T = TypeVar("T")
 
 SERVICE = "lora_extproc.stager.v1.Stager"
 RETRY_AFTER_METADATA = "lora-extproc-retry-after"  # seconds
@@ -200,7 +202,7 @@ class StagerClient:
 
     async def stage(self, adapter: str, sha256: str = "") -> AsyncIterator[Progress | Staged]:
         """The same; how far it is comes meanwhile, Staged last."""
-        async for message in self._stream("Stage", self._ensure_request(adapter, sha256), pb.StageProgress):
+        async for message in self._stream("Stage", self._ensure_request(adapter, sha256), pb.StageProgress.FromString):
             if message.HasField("reply"):
                 yield _staged(message.reply)
             else:
@@ -242,7 +244,7 @@ class StagerClient:
 
     async def verify(self, adapter: str = "") -> AsyncIterator[Verified]:
         """Read `adapter`, or everything, back from the node's disk."""
-        async for message in self._stream("Verify", pb.VerifyRequest(adapter=adapter), pb.VerifyResult):
+        async for message in self._stream("Verify", pb.VerifyRequest(adapter=adapter), pb.VerifyResult.FromString):
             yield Verified(**{name: getattr(message, name) for name in Verified.__slots__})
 
     async def find(self, adapter: str, revision: str = "") -> Holding | None:
@@ -254,15 +256,15 @@ class StagerClient:
         files = tuple(File(file.path, file.size, file.sha256) for file in reply.files)
         return Holding(reply.instance, reply.digest, reply.revision, reply.origin, files)
 
-    async def read(self, digest: str, path: str, offset: int = 0) -> AsyncIterator[bytes]:
+    async def read(self, digest: str, path: str, offset: int = 0) -> AsyncIterator[memoryview]:
         """The bytes of one file of an artifact, from `offset` on."""
-        async for message in self._stream("Read", pb.ReadRequest(digest=digest, path=path, offset=offset), pb.ReadChunk):
-            yield message.data
+        async for chunk in self._stream("Read", pb.ReadRequest(digest=digest, path=path, offset=offset), chunks.decode):
+            yield chunk
 
     async def watch(self) -> AsyncIterator[WatchEvent]:
         """What was missed since the last watch, the node's state, then every change, until the stager goes away."""
         instance, after = self._position
-        async for message in self._stream("Watch", pb.WatchRequest(instance=instance, after=after), pb.WatchEvent):
+        async for message in self._stream("Watch", pb.WatchRequest(instance=instance, after=after), pb.WatchEvent.FromString):
             event = _event(message)
             if isinstance(event, NodeState):
                 self._position = (event.instance, message.sequence)
@@ -291,8 +293,8 @@ class StagerClient:
         except grpc.aio.AioRpcError as error:
             raise self._ours(error) from error
 
-    async def _stream(self, method: str, request: Any, reply: Any) -> AsyncIterator[Any]:
-        call = self._channel.unary_stream(f"/{SERVICE}/{method}", type(request).SerializeToString, reply.FromString)
+    async def _stream(self, method: str, request: Any, decode: Callable[[bytes], T]) -> AsyncIterator[T]:
+        call = self._channel.unary_stream(f"/{SERVICE}/{method}", type(request).SerializeToString, decode)
         try:
             async for message in call(request, metadata=self._metadata):
                 yield message

@@ -6,6 +6,7 @@ from functools import lru_cache
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 
+from ..core import varint
 from ..core.events import (
     BodyReply,
     Direction,
@@ -28,7 +29,7 @@ from ..core.events import (
 from ..core.steering import LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE, REMEMBERED
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
-from .http2 import LARGE_BYTES, MAX_MESSAGE_BYTES, Buffer, Message, joined
+from .http2 import LARGE_BYTES, Buffer, Message, joined
 
 _REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types
 
@@ -129,12 +130,12 @@ def _decode_body(pieces: tuple[Buffer, ...]) -> RequestBody | ResponseBody | Non
     first, last, size = pieces[0], pieces[-1], sum(map(len, pieces))
     if len(first) < 2 or first[0] not in (_REQUEST_BODY, _RESPONSE_BODY):
         return None
-    length, position = _varint(first, 1)
+    length, position = varint.decode(first, 1)
     if position + length != size:
         return None
     body_size = 0
     if position < len(first) and first[position] == _BODY:
-        body_size, position = _varint(first, position + 1)
+        body_size, position = varint.decode(first, position + 1)
     after = size - position - body_size  # bytes behind the body
     if after not in (0, 2) or after > len(last) - (position if len(pieces) == 1 else 0):
         return None
@@ -157,34 +158,13 @@ def _encode_body(direction: Direction, chunk: Buffer, end_of_stream: bool) -> Me
 @lru_cache(1024)
 def _head(direction: Direction, size: int, after: int) -> bytes:
     """`request_body` (3) or `response_body` (4) . response (1) . body_mutation (3) . streamed_response (3) . {body (1), end_of_stream (2)}."""
-    head = b"\x0a" + _length(size) if size else b""
+    head = b"\x0a" + varint.encode(size) if size else b""
     inner = len(head) + size + after
     for tag in (b"\x1a", b"\x1a", b"\x0a", b"\x1a" if direction is Direction.REQUEST else b"\x22"):
-        wrapped = tag + _length(inner)
+        wrapped = tag + varint.encode(inner)
         head = wrapped + head
         inner += len(wrapped)
     return head
-
-
-def _varint(message: Buffer, position: int) -> tuple[int, int]:
-    """A number of at most five bytes and where it ends; a size that no message has if it does not end there."""
-    value = shift = 0
-    for at in range(position, min(position + 5, len(message))):
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at + 1
-        shift += 7
-    return MAX_MESSAGE_BYTES + 1, position
-
-
-def _length(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _headers(message: pb.HeaderMap) -> Mapping[str, str]:

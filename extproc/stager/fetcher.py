@@ -176,8 +176,7 @@ class Fetcher:
         job.origin = plan.source.label
         token = f"{name} ({id(job):x})"
         index = self._holdings.index
-        self._store.check_name(name)  # some looks at directories, like the next line: less than a thread takes to wake up
-        with self._store.staging() as directory:
+        async with self._staging(name) as directory:
             try:
                 if listing.archive:
                     config, files = await self._bring_archive(plan, directory, job, token)
@@ -200,6 +199,20 @@ class Fetcher:
             finally:
                 index.abort(token)
         return named
+
+    @contextlib.asynccontextmanager
+    async def _staging(self, name: AdapterName) -> AsyncIterator[Path]:
+        """A place for its files, if it can be linked. In threads: while a disk writes back, making and removing a directory waits for its journal."""
+        stack = contextlib.ExitStack()
+
+        def enter() -> Path:
+            self._store.check_name(name)
+            return stack.enter_context(self._store.staging())
+
+        try:
+            yield await to_the_end(asyncio.to_thread(enter))
+        finally:
+            await to_the_end(asyncio.to_thread(stack.close))
 
     async def _publish(self, directory: Path, manifest: Manifest, token: str) -> None:
         """Content that is here stays here, and what comes is held from the moment it counts.

@@ -47,7 +47,7 @@ class PeerOrigin:
         raise NotImplementedError("peers are asked all at once, by Peers.find")
 
     async def fetch(self, _listing: Listing, file: RemoteFile, download: Download) -> None:
-        async def chunks() -> AsyncIterator[bytes]:
+        async def chunks() -> AsyncIterator[memoryview]:
             async for chunk in self.client.read(file.key, file.path, download.received):
                 yield chunk
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import grpc
 import grpc.aio
 
+from .. import chunks
 from ..client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE, Loading
 from ..config import PeerSettings
 from ..core.artifact import adapter_name
@@ -80,7 +81,7 @@ class StagerService:
             "Models": unary(self.models, pb.ModelsRequest.FromString, pb.ModelsReply.SerializeToString),
             "Watch": stream(self.watch, pb.WatchRequest.FromString, pb.WatchEvent.SerializeToString),
             "Find": unary(self.find, pb.FindRequest.FromString, pb.FindReply.SerializeToString),
-            "Read": stream(self.read, pb.ReadRequest.FromString, pb.ReadChunk.SerializeToString),
+            "Read": stream(self.read, pb.ReadRequest.FromString, chunks.encode),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
@@ -156,7 +157,7 @@ class StagerService:
             files = [pb.File(path=file.path, size=file.size, sha256=file.sha256) for file in manifest.files]
             return pb.FindReply(instance=self._stager.instance, digest=named.digest, revision=named.revision, origin=named.origin, files=files)
 
-    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadChunk]:
+    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
         async with _errors(context):
             if not self._free_reads:
                 raise Overloaded("this node sends to others already, as many as stager.peers.max_reads")
@@ -167,7 +168,7 @@ class StagerService:
                         while data := await asyncio.to_thread(file.read, READ_BYTES):
                             await self._send_pace.spend(len(data))
                             self._stager.metrics.sent_bytes.inc(len(data))
-                            yield pb.ReadChunk(data=data)
+                            yield data
             finally:
                 self._free_reads += 1
 

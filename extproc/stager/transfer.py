@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from ..core.artifact import File
 from ..errors import AdapterTooLarge, OriginFailed
+from ..flight import to_the_end
 from .listing import RemoteFile
 from .store import disk_errors
 
@@ -222,9 +223,7 @@ class Download:
         hashing: asyncio.Task[None] | None = None
         try:
             while self.received < size:
-                step = asyncio.create_task(asyncio.to_thread(self._copy_range, source, self.received, min(COPY_BYTES, size - self.received)))
-                await _end_of(step)
-                count = step.result()
+                count = await to_the_end(asyncio.to_thread(self._copy_range, source, self.received, min(COPY_BYTES, size - self.received)))
                 if not count:
                     break
                 self._job.done_bytes += count

@@ -299,15 +299,15 @@ class Breaking(StagerService):
     times = 99
     then: Callable[[], Any] | None = None
 
-    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadChunk]:
+    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
         data = b""
         async for chunk in super().read(request, context):
-            data += chunk.data
+            data += chunk
         if request.path != WEIGHTS or not self.times:
-            yield pb.ReadChunk(data=data)
+            yield data
             return
         self.times -= 1
-        yield pb.ReadChunk(data=data[: self.sends])
+        yield data[: self.sends]
         if self.then is not None:
             self.then()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
@@ -357,9 +357,9 @@ class Lying(StagerService):
             self.says(reply)
         return reply
 
-    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadChunk]:
+    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
         self.read_count += 1
-        yield pb.ReadChunk(data=self.data.get(request.path, b"evil")[request.offset :])
+        yield self.data.get(request.path, b"evil")[request.offset :]
 
 
 def consistently(files: Files) -> Callable[[pb.FindReply], None]:
@@ -471,7 +471,7 @@ async def test_a_peer_that_lost_it_meanwhile_is_left_for_the_origin(fleet: Fleet
     """Evicted between its answer and the first byte."""
 
     class Forgetful(StagerService):
-        async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadChunk]:
+        async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
             with contextlib.suppress(ModelNotFound):
                 await self._stager.purge(NAME)
             async for chunk in super().read(request, context):
@@ -524,7 +524,7 @@ async def test_what_is_read_is_not_evicted(fleet: Fleet, web: FaultyServer) -> N
     gate = asyncio.Event()
 
     class Slow(StagerService):
-        async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadChunk]:
+        async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
             async for chunk in super().read(request, context):
                 yield chunk
                 await gate.wait()
