@@ -29,6 +29,7 @@ from .store import disk_errors
 RANGE_BYTES = 16 * 2**20  # of one request among parallel ones; AWS advises 8 to 16 MB
 MAX_PIECES = 1000  # below IOV_MAX, which is 1024
 WRITE_BYTES = 2**20  # handed to a thread at once: a millisecond of hashing, so that the hand-over costs little beside it
+PART_WRITE_BYTES = 2**19  # the same of a range: of those many are on their way at once
 APART_BYTES = 2**18  # from here on two threads are worth it
 COPY_BYTES = 8 * 2**20  # by the kernel at once
 READ_BACK_BYTES = 2**18  # what a core's cache holds
@@ -171,6 +172,7 @@ class Download:
         What arrived before a failure is kept.
         """
         begin = at = self.received if at is None else at
+        enough = WRITE_BYTES if end is None else PART_WRITE_BYTES
         end = self.file.size if end is None else end
         pending: list[Buffer] = []
         count = 0  # bytes in them
@@ -183,7 +185,7 @@ class Download:
                     raise AdapterTooLarge(f"{self.file.path} has over {self.file.limit} bytes, and its origin did not say so")
                 pending.append(chunk)
                 count += len(chunk)
-                if count >= WRITE_BYTES or len(pending) >= MAX_PIECES:
+                if count >= enough or len(pending) >= MAX_PIECES:
                     if writing is not None:
                         await asyncio.wait({writing})
                         writing.result()

@@ -7,6 +7,7 @@ machine. The others neither hash nor fsync nor verify. `dd` with fsync is what t
 import argparse
 import asyncio
 import contextlib
+import json
 import mmap
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,10 @@ from .harness import machine
 SIZES = {"16 MB": (16, 32), "100 MB": (96, 32), "1,500 MB": (720, 64)}
 PARALLEL = 8
 LAG_EVERY_S = 0.002
+LATE_S = 0.003  # the bystander counts as late above it
 MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14
 
+Late = list[tuple[float, float]]  # from when something should have come until it came, by the monotonic clock
 Copy = Callable[[Path], Awaitable[None]]
 
 
@@ -64,7 +68,7 @@ async def main(rounds: int, sizes: list[str], parallel: int) -> None:
             shutil.rmtree(Path(top) / "origin")
         if "1,500 MB" in sizes:
             await eight(console, Path(top))
-    console.print(f"medians of {rounds} runs; the longest turn is the longest the event loop did not come round, of all runs")
+    console.print(f"medians of {rounds} runs; the longest turn is the longest that the event loop did not come round while the machine did, of all runs")
 
 
 async def measure(table: Table, top: Path, files: Path, given: dict[str, Any], rounds: int, parallel: int) -> None:
@@ -103,25 +107,66 @@ async def ours(top: Path, size: int, origin: dict[str, Any], peer: str) -> tuple
     with fresh(top, size) as directory:
         stager = build(directory, [origin] if origin else [], peer)
         await stager.open()
-        lag = asyncio.create_task(longest_turn())
-        try:
-            began = time.perf_counter()
-            await stager.ensure("acme/one")
-            took = time.perf_counter() - began
-        finally:
-            lag.cancel()
-            await stager.close()
-        return took, await lag
+        async with turns() as longest:
+            try:
+                began = time.perf_counter()
+                await stager.ensure("acme/one")
+                took = time.perf_counter() - began
+            finally:
+                await stager.close()
+        return took, max(longest, default=0.0)
 
 
-async def longest_turn() -> float:
-    longest = 0.0
-    with contextlib.suppress(asyncio.CancelledError):
-        while True:
-            began = time.perf_counter()
+@contextlib.asynccontextmanager
+async def turns() -> AsyncIterator[list[float]]:
+    """At the end, how late the event loop came round, in seconds, each time that a bystander did not come late, too; without its waits for a processor.
+
+    The bystander is a process that does nothing but look at the clock. Where it is late as well, the machine stopped (a host that has spent its
+    share of processor time, a neighbour), and not our event loop. Two processors are shared with the servers, and the loop's thread has to queue for them.
+    """
+    bystander = await asyncio.create_subprocess_exec(*this_module(), "--bystander", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+    assert bystander.stdout is not None
+    await bystander.stdout.readline()  # it looks
+    late, looking = Late(), asyncio.Event()
+    ours = asyncio.create_task(look(late, looking))
+    longest: list[float] = []
+    try:
+        yield longest
+    finally:
+        looking.set()
+        await ours
+        out, _ = await bystander.communicate(b"\n")
+        theirs: Late = json.loads(out)
+        longest.extend(end - begin for begin, end in late if not any(begin < their_end and their_begin < end for their_begin, their_end in theirs))
+
+
+async def look(late: Late, over: asyncio.Event) -> None:
+    with _schedstat() as schedstat:
+        while not over.is_set():
+            began, queued = time.monotonic(), _queued_s(schedstat)
             await asyncio.sleep(LAG_EVERY_S)
-            longest = max(longest, time.perf_counter() - began - LAG_EVERY_S)
-    return longest
+            ended = time.monotonic()
+            due = began + LAG_EVERY_S + _queued_s(schedstat) - queued
+            if ended - due > LATE_S:
+                late.append((due, ended))
+
+
+def _schedstat() -> RawIOBase:
+    return Path("/proc/thread-self/schedstat").open("rb", buffering=0)
+
+
+def _queued_s(schedstat: RawIOBase) -> float:
+    """How long this thread was ready to run and did not, so far."""
+    schedstat.seek(0)
+    return int((schedstat.read() or b"0 0").split()[1]) / 1e9
+
+
+async def stand_by() -> None:
+    late, over = Late(), asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), over.set)
+    print(flush=True)
+    await look(late, over)
+    print(json.dumps(late))
 
 
 def build(directory: Path, origins: list[dict[str, Any]], peer: str = "") -> Stager:
@@ -314,18 +359,17 @@ async def fetch_eight(directory: Path, port: int) -> None:
     origin = {"type": "s3", "bucket": "models", "endpoint": f"http://127.0.0.1:{port}", "region": "us-east-1"}
     stager = build(directory, [origin])
     await stager.open()
-    lag = asyncio.create_task(longest_turn())
     before = _resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is counted from now on, not from what this process was forked from
-    began = time.perf_counter()
-    await asyncio.gather(*(stager.ensure(adapter_name(f"acme/n{number}")) for number in range(PARALLEL)))
-    took = time.perf_counter() - began
-    peak = _resident_mib("VmHWM")
-    lag.cancel()
-    await stager.close()
+    async with turns() as longest:
+        began = time.perf_counter()
+        await asyncio.gather(*(stager.ensure(adapter_name(f"acme/n{number}")) for number in range(PARALLEL)))
+        took = time.perf_counter() - began
+        peak = _resident_mib("VmHWM")
+        await stager.close()
     total = PARALLEL * SIZES["1,500 MB"][0] * SIZES["1,500 MB"][1] * 32_768 / 1e6
     print(f"{PARALLEL} x 1,500 MB at once from s3: {took:.1f} s, {total / took:.0f} MB/s; peak memory {peak:.0f} MiB ({before:.0f} before),", end=" ")
-    print(f"longest turn {await lag * 1000:.0f} ms")
+    print(f"longest turn {max(longest, default=0.0) * 1000:.0f} ms")
 
 
 def _resident_mib(which: str) -> float:
@@ -340,11 +384,14 @@ if __name__ == "__main__":
     parser.add_argument("--size", action="append", choices=list(SIZES), help="repeatable; default: all")
     parser.add_argument("--parallel", type=int, default=4, help="ranges of one S3 object at once")
     parser.add_argument("--serve-hub", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--bystander", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--eight", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ports", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve_hub:
         asyncio.run(serve_hub(arguments.serve_hub))
+    elif arguments.bystander:
+        asyncio.run(stand_by())
     elif arguments.eight:
         run(lambda _stop: fetch_eight(arguments.eight, *arguments.ports))
     else:

@@ -16,10 +16,11 @@ from ...config import OriginSettings
 from ...core.artifact import AdapterName
 from ...errors import OriginChanged, OriginFailed, OriginRefused
 from ..listing import Listing, RemoteFile, archive_suffix, wanted
-from ..transfer import WRITE_BYTES, Download, in_parallel
+from ..transfer import Download, in_parallel
 from ..verify import CONFIG_FILE
 from .web import retry_after_s
 
+READ_BYTES = 2**18  # at once; the client holds as much back for each of its requests
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403", "401"}
 _NOT_FOUND = {"NoSuchKey", "404"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
@@ -172,5 +173,5 @@ def _whole_sha256(head: dict[str, Any]) -> str | None:
 
 
 async def _body(body: Any) -> AsyncIterator[bytes]:
-    async for chunk in body.iter_chunks(WRITE_BYTES):
+    async for chunk in body.iter_chunks(READ_BYTES):
         yield chunk
