@@ -80,7 +80,7 @@ def listen(address: str) -> socket.socket:
         raise StartError(f"cannot listen on {address}: {error.strerror}") from None
 
 
-KEPT_BYTES = 16 * 2**20
+KEPT_BYTES = 4 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 GC_THRESHOLD = 20_000  # objects; requests leave no cycles, so looking for them after every 700 costs time and finds nothing
 MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC's default of 4 MiB would cut bodies off; router.max_body_bytes is the limit that answers

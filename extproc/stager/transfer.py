@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from ..core.artifact import File
 from ..errors import AdapterTooLarge, OriginFailed
@@ -28,8 +28,9 @@ from .store import disk_errors
 
 RANGE_BYTES = 16 * 2**20  # of one request among parallel ones; AWS advises 8 to 16 MB
 MAX_PIECES = 1000  # below IOV_MAX, which is 1024
-WRITE_BYTES = 2**20  # handed to a thread at once: a millisecond of hashing, so that the hand-over costs little beside it
-PART_WRITE_BYTES = 2**19  # the same of a range: of those many are on their way at once
+WRITE_BYTES = 2 * 2**20  # handed to a thread at once: a millisecond of hashing, so that the hand-over costs little beside it
+LEAST_WRITE_BYTES = 2**18  # where many streams share PENDING_BYTES
+PENDING_BYTES = 12 * 2**20  # of all streams, before it is handed over; as much again is being written
 APART_BYTES = 2**18  # from here on two threads are worth it
 COPY_BYTES = 8 * 2**20  # by the kernel at once
 READ_BACK_BYTES = 2**18  # what a core's cache holds
@@ -125,6 +126,8 @@ class Download:
     Several tasks may `write(at=...)` parts that do not overlap; nothing else is for several at once.
     """
 
+    streams: ClassVar[int] = 0  # that are being written, of all downloads
+
     def __init__(self, file: RemoteFile, target: Path, *, pace: Pace | None = None, job: Job | None = None) -> None:
         self.file = file
         self.target = target
@@ -172,11 +175,11 @@ class Download:
         What arrived before a failure is kept.
         """
         begin = at = self.received if at is None else at
-        enough = WRITE_BYTES if end is None else PART_WRITE_BYTES
         end = self.file.size if end is None else end
         pending: list[Buffer] = []
         count = 0  # bytes in them
         writing: asyncio.Task[None] | None = None
+        Download.streams += 1
         try:
             async for chunk in chunks:
                 if end is not None and at + count + len(chunk) > end:
@@ -185,7 +188,7 @@ class Download:
                     raise AdapterTooLarge(f"{self.file.path} has over {self.file.limit} bytes, and its origin did not say so")
                 pending.append(chunk)
                 count += len(chunk)
-                if count >= enough or len(pending) >= MAX_PIECES:
+                if count >= min(WRITE_BYTES, max(LEAST_WRITE_BYTES, PENDING_BYTES // Download.streams)) or len(pending) >= MAX_PIECES:
                     if writing is not None:
                         await asyncio.wait({writing})
                         writing.result()
@@ -194,6 +197,7 @@ class Download:
                     if self._pace is not None:
                         await self._pace.spend(written)
         finally:  # also for a caller that was cancelled: the descriptor must stay open under the last write
+            Download.streams -= 1
             if writing is not None:
                 await _end_of(writing)
                 writing.result()
