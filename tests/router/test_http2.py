@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, cast
@@ -375,3 +376,102 @@ async def test_no_bytes_raise(parts: list[bytes | tuple[int, int, int, bytes]]) 
             _feed(connection, struct.pack(">HBBBI", 0, len(payload), kind, flags, stream) + payload)
     connection.connection_lost(None)
     assert connection.is_idle
+
+
+def _cut(data: bytes, lengths: list[int]) -> Iterable[bytes]:
+    """Pieces of these lengths and a large one, again and again."""
+    at = 0
+    for length in itertools.cycle((*lengths, 20_000)):
+        if at >= len(data):
+            return
+        yield data[at : at + length]
+        at += length
+
+
+class _Keep(Echo):
+    """Keeps what it is sent."""
+
+    def __init__(self, kept: list[bytes]) -> None:
+        self._kept = kept
+
+    def receive(self, message: Message) -> None:
+        self._kept.append(joined(message))
+
+    def half_close(self) -> None:
+        pass
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.integers(0, 3) | st.sampled_from([100, http2.LARGE_BYTES, 50_000]), max_size=6),
+    st.lists(st.integers(1, 20_000), max_size=8),
+    st.lists(st.integers(1, 30_000), max_size=8),
+)
+async def test_messages_are_what_was_sent_however_they_arrive(sizes: list[int], frames: list[int], reads: list[int]) -> None:
+    """Cut into frames anywhere, and read in any pieces, each written over by the next."""
+    messages = [bytes((number + at) % 251 for at in range(size)) for number, size in enumerate(sizes)]
+    data = b"".join(b"\x00" + len(message).to_bytes(4, "big") + message for message in messages)
+    block = hpack.Encoder().encode([(":method", "POST"), (":scheme", "http"), (":path", ECHO), ("te", "trailers")])
+    sent = http2.PREFACE + struct.pack(">HBBBI", 0, len(block), http2.HEADERS, http2.END_HEADERS, 1) + block
+    for payload in _cut(data, frames):
+        sent += struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, http2.DATA, 0, 1) + payload
+    kept: list[bytes] = []
+    connection = Connection({ECHO: lambda _: _Keep(kept)}, 100)
+    connection.connection_made(_NoTransport())
+    for part in _cut(sent, reads):
+        _feed(connection, part)
+    assert kept == messages
+    connection.connection_lost(None)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.lists(st.sampled_from([0, 1, 9, http2.LARGE_BYTES, 40_000]), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 70_000))
+async def test_what_is_sent_fills_frames_within_the_windows(messages: list[list[int]], window: int) -> None:
+    """Whatever pieces a message has: no frame is empty or too large, and nothing is sent before there is room for it."""
+    senders: list[Sender] = []
+    connection = Connection({HOLD: lambda sender: senders.append(sender) or Hold(sender)}, 100)  # type: ignore[func-returns-value]
+    transport = _Recorder()
+    connection.connection_made(transport)
+    block = hpack.Encoder().encode([(":method", "POST"), (":scheme", "http"), (":path", HOLD), ("te", "trailers")])
+    settings_ = struct.pack(">HI", http2.INITIAL_WINDOW_SIZE, window)
+    _feed(connection, http2.PREFACE + struct.pack(">HBBBI", 0, len(settings_), http2.SETTINGS, 0, 0) + settings_)
+    _feed(connection, struct.pack(">HBBBI", 0, len(block), http2.HEADERS, http2.END_HEADERS, 1) + block)
+    expected = b""
+    for number, sizes in enumerate(messages):
+        parts = tuple(bytes((number,)) * size for size in sizes)
+        senders[0].send(parts if len(parts) > 1 else parts[0])
+        expected += b"\x00" + sum(sizes).to_bytes(4, "big") + b"".join(parts)
+    await asyncio.sleep(0)
+    room = min(window, http2.DEFAULT_WINDOW)
+    assert b"".join(transport.payloads()) == expected[:room]
+    for stream in (0, 1):
+        _feed(connection, struct.pack(">HBBBII", 0, 4, http2.WINDOW_UPDATE, 0, stream, 2**24))
+    assert b"".join(transport.payloads()) == expected
+    assert all(0 < len(payload) <= 16_384 for payload in transport.payloads())
+    connection.connection_lost(None)
+    Hold.open_calls = 0
+
+
+class _Recorder(_NoTransport):
+    """What was written, as the payloads of its DATA frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = bytearray()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        for data in list_of_data:
+            self.written += data
+
+    def payloads(self) -> list[bytes]:
+        found, at = [], 0
+        while at < len(self.written):
+            high, low, kind, _flags, _stream = struct.unpack_from(">HBBBI", self.written, at)
+            size = high << 8 | low
+            if kind == http2.DATA:
+                found.append(bytes(self.written[at + 9 : at + 9 + size]))
+            at += 9 + size
+        return found

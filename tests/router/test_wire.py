@@ -7,6 +7,8 @@ from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc_filter
 from envoy_data_plane.envoy.service.ext_proc import v3 as ext_proc
 from envoy_data_plane.google.protobuf import Struct
+from hypothesis import given
+from hypothesis import strategies as st
 
 from extproc.core.events import (
     BodyReply,
@@ -55,6 +57,19 @@ def test_request_headers_carry_modes_and_headers(mode: Mode) -> None:
     )
     event = wire.decode(bytes(message))
     assert event == RequestHeaders({"content-type": "application/json", "x-name": "ü"}, True, mode, Mode.FULL_DUPLEX_STREAMED)
+
+
+@given(st.data(), st.binary(max_size=400), st.booleans(), st.sampled_from([RequestBody, ResponseBody]), st.binary(max_size=3))
+def test_a_message_means_the_same_in_any_pieces(data: st.DataObject, body: bytes, end: bool, kind: type[RequestBody] | type[ResponseBody], more: bytes) -> None:
+    """As it came in frames; also one with something behind it that the short way does not know."""
+    content = ext_proc.HttpBody(body=body, end_of_stream=end)
+    plain = ext_proc.ProcessingRequest(request_body=content) if kind is RequestBody else ext_proc.ProcessingRequest(response_body=content)
+    message = bytes(plain) + more
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(message)), max_size=6)))
+    pieces = tuple(memoryview(message)[begin:to] for begin, to in zip([0, *cuts], [*cuts, len(message)], strict=True))
+    assert wire.decode(pieces) == wire.decode(message)
+    if not more:
+        assert wire.decode(pieces) == kind(body, end)
 
 
 def test_absent_protocol_config_means_none() -> None:
