@@ -67,8 +67,9 @@ def check_config(text: bytes, *, base_model: str = "", base_names: Sequence[str]
     rank = raw.get("r")
     if not isinstance(rank, int) or not _is_count(rank):
         _refuse(CONFIG_FILE, f"has r {rank!r}; a positive whole number is needed")
-    if not isinstance(raw.get("lora_alpha"), int | float):
-        _refuse(CONFIG_FILE, "has no lora_alpha")
+    alpha = raw.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        _refuse(CONFIG_FILE, "has no lora_alpha that is a number")
     pattern = raw.get("rank_pattern") or {}
     if not isinstance(pattern, dict) or not all(_is_count(r) for r in pattern.values()):
         _refuse(CONFIG_FILE, "has a rank_pattern that is not an object of positive whole numbers")

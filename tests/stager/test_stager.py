@@ -258,6 +258,28 @@ async def test_an_origin_that_is_down_is_passed_over(open_stager: OpenStager) ->
     assert first.resolved["acme/a"] == ATTEMPTS
 
 
+async def test_files_of_two_origins_are_never_mixed(open_stager: OpenStager, node: Path) -> None:
+    """The first breaks behind its configuration: its weights do not come from the second, which has the adapter, too, with other bytes."""
+    first, second = FakeOrigin("first"), FakeOrigin("second")
+    files, other = small_files(), small_files(seed=1)
+    first.add("acme/a", files)
+    second.add("acme/a", other)
+    stall = first.stall("acme/a", WEIGHTS)
+    stager = await open_stager(first, second)
+    wait = asyncio.create_task(stager.ensure("acme/a"))
+    await stall.reached.wait()
+    first.down = OriginFailed("down")
+    first.stalls.clear()
+    first.fetch_failures = [OriginFailed("broken") for _ in range(ATTEMPTS)]
+    stall.release()
+    with contextlib.suppress(OriginFailed):
+        await wait
+    assert visible(node).get("acme/a", files) == files
+    assert not second.fetched
+    assert (await stager.ensure("acme/a")).origin == ("first" if wait.exception() is None else "second")
+    assert visible(node)["acme/a"] == (files if wait.exception() is None else other)
+
+
 async def test_an_origin_that_is_down_may_have_it(open_stager: OpenStager, clock: Clock) -> None:
     """Where no other has it, the failure is the answer, and it is not remembered: 502, never 404. It is left alone for a while, then asked again."""
     first, second = FakeOrigin("first"), FakeOrigin("second")
@@ -548,6 +570,17 @@ async def test_an_adapter_over_the_size_limit_is_not_fetched(open_stager: OpenSt
     with pytest.raises(AdapterTooLarge, match="max_adapter_bytes is 1000"):
         await stager.ensure("acme/a")
     assert not origin.fetched
+
+
+async def test_a_file_over_the_size_limit_is_not_fetched(open_stager: OpenStager, origin: FakeOrigin, node: Path) -> None:
+    """max_file_bytes, by what the origin states of the weights alone."""
+    files = small_files()
+    origin.add("acme/a", files)
+    stager = await open_stager(origin, max_file_bytes=len(files[WEIGHTS]) - 1)
+    with pytest.raises(AdapterTooLarge, match=f"{WEIGHTS} has {len(files[WEIGHTS])} bytes; stager.max_file_bytes is {len(files[WEIGHTS]) - 1}"):
+        await stager.ensure("acme/a")
+    assert not origin.fetched
+    assert clean(node)
 
 
 async def test_a_full_disk_is_no_space_and_leaves_nothing(open_stager: OpenStager, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The Hugging Face hub as an origin: its own client against a hub on this machine."""
 
 import asyncio
+import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -10,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session
+from huggingface_hub import HfFileMetadata, close_session, get_hf_file_metadata
+from huggingface_hub.utils import XetFileData  # type: ignore[attr-defined]  # not in its list of exports
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import AdapterName, adapter_name
-from extproc.errors import InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
+from extproc.errors import DiskFailed, InvalidAdapter, NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.stager.listing import Listing
+from extproc.stager.origins import huggingface
 from extproc.stager.origins.huggingface import HuggingFaceOrigin
 from extproc.stager.sources import Source
 from extproc.stager.transfer import Job
@@ -183,6 +187,60 @@ async def test_a_private_repository_needs_the_token_of_the_settings(hub: Hub, op
     monkeypatch.setenv("MY_TOKEN", "hf_in")
     assert await open_origin().resolve(NAME) is None
     assert await open_origin(token_env="MY_TOKEN").resolve(NAME) is not None
+
+
+async def test_a_token_may_be_in_a_file(hub: Hub, open_origin: OpenOrigin, target: Path, tmp_path: Path) -> None:
+    """Read anew each time: it may be rotated."""
+    hub.add(NAME, small_files(), private_token="hf_new")
+    (tmp_path / "token").write_text("hf_old\n")
+    origin = open_origin(token_file=str(tmp_path / "token"))
+    assert await origin.resolve(NAME) is None
+    (tmp_path / "token").write_text("hf_new\n")
+    await fetch_all(origin, await resolved(origin), target)
+    assert read_files(target) == small_files()
+
+
+async def test_what_xet_brings_takes_the_file_s_place(hub: Hub, open_origin: OpenOrigin, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client writes a file of its own, beside locks and partial files, of which nothing stays. No server of ours speaks Xet: the client is scripted."""
+    files = small_files()
+    hub.add(NAME, files)
+
+    def is_xet(url: str, **options: Any) -> HfFileMetadata:
+        return dataclasses.replace(get_hf_file_metadata(url, **options), xet_file_data=XetFileData("f" * 64, "/refresh"))
+
+    def by_xet(_repo: str, path: str, *, local_dir: Path, **_options: Any) -> str:
+        (local_dir / ".cache").mkdir(parents=True)
+        (local_dir / ".cache" / "lock").touch()
+        (local_dir / path).write_bytes(files[path])
+        return str(local_dir / path)
+
+    monkeypatch.setattr(huggingface, "get_hf_file_metadata", is_xet)
+    monkeypatch.setattr(huggingface, "hf_hub_download", by_xet)
+    origin = open_origin()
+    listing = await resolved(origin)
+    got = {await fetch(origin, listing, file, target / file.path) for file in listing.files}
+    assert read_files(target) == files
+    assert {(file.path, file.sha256) for file in got} == {(path, sha256(data)) for path, data in files.items()}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+async def test_a_disk_that_stops_xet_is_the_disk_s_failure(
+    hub: Hub, open_origin: OpenOrigin, target: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Not the origin's, which would be left alone for it."""
+    hub.add(NAME, small_files())
+
+    def is_xet(url: str, **options: Any) -> HfFileMetadata:
+        return dataclasses.replace(get_hf_file_metadata(url, **options), xet_file_data=XetFileData("f" * 64, "/refresh"))
+
+    def fails(*_arguments: Any, **_options: Any) -> str:
+        raise OSError(number, "as the disk says")
+
+    monkeypatch.setattr(huggingface, "get_hf_file_metadata", is_xet)
+    monkeypatch.setattr(huggingface, "hf_hub_download", fails)
+    origin = open_origin()
+    with pytest.raises(DiskFailed if number == errno.EIO else NoSpace):
+        await fetch_all(origin, await resolved(origin), target)
 
 
 async def test_an_invalid_token_is_a_refusal(hub: Hub, open_origin: OpenOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
