@@ -33,6 +33,7 @@ LEAST_WRITE_BYTES = 2**18  # where many streams share PENDING_BYTES
 PENDING_BYTES = 12 * 2**20  # of all streams, before it is handed over; as much again is being written
 APART_BYTES = 2**18  # from here on two threads are worth it
 COPY_BYTES = 8 * 2**20  # by the kernel at once
+MIN_PORTION_BYTES = 2**16
 READ_BACK_BYTES = 2**18  # what a core's cache holds
 
 Buffer = bytes | memoryview
@@ -49,6 +50,10 @@ class Pace:
         self._rate = bytes_per_s
         self._clock = clock
         self._free_at = clock()
+
+    def portion(self, most: int) -> int:
+        """How many bytes to take at once, where they need not be taken: a quarter of a second's worth, so that they flow and can be watched."""
+        return min(most, max(MIN_PORTION_BYTES, self._rate // 4)) if self._rate else most
 
     async def spend(self, count: int) -> None:
         """Wait until `count` bytes more are within the limit."""
@@ -226,10 +231,11 @@ class Download:
     async def _copy_in_kernel(self, source: int, size: int) -> int:
         """As much of the rest as copy_file_range(2) takes, in bytes, with hashing behind it. Where it fails, reading and writing tell whose fault that is."""
         began = self.received
+        at_once = COPY_BYTES if self._pace is None else self._pace.portion(COPY_BYTES)
         hashing: asyncio.Task[None] | None = None
         try:
             while self.received < size:
-                count = await to_the_end(asyncio.to_thread(self._copy_range, source, self.received, min(COPY_BYTES, size - self.received)))
+                count = await to_the_end(asyncio.to_thread(self._copy_range, source, self.received, min(at_once, size - self.received)))
                 if not count:
                     break
                 self._job.done_bytes += count
