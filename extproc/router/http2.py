@@ -371,11 +371,12 @@ class Connection(asyncio.BufferedProtocol):
             raise _ConnectionError(STREAM_CLOSED, f"data of stream {stream_id} after its end")
         if flags & PADDED:
             payload = _unpad(payload, flags)
-        if len(payload) < stream.missing:  # as most frames of a large body
-            stream.incoming.append(bytes(payload))
-            stream.missing -= len(payload)
-        elif stream.call is not None and not self._take_messages(stream, payload):
-            return
+        if stream.call is not None:
+            if len(payload) < stream.missing:  # as most frames of a large body
+                stream.incoming.append(bytes(payload))
+                stream.missing -= len(payload)
+            elif not self._take_messages(stream, payload):
+                return
         stream.consumed += size
         if stream.consumed >= STREAM_WINDOW // 2:
             self._give_window(stream)
