@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from ..errors import StartError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2): "Set the parent-death signal of the calling process"; kept across execve
 _LOG_LINES = 5
+LOWEST_PORT = 15_000  # above what services are known by
 
 
 @dataclass(slots=True)
@@ -81,12 +83,26 @@ def kill_family(child: Child) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on now, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Ports of the loopback interface that nobody listens on now, all different.
+
+    From below those that the system gives to outgoing connections: an engine takes half a minute until Envoy is started, and in that time one of
+    them would now and then be somebody's.
+    """
+    below = _first_outgoing_port()
+    ports: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(ports) < count:
+            wanted = random.randrange(LOWEST_PORT, below) if below > LOWEST_PORT + 1000 else 0  # noqa: S311  # nothing secret
+            with contextlib.suppress(OSError):
+                ports.append(held.enter_context(socket.create_server(("127.0.0.1", wanted))).getsockname()[1])
     return ports
+
+
+def _first_outgoing_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        return 0
 
 
 def check_port_is_free(host: str, port: int) -> None:
