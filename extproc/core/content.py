@@ -66,7 +66,10 @@ def of_headers(headers: Mapping[str, str]) -> Content | None:
     if media_type == Kind.JSON.value or media_type.endswith("+json"):
         return Content(Kind.JSON, b"", encoding)
     if media_type == Kind.FORM.value:
-        parsed = email.policy.HTTP.header_factory("content-type", given)
+        try:
+            parsed = email.policy.HTTP.header_factory("content-type", given)
+        except IndexError:  # the library's own, for a parameter that ends too soon
+            raise InvalidRequest("content-type: multipart/form-data with a parameter that is cut short") from None
         boundary = parsed.params.get("boundary", "")
         if not boundary or len(boundary) > 70 or not boundary.isascii():  # RFC 2046, 5.1.1: 1 to 70 characters
             raise InvalidRequest("content-type: multipart/form-data without a usable boundary")
@@ -114,7 +117,10 @@ def _find_in_form(body: bytes, boundary: bytes) -> list[tuple[int, int]]:
         if not blank:
             raise InvalidRequest("a part of the form has no headers")
         headers = email.parser.BytesHeaderParser(policy=email.policy.HTTP).parsebytes(head.lstrip(b" \t\r\n"))
-        disposition = headers["content-disposition"]
+        try:
+            disposition = headers["content-disposition"]
+        except IndexError:  # as above
+            raise InvalidRequest("a part of the form has a parameter that is cut short") from None
         if disposition is not None:
             _check_unambiguous([str(value) for name, value in headers.raw_items() if name.lower() == "content-disposition"])
         if disposition is None or disposition.params.get("name") != "model":
