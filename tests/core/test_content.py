@@ -187,3 +187,12 @@ def test_a_file_name_that_looks_like_a_parameter_is_none() -> None:
     """In quotes."""
     body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a; name=model; name=x"\r\n\r\n1\r\n--B--\r\n'
     assert form_model(body, b"B") is None
+
+
+@pytest.mark.parametrize("parameter", ["name*", "name*0*"])
+def test_a_parameter_that_is_cut_short_is_refused(parameter: str) -> None:
+    """The library's parser raises IndexError for it."""
+    with pytest.raises(InvalidRequest, match="cut short"):
+        form_model(f"--b\r\nContent-Disposition: form-data; {parameter}\r\n\r\nx\r\n--b--".encode(), b"b")
+    with pytest.raises(InvalidRequest, match="cut short"):
+        of_headers({"content-type": f"multipart/form-data; boundary=b; {parameter}"})
