@@ -369,23 +369,20 @@ class Connection(asyncio.BufferedProtocol):
             raise _ConnectionError(FLOW_CONTROL_ERROR, f"stream {stream_id} sent more than its window")
         if stream.ended_there:
             raise _ConnectionError(STREAM_CLOSED, f"data of stream {stream_id} after its end")
-        if flags & PADDED:
-            payload = _unpad(payload, flags)
-        if stream.call is not None:
-            if len(payload) < stream.missing:  # as most frames of a large body
-                stream.incoming.append(bytes(payload))
-                stream.missing -= len(payload)
-            elif not self._take_messages(stream, payload):
-                return
+        if stream.call is not None and not self._take_messages(stream, _unpad(payload, flags)):
+            return
         stream.consumed += size
-        if stream.consumed >= STREAM_WINDOW // 2:
-            self._give_window(stream)
+        self._give_window(stream)
         if flags & END_STREAM:
             self._end_of_client(stream)
 
     def _take_messages(self, stream: _Stream, data: memoryview) -> bool:
         """Cut the stream's bytes into gRPC messages: a flag byte, a length, the message. False if that ended the stream."""
-        if stream.missing:  # and it is all there
+        if len(data) < stream.missing:  # as most frames of a large body
+            stream.incoming.append(bytes(data))
+            stream.missing -= len(data)
+            return True
+        if stream.missing:
             first, *others = stream.incoming
             message: tuple[Buffer, ...] = (memoryview(first)[_PREFIX.size :], *others, data[: stream.missing])
             data = data[stream.missing :]

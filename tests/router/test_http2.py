@@ -184,6 +184,16 @@ async def test_draining_lets_running_calls_finish() -> None:
 # ---- clients that break the protocol
 
 
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream) + payload
+
+
+def opening(path: str) -> bytes:
+    """The headers of a call, as stream 1."""
+    block = hpack.Encoder().encode([(":method", "POST"), (":scheme", "http"), (":path", path), ("te", "trailers")])
+    return frame(http2.HEADERS, http2.END_HEADERS, 1, block)
+
+
 class Wire:
     """A client that writes frames as it likes, and the frames it got."""
 
@@ -193,7 +203,7 @@ class Wire:
         self._encoder.header_table_size = 0
 
     def frame(self, kind: int, flags: int, stream: int, payload: bytes = b"") -> "Wire":
-        self._writer.write(struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream) + payload)
+        self._writer.write(frame(kind, flags, stream, payload))
         return self
 
     def announce(self, kind: int, stream: int, length: int) -> None:
@@ -330,7 +340,7 @@ async def test_answers_that_nobody_reads_do_not_fill_the_memory() -> None:
     async with serving() as (address, _):
         _reader, writer = await asyncio.open_connection(*address.split(":"), limit=1024)
         writer.write(http2.PREFACE)
-        ping = struct.pack(">HBBBI", 0, 8, http2.PING, 0, 0) + bytes(8)
+        ping = frame(http2.PING, 0, 0, bytes(8))
         with contextlib.suppress(ConnectionError):
             while True:
                 writer.write(ping * 10_000)
@@ -373,7 +383,7 @@ async def test_no_bytes_raise(parts: list[bytes | tuple[int, int, int, bytes]]) 
             _feed(connection, part)
         else:
             kind, flags, stream, payload = part
-            _feed(connection, struct.pack(">HBBBI", 0, len(payload), kind, flags, stream) + payload)
+            _feed(connection, frame(kind, flags, stream, payload))
     connection.connection_lost(None)
     assert connection.is_idle
 
@@ -411,10 +421,9 @@ async def test_messages_are_what_was_sent_however_they_arrive(sizes: list[int], 
     """Cut into frames anywhere, and read in any pieces, each written over by the next."""
     messages = [bytes((number + at) % 251 for at in range(size)) for number, size in enumerate(sizes)]
     data = b"".join(b"\x00" + len(message).to_bytes(4, "big") + message for message in messages)
-    block = hpack.Encoder().encode([(":method", "POST"), (":scheme", "http"), (":path", ECHO), ("te", "trailers")])
-    sent = http2.PREFACE + struct.pack(">HBBBI", 0, len(block), http2.HEADERS, http2.END_HEADERS, 1) + block
+    sent = http2.PREFACE + opening(ECHO)
     for payload in _cut(data, frames):
-        sent += struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, http2.DATA, 0, 1) + payload
+        sent += frame(http2.DATA, 0, 1, payload)
     kept: list[bytes] = []
     connection = Connection({ECHO: lambda _: _Keep(kept)}, 100)
     connection.connection_made(_NoTransport())
@@ -432,10 +441,7 @@ async def test_what_is_sent_fills_frames_within_the_windows(messages: list[list[
     connection = Connection({HOLD: lambda sender: senders.append(sender) or Hold(sender)}, 100)  # type: ignore[func-returns-value]
     transport = _Recorder()
     connection.connection_made(transport)
-    block = hpack.Encoder().encode([(":method", "POST"), (":scheme", "http"), (":path", HOLD), ("te", "trailers")])
-    settings_ = struct.pack(">HI", http2.INITIAL_WINDOW_SIZE, window)
-    _feed(connection, http2.PREFACE + struct.pack(">HBBBI", 0, len(settings_), http2.SETTINGS, 0, 0) + settings_)
-    _feed(connection, struct.pack(">HBBBI", 0, len(block), http2.HEADERS, http2.END_HEADERS, 1) + block)
+    _feed(connection, http2.PREFACE + frame(http2.SETTINGS, 0, 0, struct.pack(">HI", http2.INITIAL_WINDOW_SIZE, window)) + opening(HOLD))
     expected = b""
     for number, sizes in enumerate(messages):
         parts = tuple(bytes((number,)) * size for size in sizes)
@@ -445,7 +451,7 @@ async def test_what_is_sent_fills_frames_within_the_windows(messages: list[list[
     room = min(window, http2.DEFAULT_WINDOW)
     assert b"".join(transport.payloads()) == expected[:room]
     for stream in (0, 1):
-        _feed(connection, struct.pack(">HBBBII", 0, 4, http2.WINDOW_UPDATE, 0, stream, 2**24))
+        _feed(connection, frame(http2.WINDOW_UPDATE, 0, stream, struct.pack(">I", 2**24)))
     assert b"".join(transport.payloads()) == expected
     assert all(0 < len(payload) <= 16_384 for payload in transport.payloads())
     connection.connection_lost(None)
