@@ -240,8 +240,10 @@ class Download:
                     break
                 self._job.done_bytes += count
                 self._arrived(self.received, self.received + count)
-                if hashing is None or hashing.done():
-                    hashing = asyncio.create_task(self._hash_up())
+                if hashing is not None and hashing.done():
+                    hashing.result()  # a disk that cannot be read back is no place for the rest
+                    hashing = None
+                hashing = hashing or asyncio.create_task(self._hash_up())
                 if self._pace is not None:
                     await self._pace.spend(count)
         finally:
