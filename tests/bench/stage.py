@@ -1,7 +1,7 @@
 """`python -m tests.bench.stage`: one adapter of several sizes from each origin, cold to published, beside the tools that only copy.
 
 What limits each figure: at 16 MB requests and fsyncs; at 1,500 MB the disk, the hash (one core's SHA-256), and the server, which shares the
-machine. The others neither hash nor fsync nor verify. `dd` with fsync is what the disk takes.
+machine. The others neither hash nor fsync nor verify, but where the row says so. `dd` with fsync is what the disk takes.
 """
 
 import argparse

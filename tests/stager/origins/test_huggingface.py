@@ -200,13 +200,21 @@ async def test_a_token_may_be_in_a_file(hub: Hub, open_origin: OpenOrigin, targe
     assert read_files(target) == small_files()
 
 
-async def test_what_xet_brings_takes_the_file_s_place(hub: Hub, open_origin: OpenOrigin, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client writes a file of its own, beside locks and partial files, of which nothing stays. No server of ours speaks Xet: the client is scripted."""
-    files = small_files()
-    hub.add(NAME, files)
+@pytest.fixture
+def xet(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub whose files are told to lie in Xet."""
 
     def is_xet(url: str, **options: Any) -> HfFileMetadata:
         return dataclasses.replace(get_hf_file_metadata(url, **options), xet_file_data=XetFileData("f" * 64, "/refresh"))
+
+    monkeypatch.setattr(huggingface, "get_hf_file_metadata", is_xet)
+    return hub
+
+
+async def test_what_xet_brings_takes_the_file_s_place(xet: Hub, open_origin: OpenOrigin, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client writes a file of its own, beside locks and partial files, of which nothing stays. No server of ours speaks Xet: the client is scripted."""
+    files = small_files()
+    xet.add(NAME, files)
 
     def by_xet(_repo: str, path: str, *, local_dir: Path, **_options: Any) -> str:
         (local_dir / ".cache").mkdir(parents=True)
@@ -214,7 +222,6 @@ async def test_what_xet_brings_takes_the_file_s_place(hub: Hub, open_origin: Ope
         (local_dir / path).write_bytes(files[path])
         return str(local_dir / path)
 
-    monkeypatch.setattr(huggingface, "get_hf_file_metadata", is_xet)
     monkeypatch.setattr(huggingface, "hf_hub_download", by_xet)
     origin = open_origin()
     listing = await resolved(origin)
@@ -225,18 +232,14 @@ async def test_what_xet_brings_takes_the_file_s_place(hub: Hub, open_origin: Ope
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 async def test_a_disk_that_stops_xet_is_the_disk_s_failure(
-    hub: Hub, open_origin: OpenOrigin, target: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    xet: Hub, open_origin: OpenOrigin, target: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Not the origin's, which would be left alone for it."""
-    hub.add(NAME, small_files())
-
-    def is_xet(url: str, **options: Any) -> HfFileMetadata:
-        return dataclasses.replace(get_hf_file_metadata(url, **options), xet_file_data=XetFileData("f" * 64, "/refresh"))
+    xet.add(NAME, small_files())
 
     def fails(*_arguments: Any, **_options: Any) -> str:
         raise OSError(number, "as the disk says")
 
-    monkeypatch.setattr(huggingface, "get_hf_file_metadata", is_xet)
     monkeypatch.setattr(huggingface, "hf_hub_download", fails)
     origin = open_origin()
     with pytest.raises(DiskFailed if number == errno.EIO else NoSpace):
