@@ -27,6 +27,7 @@ SOAK_S = float(os.environ.get("LORA_EXTPROC_SOAK_S", "60"))
 WORKERS = 6  # what two tiny engines on two cores bear beside everything else
 REFRESHES = 20
 PATIENCE_S = 120.0
+CLIENT_PAUSE_S = 0.5  # before the openai client repeats a failed request
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -197,12 +198,14 @@ async def test_an_engine_that_is_killed_and_comes_back_costs_no_request(engines:
                 said = await engines.ask(name)
             except aiohttp.ClientError as error:
                 failed.append(type(error).__name__)
+                await asyncio.sleep(CLIENT_PAUSE_S)
                 continue
             if said.status == 200:
                 assert said.text == expected[name]
                 answered += 1
             else:
                 failed.append(said.error)
+                await asyncio.sleep(CLIENT_PAUSE_S)
 
     async def count(more: int) -> None:
         async with asyncio.timeout(PATIENCE_S):
