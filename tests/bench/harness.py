@@ -8,10 +8,11 @@ import contextlib
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,11 @@ async def arrangements(raw: dict[str, Any] | None = None) -> AsyncIterator[tuple
             children.append(await spawn(name, command, directory))
             return children[-1]
 
-        def envoy(name: str) -> list[str]:
-            return [str(envoy_binary()), "-c", str(directory / f"{name}.yaml"), "--concurrency", "1", "-l", "error", "--use-dynamic-base-id"]
+        def envoy(name: str, *more: str) -> list[str]:
+            return [str(envoy_binary()), "-c", str(directory / f"{name}.yaml"), "-l", "error", "--use-dynamic-base-id", *more]
 
         try:
-            await start("upstream", envoy("upstream"))
+            await start("upstream", envoy("upstream", "--concurrency", "1"))
             await start("stager", python("stager", "--config", str(directory / "settings.yaml")))
             router_child = await start("router", python("router", "--config", str(directory / "settings.yaml")))
             pair = (
@@ -129,16 +130,17 @@ async def arrangements(raw: dict[str, Any] | None = None) -> AsyncIterator[tuple
 async def measure(arrangement: Arrangement, load: Load) -> Measured:
     """Load one arrangement for a while."""
     with tempfile.TemporaryDirectory() as temporary:
-        body, log = Path(temporary, "body"), Path(temporary, "log")
+        body, log, script = Path(temporary, "body"), Path(temporary, "log"), Path(temporary, "script")
         body.write_bytes(load.body)
+        url = f"http://{arrangement.address}/v1/chat/completions"
         command = ["h2load", "-t", "1", "-d", str(body), "-H", "content-type: application/json", "--log-file", str(log)]
-        command += ["-D", f"{load.seconds:g}"]  # no warm-up of its own: its CPU would be counted and its requests would not
-        # At a fixed rate one HTTP/2 connection: h2load paces each connection by itself and all in step, so many of them send in bursts.
-        command += ["-c", "1", "-m", "100", "--rps", str(load.rps)] if load.rps else ["--h1", "-c", str(CONNECTIONS)]
+        if load.rps:
+            script.write_text("".join(f"{at_ms:.3f}\t{url}\n" for at_ms in arrivals(load)))
+            command += ["-c", "1", "-m", "100", "--timing-script-file", str(script)]
+        else:
+            command += ["--h1", "-c", str(CONNECTIONS), "-D", f"{load.seconds:g}", url]  # no warm-up: its CPU would be counted and its requests not
         before = _cpu(arrangement.envoy), _cpu(arrangement.router)
-        process = await asyncio.create_subprocess_exec(
-            *command, f"http://{arrangement.address}/v1/chat/completions", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-        )
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
         output, _ = await process.communicate()
         after = _cpu(arrangement.envoy), _cpu(arrangement.router)
         rows = [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
@@ -155,6 +157,19 @@ async def measure(arrangement: Arrangement, load: Load) -> Measured:
         envoy_us=(after[0] - before[0]) * 1e6 / count,
         router_us=(after[1] - before[1]) * 1e6 / count,
     )
+
+
+def arrivals(load: Load) -> Iterator[float]:
+    """When an open loop sends, in milliseconds from its start: a Poisson process, the same at every call.
+
+    h2load's own --rps wakes a hundred times a second and sends what is due at once, five requests at 500/s, and each would wait for those before it.
+    A script's pauses it rounds up to whole milliseconds: half of one is taken off each, or it would send 390/s.
+    """
+    source = random.Random(load.rps)
+    at_ms = 0.0
+    for _ in range(round(load.rps * load.seconds)):
+        at_ms += max(0.0, source.expovariate(load.rps) * 1000 - 0.5)
+        yield at_ms
 
 
 def median(runs: Sequence[Measured]) -> Measured:

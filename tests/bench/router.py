@@ -55,7 +55,9 @@ async def main(seconds: float, rounds: int, modes: list[str]) -> None:
                             str(beside.errors),
                         )
         console.print(table)
-    console.print(f"medians of {rounds} runs of {seconds:g} s each; at {FIXED_RPS}/s one HTTP/2 connection, saturated 32 HTTP/1.1 connections")
+    console.print(
+        f"medians of {rounds} runs of {seconds:g} s each; at {FIXED_RPS}/s Poisson arrivals on one HTTP/2 connection, saturated 32 HTTP/1.1 connections"
+    )
 
 
 async def compare(pair: tuple[Arrangement, Arrangement], load: Load, rounds: int) -> tuple[Measured, Measured]:
