@@ -128,6 +128,7 @@ class Exchange:
         self._mutation_on_body = False  # rule 3
         self._chunks: list[bytes] = []
         self._held_bytes = 0
+        self._announced_bytes = -1  # by a content-length: a body of which all is here is about to be judged, and not scanned before
         self._body_ended = False
         self._body_owed = False
         self._trailers_owed = False
@@ -218,6 +219,7 @@ class Exchange:
             if self.state is State.START and self._start is not None:
                 check_path(self._start.headers.get(":path", ""), self._forbidden_paths)
                 self._content = content.of_headers(self._start.headers)
+                self._announced_bytes = _number(self._start.headers.get("content-length", ""))
             return step(chunk, kind in (Kind.BODY_END, Kind.HEADERS_END))
         except LoraExtprocError as error:
             return self.failed(error)
@@ -258,7 +260,7 @@ class Exchange:
         self._body_ended = last
         if last or self._asked or self._was_decided or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
             return []
-        if self._content is None or not self._content.can_be_scanned:
+        if self._content is None or not self._content.can_be_scanned or self._held_bytes == self._announced_bytes:
             return []
         if self._scanner is None:
             self._scanner = scanner.Scanner()
@@ -369,6 +371,11 @@ class Exchange:
         self._scanner = None
         self._chunks = []
         self._held_bytes = 0
+
+
+def _number(text: str) -> int:
+    """-1 for what is none; the gateway has checked it, and here it decides about work only."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
 
 
 def _in_chunks(body: bytes, *, end_of_stream: bool, direction: Direction = Direction.REQUEST) -> Iterator[BodyReply]:
