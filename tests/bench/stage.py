@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from io import RawIOBase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ LAG_EVERY_S = 0.002
 LATE_S = 0.003  # the bystander counts as late above it
 MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14
 
-Late = list[tuple[float, float]]  # from when something should have come until it came, by the monotonic clock
+Late = list[tuple[float, float, float]]  # by the monotonic clock: when a loop last came round, when it did again, and by how much that was late
 Copy = Callable[[Path], Awaitable[None]]
 
 
@@ -119,14 +120,18 @@ async def ours(top: Path, size: int, origin: dict[str, Any], peer: str) -> tuple
 
 @contextlib.asynccontextmanager
 async def turns() -> AsyncIterator[list[float]]:
-    """At the end, how late the event loop came round, in seconds, each time that a bystander did not come late, too; without its waits for a processor.
+    """At the end, how late the event loop came round, in seconds, each time that no bystander came late, too; without its waits for a processor.
 
-    The bystander is a process that does nothing but look at the clock. Where it is late as well, the machine stopped (a host that has spent its
-    share of processor time, a neighbour), and not our event loop. Two processors are shared with the servers, and the loop's thread has to queue for them.
+    The bystanders are processes that do nothing but look at the clock, one bound to each processor. Where one is late as well, its processor stopped (a
+    host that has spent its share of time, a neighbour), and not our event loop. The processors are shared with the servers, and the loop's thread has
+    to queue for them.
     """
-    bystander = await asyncio.create_subprocess_exec(*this_module(), "--bystander", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
-    assert bystander.stdout is not None
-    await bystander.stdout.readline()  # it looks
+    command = [*this_module(), "--bystander"]
+    pipe = asyncio.subprocess.PIPE
+    bystanders = [await asyncio.create_subprocess_exec(*command, str(cpu), stdin=pipe, stdout=pipe) for cpu in sorted(os.sched_getaffinity(0))]
+    for bystander in bystanders:
+        assert bystander.stdout is not None
+        await bystander.stdout.readline()  # it looks
     late, looking = Late(), asyncio.Event()
     ours = asyncio.create_task(look(late, looking))
     longest: list[float] = []
@@ -135,20 +140,21 @@ async def turns() -> AsyncIterator[list[float]]:
     finally:
         looking.set()
         await ours
-        out, _ = await bystander.communicate(b"\n")
-        theirs: Late = json.loads(out)
-        longest.extend(end - begin for begin, end in late if not any(begin < their_end and their_begin < end for their_begin, their_end in theirs))
+        told = [json.loads((await bystander.communicate(b"\n"))[0]) for bystander in bystanders]
+        theirs: Late = list(chain.from_iterable(told))
+        longest.extend(by for begin, end, by in late if not any(begin < their_end and their_begin < end for their_begin, their_end, _ in theirs))
 
 
-async def look(late: Late, over: asyncio.Event) -> None:
+async def look(late: Late, over: asyncio.Event, *, queues: bool = True) -> None:
+    """Note when this loop does not come round. What `queues` for a processor is given the time that it waits for one."""
     with _schedstat() as schedstat:
         while not over.is_set():
             began, queued = time.monotonic(), _queued_s(schedstat)
             await asyncio.sleep(LAG_EVERY_S)
             ended = time.monotonic()
-            due = began + LAG_EVERY_S + _queued_s(schedstat) - queued
-            if ended - due > LATE_S:
-                late.append((due, ended))
+            by = ended - began - LAG_EVERY_S - (_queued_s(schedstat) - queued if queues else 0.0)
+            if by > LATE_S:
+                late.append((began, ended, by))
 
 
 def _schedstat() -> RawIOBase:
@@ -161,11 +167,17 @@ def _queued_s(schedstat: RawIOBase) -> float:
     return int((schedstat.read() or b"0 0").split()[1]) / 1e9
 
 
-async def stand_by() -> None:
+async def stand_by(processor: int) -> None:
+    os.sched_setaffinity(0, {processor})
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        queues = False  # it runs before all others: if it has to wait for its processor, that one has stopped
+    except PermissionError:
+        queues = True
     late, over = Late(), asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), over.set)
     print(flush=True)
-    await look(late, over)
+    await look(late, over, queues=queues)
     print(json.dumps(late))
 
 
@@ -384,14 +396,14 @@ if __name__ == "__main__":
     parser.add_argument("--size", action="append", choices=list(SIZES), help="repeatable; default: all")
     parser.add_argument("--parallel", type=int, default=4, help="ranges of one S3 object at once")
     parser.add_argument("--serve-hub", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--bystander", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--bystander", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--eight", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ports", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve_hub:
         asyncio.run(serve_hub(arguments.serve_hub))
-    elif arguments.bystander:
-        asyncio.run(stand_by())
+    elif arguments.bystander is not None:
+        asyncio.run(stand_by(arguments.bystander))
     elif arguments.eight:
         run(lambda _stop: fetch_eight(arguments.eight, *arguments.ports))
     else:
