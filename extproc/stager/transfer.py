@@ -372,8 +372,11 @@ async def in_parallel(download: Download, count: int, fetch_part: Callable[[int,
         for begin, end in parts:
             await fetch_part(begin, end)
 
-    workers = [asyncio.create_task(worker()) for _ in range(count)]
+    workers: list[asyncio.Task[None]] = []
     try:
+        for _ in range(count):
+            workers.append(asyncio.create_task(worker()))
+            await asyncio.sleep(0)  # a client works for milliseconds before it first waits: the event loop comes round between two of them
         await asyncio.gather(*workers)
     finally:
         for task in workers:
