@@ -128,7 +128,6 @@ class Exchange:
         self._mutation_on_body = False  # rule 3
         self._chunks: list[bytes] = []
         self._held_bytes = 0
-        self._announced_bytes = -1  # by a content-length: a body of which all is here is about to be judged, and not scanned before
         self._body_ended = False
         self._body_owed = False
         self._trailers_owed = False
@@ -219,7 +218,6 @@ class Exchange:
             if self.state is State.START and self._start is not None:
                 check_path(self._start.headers.get(":path", ""), self._forbidden_paths)
                 self._content = content.of_headers(self._start.headers)
-                self._announced_bytes = _number(self._start.headers.get("content-length", ""))
             return step(chunk, kind in (Kind.BODY_END, Kind.HEADERS_END))
         except LoraExtprocError as error:
             return self.failed(error)
@@ -260,13 +258,18 @@ class Exchange:
         self._body_ended = last
         if last or self._asked or self._was_decided or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
             return []
-        if self._content is None or not self._content.can_be_scanned or self._held_bytes == self._announced_bytes:
+        if self._content is None or not self._content.can_be_scanned or self._is_all_here():
             return []
         if self._scanner is None:
             self._scanner = scanner.Scanner()
             chunk = b"".join(self._chunks)
         model = self._scanner.feed(chunk)
         return [] if model is None else self._ask(model)
+
+    def _is_all_here(self) -> bool:
+        """By what was announced: the body is about to be judged, and need not be scanned before."""
+        assert self._start is not None
+        return self._start.headers.get("content-length") == str(self._held_bytes)
 
     def _keep_and_judge(self, chunk: bytes, _last: bool) -> list[Action]:
         return self._keep(chunk, True) + self._judge()
@@ -371,11 +374,6 @@ class Exchange:
         self._scanner = None
         self._chunks = []
         self._held_bytes = 0
-
-
-def _number(text: str) -> int:
-    """-1 for what is none; the gateway has checked it, and here it decides about work only."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
 
 
 def _in_chunks(body: bytes, *, end_of_stream: bool, direction: Direction = Direction.REQUEST) -> Iterator[BodyReply]:

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from io import RawIOBase
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,9 @@ async def turns() -> AsyncIterator[list[float]]:
     finally:
         looking.set()
         await ours
-        told = [json.loads((await bystander.communicate(b"\n"))[0]) for bystander in bystanders]
-        theirs: Late = list(chain.from_iterable(told))
+        theirs = Late()
+        for bystander in bystanders:
+            theirs += json.loads((await bystander.communicate(b"\n"))[0])
         longest.extend(by for begin, end, by in late if not any(begin < their_end and their_begin < end for their_begin, their_end, _ in theirs))
 
 
