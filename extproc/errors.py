@@ -4,7 +4,10 @@
     ├── RequestError                 what the client sent cannot be served
     │   ├── InvalidRequest           400 invalid_request
     │   ├── Forbidden                403 forbidden
+    │   ├── UnknownPath              404 unknown_path
+    │   ├── BodyTimeout              408 body_timeout         retryable
     │   ├── BodyTooLarge             413 body_too_large
+    │   ├── UnsupportedMedia         415 unsupported_media
     │   └── Overloaded               429 overloaded           retryable
     ├── StageError                   the adapter could not be put in place
     │   ├── ModelNotFound            404 model_not_found
@@ -12,12 +15,14 @@
     │   │   └── AdapterTooLarge      422 invalid_adapter
     │   ├── OriginFailed             502 origin_failed        retryable
     │   │   ├── OriginRefused        502 origin_failed        the origin wants other credentials: repeating is useless
+    │   │   ├── OriginDown           502 origin_failed        retryable   this node has stopped asking it for a while
     │   │   └── OriginChanged        502 origin_failed        retryable   it has something else now than it listed
     │   ├── StageDeadline            503 staging              retryable
     │   ├── NoSpace                  503 no_space             retryable
     │   └── DiskFailed               503 no_space             retryable
     ├── NoEndpoint                   503 no_endpoint          retryable
     │   └── StagerUnavailable        503 no_endpoint          retryable
+    │       └── CredentialsRefused   503 no_endpoint          retryable   it does not know our token, or not yet
     ├── GatewayProtocolError         500 protocol             the gateway sent what ext_proc does not allow, or a mode we do not speak
     ├── EngineUnreachable            503 engine               retryable   the node's engine cannot load the adapter now
     ├── AdapterInUse                 409 in_use               retryable   (an operator's evict, never a client's request)
@@ -30,7 +35,17 @@
 
 import json
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
+
+MAX_MESSAGE_CHARACTERS = 300  # of what a client is shown; a name of 256 bytes and the sentence around it fit
+
+
+def shortened(text: str) -> str:
+    """At most MAX_MESSAGE_CHARACTERS of `text`, without its middle: it begins with the thing and ends with what is wrong, as an engine's complaints do."""
+    if len(text) <= MAX_MESSAGE_CHARACTERS:
+        return text
+    begin = MAX_MESSAGE_CHARACTERS // 3
+    return f"{text[:begin]}…{text[begin + 1 - MAX_MESSAGE_CHARACTERS :]}"
 
 
 class LoraExtprocError(Exception):
@@ -39,18 +54,25 @@ class LoraExtprocError(Exception):
     status: ClassVar[int] = 500
     reason: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+    param: ClassVar[str | None] = None  # the field of the request that is at fault, as OpenAI's clients show it
     retry_after_s: int | None = None  # seconds, for the header of that name
     shared: ClassVar[bool] = True  # True: another node would fail the same way, so trying one is useless
 
     @property
     def message(self) -> str:
-        return str(self) or self.reason
+        return shortened(str(self) or self.reason)
+
+    def bare(self) -> Self:
+        """The error without the frames that raised it. Frames hold the request's body, and the frames that keep the error make a cycle with it: of a
+        rejected request nothing must be left until the collector's next run.
+        """
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
 
     def openai_body(self) -> bytes:
         """The error as the OpenAI API words it, so that client libraries raise their own typed exception."""
         kind = "rate_limit_error" if self.status == 429 else "invalid_request_error" if self.status < 500 else "server_error"
-        param = "model" if self.status in (403, 404, 422) else None
-        return json.dumps({"error": {"message": self.message, "type": kind, "param": param, "code": self.reason}}).encode()
+        return json.dumps({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.reason}}).encode()
 
 
 class RequestError(LoraExtprocError):
@@ -69,10 +91,28 @@ class Forbidden(RequestError):
     status, reason = 403, "forbidden"
 
 
+class UnknownPath(RequestError):
+    """The path is none of `router.paths`."""
+
+    status, reason = 404, "unknown_path"
+
+
+class BodyTimeout(RequestError):
+    """The body stopped arriving, or arrives too slowly to be waited for."""
+
+    status, reason, retryable = 408, "body_timeout", True
+
+
 class BodyTooLarge(RequestError):
     """The body is over `router.max_body_bytes`."""
 
     status, reason = 413, "body_too_large"
+
+
+class UnsupportedMedia(RequestError):
+    """The path takes JSON or a form, and the body says that it is something else: nobody can tell which model it names."""
+
+    status, reason = 415, "unsupported_media"
 
 
 class Overloaded(RequestError):
@@ -88,7 +128,7 @@ class StageError(LoraExtprocError):
 class ModelNotFound(StageError):
     """No origin has it. Remembered for a short time."""
 
-    status, reason = 404, "model_not_found"
+    status, reason, param = 404, "model_not_found", "model"
 
 
 class InvalidAdapter(StageError):
@@ -97,7 +137,7 @@ class InvalidAdapter(StageError):
     `stated` is the SHA-256 that the caller had named for whom it was fetched, where it was refused for its digest.
     """
 
-    status, reason = 422, "invalid_adapter"
+    status, reason, param = 422, "invalid_adapter", "model"
 
     def __init__(self, message: str = "", what: str = "other") -> None:
         super().__init__(message)
@@ -113,13 +153,14 @@ class AdapterTooLarge(InvalidAdapter):
 
 
 class OriginFailed(StageError):
-    """An origin answered 5xx, refused the credentials or could not be reached."""
+    """An origin answered 5xx, refused the credentials or could not be reached. `reached` False: no connection came about, which says nothing of one object."""
 
     status, reason, retryable = 502, "origin_failed", True
     retry_after_s: int | None = 5
 
-    def __init__(self, message: str = "", retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str = "", retry_after_s: float | None = None, *, reached: bool = True) -> None:
         super().__init__(message)
+        self.reached = reached
         self.asked_to_wait_s = retry_after_s  # what the origin itself said, in its Retry-After
         if not self.retryable:
             self.retry_after_s = None
@@ -132,6 +173,12 @@ class OriginRefused(OriginFailed):
 
     retryable = False
     retry_after_s = None
+
+
+class OriginDown(OriginFailed):
+    """This node has stopped asking the origin for a while. Another node may reach it, or have what it brought."""
+
+    shared = False
 
 
 class OriginChanged(OriginFailed):
@@ -166,6 +213,10 @@ class StagerUnavailable(NoEndpoint):
     """The node's stager does not answer."""
 
     shared = False
+
+
+class CredentialsRefused(StagerUnavailable):
+    """The node's stager does not accept our token. Another may: while a token is rotated, each process reads it at its own time."""
 
 
 class GatewayProtocolError(LoraExtprocError):

@@ -105,7 +105,9 @@ def test_the_body_is_what_openai_clients_read(cls: type[LoraExtprocError]) -> No
     ("cls", "kind", "param"),
     [
         (errors.InvalidRequest, "invalid_request_error", None),
-        (errors.Forbidden, "invalid_request_error", "model"),
+        (errors.Forbidden, "invalid_request_error", None),
+        (errors.UnknownPath, "invalid_request_error", None),
+        (errors.BodyTimeout, "invalid_request_error", None),
         (errors.ModelNotFound, "invalid_request_error", "model"),
         (errors.BodyTooLarge, "invalid_request_error", None),
         (errors.InvalidAdapter, "invalid_request_error", "model"),
@@ -127,6 +129,21 @@ def test_an_error_without_words_says_its_reason() -> None:
     assert errors.NoSpace("full").message == "full"
 
 
+def test_a_long_message_loses_its_middle() -> None:
+    """Engines say last what is wrong."""
+    message = errors.InvalidAdapter("the engine refuses the adapter: " + "x" * 1000 + " zz_proj").message
+    assert len(message) == errors.MAX_MESSAGE_CHARACTERS
+    assert message.startswith("the engine refuses")
+    assert message.endswith(" zz_proj")
+
+
 def test_only_a_nodes_own_trouble_is_worth_another_node() -> None:
     """What lies in the request, the adapter or its origin is the same everywhere."""
-    assert {name for name, cls in CLASSES.items() if not cls.shared} == {"NoSpace", "DiskFailed", "StagerUnavailable", "EngineUnreachable"}
+    assert {name for name, cls in CLASSES.items() if not cls.shared} == {
+        "NoSpace",
+        "DiskFailed",
+        "StagerUnavailable",
+        "CredentialsRefused",
+        "EngineUnreachable",
+        "OriginDown",
+    }
