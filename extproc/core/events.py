@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..errors import LoraExtprocError
+from .content import Content
 from .decision import Facts
+from .pieces import Buffer, Pieces
 
 
 class Mode(Enum):
@@ -47,7 +49,7 @@ class RequestHeaders:
 
 @dataclass(slots=True)
 class RequestBody:
-    chunk: bytes
+    chunk: bytes | tuple[Buffer, ...]  # a large one in the pieces it came in
     end_of_stream: bool
 
 
@@ -100,6 +102,7 @@ class Mutation:
     metadata: Mapping[str, Mapping[str, str | float]] = field(default_factory=dict)
     clear_route_cache: bool = False
     model: str = ""  # what the body's `model` is to be instead; "": as it is
+    encoded: bytes = field(default=b"", init=False, repr=False, compare=False)  # the reply that carries it, once the wire has written it
 
 
 @dataclass(slots=True)
@@ -113,7 +116,7 @@ class BodyReply:
     """Without a chunk: let the body that Envoy holds go on. With one: this is (a part of) the body; if it `replaces`, instead of what Envoy holds."""
 
     direction: Direction
-    chunk: bytes | memoryview | None = None
+    chunk: Pieces | None = None
     end_of_stream: bool = False
     mutation: Mutation | None = None
     replaces: bool = False
@@ -128,17 +131,27 @@ class TrailersReply:
 class ImmediateReply:
     error: LoraExtprocError
     notes: Mapping[str, str | float] = field(default_factory=dict)  # for the access log, beside the reason; filled in by who knows them
+    headers: Mapping[str, str] = field(default_factory=dict)  # beside the error's own; as the notes
 
 
 @dataclass(slots=True)
 class OwnReply:
     """The request is answered here, and well: status 200, with a JSON body."""
 
-    body: bytes
+    body: tuple[Buffer, ...]  # in pieces: a list of models has megabytes
     notes: Mapping[str, str | float] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 Reply = HeadersReply | BodyReply | TrailersReply | ImmediateReply | OwnReply
+
+
+@dataclass(slots=True)
+class Judge:
+    """What does this body say? The caller answers with `judged` or `failed`. Only asked for bodies that take more than a moment to read."""
+
+    content: Content
+    pieces: tuple[Buffer, ...]
 
 
 @dataclass(slots=True)
@@ -148,4 +161,4 @@ class Decide:
     facts: Facts
 
 
-Action = Reply | Decide
+Action = Reply | Judge | Decide

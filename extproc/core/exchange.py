@@ -2,7 +2,7 @@
 
 Rules of the place:
 1. What may follow what is in REQUEST_STEPS, and nowhere else. What is not in the table is a violation and is answered as one.
-2. `receive`, `decided` and `failed` never raise; every one returns what to send next, in order.
+2. `receive`, `judged`, `decided` and `failed` never raise; every one returns what to send next, in order.
 3. The mutation rides on the message that Envoy still holds: on the headers answer in FULL_DUPLEX_STREAMED and NONE, on the body answer in
    BUFFERED, where the headers had to be continued before the body came.
 4. Nothing is forwarded before the whole body was judged. In FULL_DUPLEX_STREAMED Envoy has given the body away: it goes back in chunks.
@@ -10,15 +10,17 @@ Rules of the place:
 6. A full-duplex request that ends in trailers, or may yet, is marked and its route chosen anew: with a retry policy on its route, Envoy 1.36.4
    and 1.40.0 send the body twice. envoyconfig.py has a route without retries for the mark.
 7. A mutation may name another `model`: the body that goes on then differs from what came by that value alone, and is plain if it came compressed.
+8. A body is kept in the pieces it came in and goes back as views of them: it is never copied whole here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import ClassVar
 
-from ..errors import BodyTooLarge, GatewayProtocolError, LoraExtprocError
-from . import content, scanner
-from .decision import Facts, check_path
+from ..errors import BodyTooLarge, GatewayProtocolError, InvalidRequest, LoraExtprocError, UnsupportedMedia
+from . import content, paths, pieces, scanner
+from .decision import Facts
 from .events import (
     REFUSED_MODES,
     SPOKEN_MODES,
@@ -29,6 +31,7 @@ from .events import (
     Event,
     HeadersReply,
     ImmediateReply,
+    Judge,
     Mode,
     Mutation,
     OwnReply,
@@ -41,13 +44,17 @@ from .events import (
     TrailersReply,
     Unreadable,
 )
+from .pieces import Buffer
 
 NO_RETRY_HEADER = "x-lora-extproc-no-retry"
 EARLY_SCAN_BYTES = 16 * 1024  # a body this small is complete before a fetch could have begun: it is only judged
+LATE_SCAN_BYTES = 512 * 1024  # nor is anything scanned behind this: escapes cost 30 ns a byte, and such a body is nearly here
+JUDGED_HERE_BYTES = 256 * 1024  # plain JSON up to this size is judged within 2 ms, whatever is in it; the rest is the caller's to put elsewhere
 BODY_CHUNK_BYTES = 62_000  # below the 64 KiB that gateways accept in one streamed body message
+WITHOUT_MODEL = ("GET", "HEAD", "OPTIONS", "DELETE")  # RFC 9110, 9.3: content of such a request has no meaning
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------------------------------
+# ---- the states ----------------------------------------------------------------------------------------------------------------------------
 
 
 class State(Enum):
@@ -55,6 +62,7 @@ class State(Enum):
 
     START = "nothing seen"
     BODY = "the body is arriving and will be judged"
+    JUDGING = "the body has ended and is being judged"
     DECIDING = "all that is needed was seen, the decision is awaited"
     ANSWERED = "the mutation was sent"
     ENDED = "an immediate response was sent, or the response has begun: the request direction is over"
@@ -72,33 +80,8 @@ class Kind(Enum):
 
 _D, _B, _N = Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED, Mode.NONE
 
-# state, kind -> per mode the name of the step that handles it. "drop" is silence; what is missing is a violation.
-REQUEST_STEPS: dict[State, dict[Kind, dict[Mode, str]]] = {
-    State.START: {
-        Kind.HEADERS: {_D: "hold_headers", _B: "continue_headers", _N: "decide_on_headers"},
-        Kind.HEADERS_END: {_D: "decide_on_headers", _B: "decide_on_headers", _N: "decide_on_headers"},
-    },
-    State.BODY: {
-        Kind.BODY: {_D: "keep", _B: "judge_buffered"},  # BUFFERED shows the body once and whole; no end of stream if trailers follow
-        Kind.BODY_END: {_D: "keep_and_judge", _B: "judge_buffered"},
-        Kind.TRAILERS: {_D: "judge_before_trailers", _B: "judge_before_trailers"},
-    },
-    State.DECIDING: {
-        Kind.BODY: {_D: "keep", _B: "owe_body"},
-        Kind.BODY_END: {_D: "keep", _B: "owe_body", _N: "drop"},
-        Kind.TRAILERS: {_D: "owe_trailers", _B: "owe_trailers", _N: "owe_trailers"},
-    },
-    State.ANSWERED: {
-        Kind.BODY: {_D: "echo", _B: "continue_body"},
-        Kind.BODY_END: {_D: "echo", _B: "continue_body", _N: "drop"},
-        Kind.TRAILERS: {_D: "continue_trailers", _B: "continue_trailers", _N: "continue_trailers"},
-    },
-    State.ENDED: {
-        Kind.BODY: {_D: "drop", _B: "drop", _N: "drop"},
-        Kind.BODY_END: {_D: "drop", _B: "drop", _N: "drop"},
-        Kind.TRAILERS: {_D: "drop", _B: "drop", _N: "drop"},
-    },
-}
+Chunk = bytes | tuple[Buffer, ...]
+Step = Callable[["Exchange", Chunk, bool], list[Action]]  # what came of the body with the event, and whether that was the last of it
 
 
 class Exchange:
@@ -108,26 +91,30 @@ class Exchange:
         self,
         *,
         max_body_bytes: int,
-        model_header: str = "x-gateway-model-name",
-        forbidden_paths: tuple[str, ...] = (),
+        model_header: str,
+        allowed: paths.Paths,
         early_scan_bytes: int = EARLY_SCAN_BYTES,
+        judged_here_bytes: int = JUDGED_HERE_BYTES,
     ) -> None:
         self._max_body_bytes = max_body_bytes
         self._model_header = model_header
+        self._allowed = allowed
         self._early_scan_bytes = early_scan_bytes
-        self._forbidden_paths = forbidden_paths  # refused on the headers: their bodies name no model, and must not be read as if they should
+        self._judged_here_bytes = judged_here_bytes
         self._scanner: scanner.Scanner | None = None
         self.state = State.START
         self.mode = Mode.NONE
         self.response_mode = Mode.NONE
         self._start: RequestHeaders | None = None
+        self._path: paths.Path | None = None
         self._content: content.Content | None = None  # None: nothing to judge, the body passes
         self._asked = False  # and not answered: while the body arrives the answer says only that there would be one
-        self._model = ""  # as the body was judged to name it
+        self._reading: content.Reading | None = None  # the verdict on the body
         self._was_decided = False  # once, while the body arrives
         self._mutation_on_body = False  # rule 3
-        self._chunks: list[bytes] = []
+        self._pieces: list[Buffer] = []
         self._held_bytes = 0
+        self._sent_bytes = 0  # of a body that was given back and that the gateway may not have read yet
         self._body_ended = False
         self._body_owed = False
         self._trailers_owed = False
@@ -137,12 +124,13 @@ class Exchange:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the request body held here."""
-        return self._held_bytes
+        """Bytes of the request body that take memory because of this exchange."""
+        return self._held_bytes + self._sent_bytes
 
-    def awaits_decision(self) -> bool:
-        """Nothing more is needed from the gateway: only the answer to Decide."""
-        return self.state is State.DECIDING
+    @property
+    def is_arriving(self) -> bool:
+        """Whether the body that is to be judged has not ended."""
+        return self.state is State.BODY
 
     # -- events
 
@@ -168,7 +156,7 @@ class Exchange:
                 return [HeadersReply(Direction.RESPONSE)]
             case ResponseBody():
                 if self.response_mode is Mode.FULL_DUPLEX_STREAMED:
-                    return list(_in_chunks(event.chunk, end_of_stream=event.end_of_stream, direction=Direction.RESPONSE)) or [
+                    return list(_in_chunks((event.chunk,), end_of_stream=event.end_of_stream, direction=Direction.RESPONSE)) or [
                         BodyReply(Direction.RESPONSE, b"")
                     ]
                 return [BodyReply(Direction.RESPONSE)]
@@ -177,11 +165,25 @@ class Exchange:
             case Unreadable():
                 return self.failed(GatewayProtocolError(f"unreadable message: {event.why}"))
 
+    def judged(self, reading: content.Reading) -> list[Action]:
+        """The answer to Judge. Too late for a request that has ended: nothing."""
+        if self.state is not State.JUDGING:
+            return []
+        assert self._path is not None
+        if reading.model is None and self._path.kind is paths.Kind.INFERENCE:
+            what = "form" if self._content is not None and self._content.kind is content.Kind.FORM else "body"
+            return self.failed(InvalidRequest(f"the {what} has no `model`"))
+        self._reading = reading
+        if reading.plain is not None:
+            self._held_bytes += len(reading.plain)
+        self.state = State.DECIDING
+        return [] if self._asked else self._ask(reading.model)
+
     def decided(self, mutation: Mutation) -> list[Action]:
         """The answer to Decide: where to. Too late for a request that has ended: nothing.
 
-        One that comes while the body arrives is not kept, only that the way is prepared: a body may take minutes, and where to may be another place, or
-        another version, by then. It is asked for again when the body was judged.
+        A decision made before the body has ended is made again at its end, since minutes may lie between: by then the adapter may be at another
+        place, or there in another version.
         """
         if self.state is State.DECIDING:
             try:
@@ -197,9 +199,9 @@ class Exchange:
         if self.state is State.ENDED:
             return []
         self._end()
-        return [ImmediateReply(error)]
+        return [ImmediateReply(error.bare())]
 
-    def answered(self, body: bytes) -> list[Action]:
+    def answered(self, body: tuple[Buffer, ...]) -> list[Action]:
         """End the request with an answer of our own, unless it has ended already."""
         if self.state is State.ENDED:
             return []
@@ -208,62 +210,86 @@ class Exchange:
 
     # -- steps
 
-    def _step(self, kind: Kind, chunk: bytes) -> list[Action]:
+    def _step(self, kind: Kind, chunk: Chunk) -> list[Action]:
         mode = self.mode if self.mode in SPOKEN_MODES else Mode.NONE
-        name = REQUEST_STEPS[self.state].get(kind, {}).get(mode)
-        if name is None:
+        step = REQUEST_STEPS[self.state].get(kind, {}).get(mode)
+        if step is None:
             return self._violation(kind)
-        step: Callable[[bytes, bool], list[Action]] = getattr(self, f"_{name}")
         try:
             if self.state is State.START and self._start is not None:
-                check_path(self._start.headers.get(":path", ""), self._forbidden_paths)
-                self._content = content.of_headers(self._start.headers)
-            return step(chunk, kind in (Kind.BODY_END, Kind.HEADERS_END))
+                self._look_at_headers(self._start, has_body=kind is Kind.HEADERS)
+            return step(self, chunk, kind in (Kind.BODY_END, Kind.HEADERS_END))
         except LoraExtprocError as error:
             return self.failed(error)
+
+    def _look_at_headers(self, start: RequestHeaders, *, has_body: bool) -> None:
+        """What the path is, and whether a body is to be judged. Raises what is wrong with either."""
+        if ":path" not in start.headers:
+            raise GatewayProtocolError("the gateway does not send `:path`, by which requests are told apart")
+        self._path = self._allowed.path(start.headers[":path"])
+        reads_body = has_body and self.mode is not Mode.NONE and start.headers.get(":method") not in WITHOUT_MODEL
+        if not reads_body or self._path.kind not in (paths.Kind.INFERENCE, paths.Kind.MODEL_OPTIONAL):
+            return
+        self._content = content.of_headers(start.headers)
+        if self._content is None:
+            given = start.headers.get("content-type", "")
+            raise UnsupportedMedia(f"content-type: {given[:80]!r} is neither JSON nor multipart/form-data" if given else "content-type is missing")
 
     def _violation(self, kind: Kind) -> list[Action]:
         return self.failed(GatewayProtocolError(f"{kind.value} may not come while: {self.state.value} ({self.mode.name})"))
 
-    def _drop(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _drop(self, _chunk: Chunk, _last: bool) -> list[Action]:
         return []
 
-    def _hold_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _hold_headers(self, _chunk: Chunk, _last: bool) -> list[Action]:
         if self._content is None:
             return self._decide_on_headers(b"", False)
         self.state = State.BODY
         return []
 
-    def _continue_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _continue_headers(self, _chunk: Chunk, _last: bool) -> list[Action]:
         if self._content is None:
             return self._decide_on_headers(b"", False)
         self._mutation_on_body = True
         self.state = State.BODY
         return [HeadersReply(Direction.REQUEST)]
 
-    def _decide_on_headers(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _decide_on_headers(self, _chunk: Chunk, _last: bool) -> list[Action]:
         assert self._start is not None
         self.state = State.DECIDING
         named = self._start.headers.get(self._model_header) if self.mode is Mode.NONE else None
         return self._ask(named or None)
 
-    def _keep(self, chunk: bytes, last: bool) -> list[Action]:
+    def _keep(self, chunk: Chunk, last: bool) -> list[Action]:
         if self._body_ended:  # rule 5
             return []
-        self._held_bytes += len(chunk)
-        if self._held_bytes > self._max_body_bytes and self._content is not None:
+        size = pieces.size_of(chunk)
+        self._held_bytes += size
+        if self._held_bytes > self._max_body_bytes:
             raise BodyTooLarge(f"the body has over {self._max_body_bytes} bytes")
-        if chunk:  # the last is often empty; one alone need not be joined
-            self._chunks.append(chunk)
+        if size:  # the last is often empty; one alone need not be joined
+            self._pieces.extend(chunk if isinstance(chunk, tuple) else (chunk,))
         self._body_ended = last
         if last or self._asked or self._was_decided or self._held_bytes < self._early_scan_bytes or self.state is not State.BODY:
             return []
         if self._content is None or not self._content.can_be_scanned or self._is_all_here():
             return []
+        if self._held_bytes - size > LATE_SCAN_BYTES:
+            return []
         if self._scanner is None:
             self._scanner = scanner.Scanner()
-            chunk = b"".join(self._chunks)
-        model = self._scanner.feed(chunk)
+            return self._scan(self._pieces)
+        return [] if self._scanner.done else self._scan(chunk if isinstance(chunk, tuple) else (chunk,))
+
+    def _scan(self, arrived: Sequence[Buffer]) -> list[Action]:
+        assert self._scanner is not None
+        model = None
+        left = LATE_SCAN_BYTES
+        for piece in arrived:
+            model = self._scanner.feed(bytes(piece))
+            left -= len(piece)
+            if self._scanner.done or left <= 0:
+                break
         return [] if model is None else self._ask(model)
 
     def _is_all_here(self) -> bool:
@@ -271,47 +297,51 @@ class Exchange:
         assert self._start is not None
         return self._start.headers.get("content-length") == str(self._held_bytes)
 
-    def _keep_and_judge(self, chunk: bytes, _last: bool) -> list[Action]:
+    def _keep_and_judge(self, chunk: Chunk, _last: bool) -> list[Action]:
         return self._keep(chunk, True) + self._judge()
 
-    def _judge_buffered(self, chunk: bytes, _last: bool) -> list[Action]:
+    def _judge_buffered(self, chunk: Chunk, _last: bool) -> list[Action]:
         self._body_owed = True
         return self._keep_and_judge(chunk, True)
 
-    def _judge_before_trailers(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _judge_before_trailers(self, _chunk: Chunk, _last: bool) -> list[Action]:
+        if self._mutation_on_body and not self._held_bytes:  # rule 3: the headers have gone on, and there is nothing to send the mutation with
+            raise InvalidRequest("the body is empty, and trailers follow it; send a body, or no trailers")
         self._trailers_owed = True
         self._body_ended = True
         return self._judge()
 
     def _judge(self) -> list[Action]:
         self._scanner = None
-        body = self._join()  # in BUFFERED, too, until it is known whether it is to be changed
         assert self._content is not None
-        model = self._content.model(body, self._max_body_bytes)
-        self._model = model or ""
-        self.state = State.DECIDING
-        return [] if self._asked else self._ask(model)
+        self.state = State.JUDGING
+        if not self._held_bytes:  # as if there were no body at all
+            self._content, self.state = None, State.DECIDING
+            return self._ask(None)
+        if self._held_bytes <= self._judged_here_bytes and self._content.can_be_scanned:
+            return self.judged(self._content.read(self._join(), self._max_body_bytes))
+        return [Judge(self._content, tuple(self._pieces))]
 
-    def _owe_body(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _owe_body(self, _chunk: Chunk, _last: bool) -> list[Action]:
         self._body_owed = True
         return []
 
-    def _owe_trailers(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _owe_trailers(self, _chunk: Chunk, _last: bool) -> list[Action]:
         self._body_ended = True
         self._trailers_owed = True
         return []
 
-    def _echo(self, chunk: bytes, last: bool) -> list[Action]:
+    def _echo(self, chunk: Chunk, last: bool) -> list[Action]:
         """A body that needs no verdict is given back as it comes."""
         if self._body_ended:  # rule 5
             return []
         self._body_ended = last
-        return list(_in_chunks(chunk, end_of_stream=last))
+        return list(_in_chunks(chunk if isinstance(chunk, tuple) else (chunk,), end_of_stream=last))
 
-    def _continue_body(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _continue_body(self, _chunk: Chunk, _last: bool) -> list[Action]:
         return [BodyReply(Direction.REQUEST)]
 
-    def _continue_trailers(self, _chunk: bytes, _last: bool) -> list[Action]:
+    def _continue_trailers(self, _chunk: Chunk, _last: bool) -> list[Action]:
         if self._trailers_owed:
             return []
         self._trailers_owed = self._body_ended = True
@@ -321,15 +351,16 @@ class Exchange:
 
     def _ask(self, model: str | None) -> list[Action]:
         assert self._start is not None
+        assert self._path is not None
         self._asked = True
         headers = self._start.headers
         can_rename = self.mode is not Mode.NONE and self._content is not None
-        return [Decide(Facts(headers.get(":method", ""), headers.get(":path", ""), headers, model, self._start.subset, can_rename))]
+        return [Decide(Facts(headers.get(":method", ""), self._path, headers, model, self._start.subset, can_rename))]
 
     def _answer(self, mutation: Mutation) -> list[Action]:
         self.state = State.ANSWERED
         assert self._start is not None
-        renames = bool(mutation.model) and self._content is not None
+        renames = bool(mutation.model) and self._reading is not None
         if renames:
             mutation = self._rename(mutation)
         ends_otherwise = self._trailers_owed or not (self._body_ended or self._start.end_of_stream)
@@ -339,49 +370,95 @@ class Exchange:
         if not self._mutation_on_body:
             actions.append(HeadersReply(Direction.REQUEST, mutation))
         elif self._body_owed:
-            actions.append(BodyReply(Direction.REQUEST, self._chunks[0] if renames else None, mutation=mutation, replaces=renames))
+            actions.append(BodyReply(Direction.REQUEST, pieces.one(self._pieces) if renames else None, mutation=mutation, replaces=renames))
             self._body_owed = False
         if self.mode is Mode.FULL_DUPLEX_STREAMED:
-            if self._chunks or self._body_ended:
-                actions += _in_chunks(self._join(), end_of_stream=self._body_ended and not self._trailers_owed)
+            if self._pieces or self._body_ended:
+                actions += _in_chunks(self._pieces, end_of_stream=self._body_ended and not self._trailers_owed)
         elif self._body_owed:
             actions.append(BodyReply(Direction.REQUEST))
         if self._trailers_owed:
             actions.append(TrailersReply(Direction.REQUEST))
-        self._chunks = []
-        self._held_bytes = 0
+        self._sent_bytes = self._held_bytes if self._held_bytes > self._judged_here_bytes else 0
+        self._forget_body()
         return actions
 
     def _rename(self, mutation: Mutation) -> Mutation:
         """Change the body that is held; the mutation, with what that means for the headers."""
         assert self._content is not None
-        body = self._content.with_model(self._join(), self._model, mutation.model, self._max_body_bytes)
-        self._chunks = [body]
-        if self._content.encoding:
+        assert self._reading is not None
+        if self._reading.plain is not None:
+            self._pieces = [self._reading.plain]
             mutation = replace(mutation, remove_headers=(*mutation.remove_headers, "content-encoding"))
+        self._pieces = pieces.spliced(self._pieces, self._reading.begin, self._reading.end, self._content.spelled(mutation.model))
         if self.mode is Mode.BUFFERED:  # in full duplex Envoy takes the length away; here it compares
-            mutation = replace(mutation, set_headers={**mutation.set_headers, "content-length": str(len(body))})
+            mutation = replace(mutation, set_headers={**mutation.set_headers, "content-length": str(sum(map(len, self._pieces)))})
         return mutation
 
-    def _join(self) -> bytes:
-        """What is held of the body, as one piece from now on."""
-        if len(self._chunks) != 1:
-            self._chunks = [b"".join(self._chunks)]
-        return self._chunks[0]
+    def _join(self) -> Buffer:
+        """What is held of the body, as one piece from now on. For small bodies."""
+        if len(self._pieces) != 1:
+            self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0]
 
     def _end(self) -> None:
         self.state = State.ENDED
         self._scanner = None
-        self._chunks = []
+        self._sent_bytes = 0
+        self._forget_body()
+
+    def _forget_body(self) -> None:
+        self._pieces = []
         self._held_bytes = 0
+        self._reading = None
+
+    # ---- the table: state, kind -> per mode the step that handles it. `_drop` is silence; what is missing is a violation.
+
+    STEPS: ClassVar[dict[State, dict[Kind, dict[Mode, Step]]]] = {
+        State.START: {
+            Kind.HEADERS: {_D: _hold_headers, _B: _continue_headers, _N: _decide_on_headers},
+            Kind.HEADERS_END: {_D: _decide_on_headers, _B: _decide_on_headers, _N: _decide_on_headers},
+        },
+        State.BODY: {
+            Kind.BODY: {_D: _keep, _B: _judge_buffered},  # BUFFERED shows the body once and whole; no end of stream if trailers follow
+            Kind.BODY_END: {_D: _keep_and_judge, _B: _judge_buffered},
+            Kind.TRAILERS: {_D: _judge_before_trailers, _B: _judge_before_trailers},
+        },
+        State.JUDGING: {
+            Kind.BODY: {_D: _keep, _B: _owe_body},
+            Kind.BODY_END: {_D: _keep, _B: _owe_body},
+            Kind.TRAILERS: {_D: _owe_trailers, _B: _owe_trailers},
+        },
+        State.DECIDING: {
+            Kind.BODY: {_D: _keep, _B: _owe_body},
+            Kind.BODY_END: {_D: _keep, _B: _owe_body, _N: _drop},
+            Kind.TRAILERS: {_D: _owe_trailers, _B: _owe_trailers, _N: _owe_trailers},
+        },
+        State.ANSWERED: {
+            Kind.BODY: {_D: _echo, _B: _continue_body},
+            Kind.BODY_END: {_D: _echo, _B: _continue_body, _N: _drop},
+            Kind.TRAILERS: {_D: _continue_trailers, _B: _continue_trailers, _N: _continue_trailers},
+        },
+        State.ENDED: {
+            Kind.BODY: {_D: _drop, _B: _drop, _N: _drop},
+            Kind.BODY_END: {_D: _drop, _B: _drop, _N: _drop},
+            Kind.TRAILERS: {_D: _drop, _B: _drop, _N: _drop},
+        },
+    }
 
 
-def _in_chunks(body: bytes, *, end_of_stream: bool, direction: Direction = Direction.REQUEST) -> Iterator[BodyReply]:
-    """The body as messages of at most BODY_CHUNK_BYTES, views of it; an empty one only where it carries the end of the stream."""
-    if len(body) <= BODY_CHUNK_BYTES:
-        if body or end_of_stream:
-            yield BodyReply(direction, body, end_of_stream)
-        return
-    view = memoryview(body)
-    for start in range(0, len(body), BODY_CHUNK_BYTES):
-        yield BodyReply(direction, view[start : start + BODY_CHUNK_BYTES], end_of_stream and start + BODY_CHUNK_BYTES >= len(body))
+REQUEST_STEPS = Exchange.STEPS
+
+
+def _in_chunks(body: Sequence[Buffer], *, end_of_stream: bool, direction: Direction = Direction.REQUEST) -> Iterator[BodyReply]:
+    """The body as messages of at most BODY_CHUNK_BYTES; an empty one only where nothing else carries the end of the stream."""
+    held: BodyReply | None = None
+    for part in pieces.cut(body, BODY_CHUNK_BYTES):
+        if held is not None:
+            yield held
+        held = BodyReply(direction, part)
+    if end_of_stream:
+        held = held or BodyReply(direction, b"")
+        held.end_of_stream = True
+    if held is not None:
+        yield held

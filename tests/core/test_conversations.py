@@ -1,16 +1,20 @@
 """Whole ext_proc conversations, as text: each file in tests/exchanges/ is one, read from top to bottom.
 
     # the first lines say what the conversation shows
-    = max_body_bytes 100                            a setting of the exchange: also model_header, forbidden_paths, early_scan_bytes
+    = max_body_bytes 100                            a setting of the exchange: also model_header, paths, early_scan_bytes, judged_here_bytes
     > headers mode=BUFFERED end=false name: value   what the gateway sends; `:method` is POST, `:path` /v1/chat/completions unless said
-    > body '{"model":' '"demo/sql"}' 'x'*1000 end=true
+    > body '{"model":' '"demo/sql"}' 'x'*1000 end=true      with pieces=true each quoted part comes as a piece of its own
     > trailers                                      also: > response headers | response body | response trailers, > unreadable
     ! decided                                       the answer to `decide`; `! decided model=NAME`: the engine knows the model as NAME
-    ! failed NoSpace                                or its failure, by the name of the error
+    ! judged                                        the answer to `judge`: what the body that was shown with it says
+    ! listed '{"data":[]}'                          an answer of our own instead
+    ! failed NoSpace                                or a failure, by the name of the error
     < headers +mutation                             what must come out next: all of it, in this order
+    < judge application/json 300000                 somewhere else, a body of so many bytes
     < decide model=demo/sql
     < body '...' end=true                           over 60 bytes only the number of bytes; `continue` = let what you hold go on
     < immediate 400 invalid_request
+    < own '{"data":[]}'
 
 Modes default to FULL_DUPLEX_STREAMED for the request and NONE for the response.
 """
@@ -32,8 +36,10 @@ from extproc.core.events import (
     Event,
     HeadersReply,
     ImmediateReply,
+    Judge,
     Mode,
     Mutation,
+    OwnReply,
     RequestBody,
     RequestHeaders,
     RequestTrailers,
@@ -43,8 +49,10 @@ from extproc.core.events import (
     TrailersReply,
     Unreadable,
 )
-from extproc.core.exchange import EARLY_SCAN_BYTES, NO_RETRY_HEADER, REQUEST_STEPS, Exchange, Kind, State
-from extproc.errors import BY_NAME
+from extproc.core.exchange import EARLY_SCAN_BYTES, JUDGED_HERE_BYTES, NO_RETRY_HEADER, REQUEST_STEPS, Exchange, Kind, State
+from extproc.core.paths import CLIENT_PATHS, Paths
+from extproc.core.pieces import Buffer
+from extproc.errors import BY_NAME, LoraExtprocError
 
 FILES = sorted((Path(__file__).parent.parent / "exchanges").glob("*.txt"))
 MUTATION = Mutation({"x-gateway-destination-endpoint": "10.0.0.1:8000"}, metadata={"envoy.lb": {"x-gateway-destination-endpoint": "10.0.0.1:8000"}})
@@ -59,7 +67,7 @@ class Words:
 
     options: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
-    text: bytes = b""
+    texts: tuple[bytes, ...] = ()
 
     @classmethod
     def of_headers(cls, line: str) -> "Words":
@@ -80,8 +88,12 @@ class Words:
             if option:
                 words.options[option] = value
             else:
-                words.text += quoted.encode() * int(times or 1)
+                words.texts += (quoted.encode() * int(times or 1),)
         return words
+
+    @property
+    def text(self) -> bytes:
+        return b"".join(self.texts)
 
     @property
     def end(self) -> bool:
@@ -107,7 +119,7 @@ def event_of(line: str) -> Event:
             return RequestHeaders(headers, words.end, Mode[words.options.get("mode", "FULL_DUPLEX_STREAMED")], Mode[words.options.get("response_mode", "NONE")])
         case "body":
             words = Words.of_body(rest)
-            return RequestBody(words.text, words.end)
+            return RequestBody(words.texts if words.options.get("pieces") == "true" else words.text, words.end)
         case "trailers":
             return RequestTrailers()
         case "unreadable":
@@ -120,22 +132,34 @@ def event_of(line: str) -> Event:
 
 def line_of(action: Action) -> str:
     match action:
+        case Judge(content, pieces):
+            return f"< judge {content.kind.value} {sum(map(len, pieces))}"
         case Decide(facts):
             return f"< decide model={facts.model}" if facts.model is not None else "< decide without model"
         case HeadersReply(direction, mutation):
             return f"< {_response(direction)}headers{_flags(mutation)}"
-        case BodyReply(direction, bytes() as chunk, _, mutation, True):
-            return f"< {_response(direction)}body instead '{chunk.decode()}'{_flags(mutation)}"
         case BodyReply(direction, None, _, mutation):
             return f"< {_response(direction)}body continue{_flags(mutation)}"
-        case BodyReply(direction, bytes() | memoryview() as chunk, end_of_stream, mutation):
-            shown = f"'{bytes(chunk).decode()}'" if len(chunk) <= SHOWN_BYTES else str(len(chunk))
-            return f"< {_response(direction)}body {shown} end={str(end_of_stream).lower()}{_flags(mutation)}"
+        case BodyReply(direction, chunk, _, mutation, True):
+            return f"< {_response(direction)}body instead {_shown(chunk)}{_flags(mutation)}"
+        case BodyReply(direction, chunk, end_of_stream, mutation):
+            return f"< {_response(direction)}body {_shown(chunk)} end={str(end_of_stream).lower()}{_flags(mutation)}"
         case TrailersReply(direction):
             return f"< {_response(direction)}trailers"
         case ImmediateReply(error):
             return f"< immediate {error.status} {error.reason}"
+        case OwnReply(pieces):
+            return f"< own {_shown(pieces)}"
     raise AssertionError(action)
+
+
+def whole(chunk: Buffer | tuple[Buffer, ...] | None) -> bytes:
+    return b"".join(chunk) if isinstance(chunk, tuple) else bytes(chunk or b"")
+
+
+def _shown(chunk: Buffer | tuple[Buffer, ...] | None) -> str:
+    text = whole(chunk)
+    return f"'{text.decode()}'" if len(text) <= SHOWN_BYTES else str(len(text))
 
 
 def _response(direction: Direction) -> str:
@@ -181,21 +205,28 @@ def play(lines: list[str]) -> Played:
     exchange = Exchange(
         max_body_bytes=int(settings.pop("max_body_bytes", 10 * 2**20)),
         model_header=settings.pop("model_header", "x-gateway-model-name"),
-        forbidden_paths=tuple(settings.pop("forbidden_paths", "").split()),
+        allowed=Paths(tuple(settings.pop("paths", " ".join(CLIENT_PATHS)).split())),
         early_scan_bytes=int(settings.pop("early_scan_bytes", EARLY_SCAN_BYTES)),
+        judged_here_bytes=int(settings.pop("judged_here_bytes", JUDGED_HERE_BYTES)),
     )
+    question: Judge | None = None
     assert not settings
     for line in lines:
         if line.startswith("> "):
             event = event_of(line[2:])
             _note_cell(played, exchange, event)
             if isinstance(event, RequestBody):
-                played.received += event.chunk
+                played.received += whole(event.chunk)
             actions = exchange.receive(event)
         elif line.startswith("! decided"):
             model = line.partition("model=")[2]
             played.renamed = played.renamed or bool(model)
             actions = exchange.decided(replace(MUTATION, model=model))
+        elif line == "! judged":
+            assert question is not None
+            actions = judged(exchange, question)
+        elif line.startswith("! listed "):
+            actions = exchange.answered(Words.of_body(line).texts)
         elif line.startswith("! failed "):
             actions = exchange.failed(BY_NAME[line.removeprefix("! failed ")]("as the conversation says"))
         else:
@@ -203,10 +234,19 @@ def play(lines: list[str]) -> Played:
         played.lines.append(line)
         played.lines += [line_of(action) for action in actions]
         for action in actions:
+            question = action if isinstance(action, Judge) else question
             if isinstance(action, BodyReply) and action.direction is Direction.REQUEST and action.chunk is not None:
-                played.sent += action.chunk
+                played.sent += whole(action.chunk)
     played.answered = exchange.mode is Mode.FULL_DUPLEX_STREAMED and exchange.state is State.ANSWERED
     return played
+
+
+def judged(exchange: Exchange, question: Judge) -> list[Action]:
+    """Read the body as its judge would, and tell the exchange."""
+    try:
+        return exchange.judged(question.content.read(whole(question.pieces), 2**20))
+    except LoraExtprocError as error:
+        return exchange.failed(error)
 
 
 def _note_cell(played: Played, exchange: Exchange, event: Event) -> None:
