@@ -1,20 +1,14 @@
-"""What to do with one request: forward to an adapter's candidates, pass through, or reject. One function, no side effects."""
+"""What to do with one request: forward to an adapter's candidates, pass through, answer here, or reject. One function, no side effects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import unquote
 
-from ..errors import Forbidden, LoraExtprocError, ModelNotFound, NoEndpoint
+from ..errors import LoraExtprocError, ModelNotFound, NoEndpoint
 from .artifact import AdapterName, adapter_name
 from .deadline import wait_s
 from .endpoint import Endpoint
+from .paths import Kind, Path
 from .placement import Pool, Snapshot
-
-# Paths by which an engine can be told to load, forget or sleep. vLLM guards them with the same key as inference, or not at all.
-ENGINE_ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters", "/sleep", "/wake_up", "/collective_rpc", "/reset_prefix_cache")
-
-
-MODELS_PATH = "/v1/models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +34,25 @@ class HashOn:
         """The key of a request. A missing header falls back to the model: an empty key would send everybody to one node."""
         return self.header_key(model, headers) or model
 
-    def header_key(self, model: str, headers: Mapping[str, str]) -> str | None:
-        """The key if the request carries the header it is made of, else None."""
+    def header_key(self, model: str | None, headers: Mapping[str, str]) -> str | None:
+        """The key if the request carries the header it is made of, else None. A request that names no model has the header's value alone."""
         value = headers.get(self.header) if self.header else None
         if not value:
             return None
-        return f"{value}/{model}" if self.with_model else value
+        return f"{value}/{model}" if self.with_model and model else value
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The settings a decision depends on."""
+    """The settings a decision depends on. Their defaults are the settings' own, and nowhere else."""
 
-    hash_on: HashOn = HashOn(None, True)
-    model_header: str = "x-gateway-model-name"  # names the model where the body is not shown to us
-    forbidden_paths: tuple[str, ...] = ENGINE_ADMIN_PATHS
-    timeout_header: str = "x-request-timeout"
-    stage_deadline_s: float = 120.0  # without that header
-    max_stage_deadline_s: float = 120.0  # with it
-    lists_models: bool = True
+    hash_on: HashOn
+    model_header: str  # names the model where the body is not shown to us
+    pool_header: str  # names the pool of a request that names no model
+    timeout_header: str
+    stage_deadline_s: float  # without that header
+    max_stage_deadline_s: float  # with it
+    lists_models: bool
 
 
 @dataclass(slots=True)
@@ -66,7 +60,7 @@ class Facts:
     """What is known of a request when it is decided."""
 
     method: str
-    path: str
+    path: Path
     headers: Mapping[str, str]  # names in lower case
     model: str | None  # from the body, or from the model header; None = the request names no model
     subset: tuple[str, ...] | None = None  # the gateway's hint: only these endpoints
@@ -80,23 +74,26 @@ class Forward:
     adapter: AdapterName
     pool: Pool
     key: str
-    candidates: tuple[Endpoint, ...]  # ready ones, owner first; never empty
+    candidates: tuple[Endpoint, ...]  # that are not down, in the key's order: the owner first; never empty
+    stageable: tuple[Endpoint, ...]  # those of them that may be given something new
     wait_s: float  # how long it may be held
     plain: bool = False  # the engine must know it by the adapter's own name
 
 
 @dataclass(slots=True)
 class PassThrough:
-    """Nothing to stage. Without a key, any endpoint is as good: take the one with the fewest requests in flight."""
+    """Nothing to stage. Without a key, any endpoint is as good: they take turns."""
 
     pool: Pool
     key: str | None
-    candidates: tuple[Endpoint, ...]  # ready ones; never empty
+    candidates: tuple[Endpoint, ...]  # that are not down; never empty
 
 
 @dataclass(frozen=True, slots=True)
 class ListModels:
-    """Answer with what the whole fleet serves: any engine would list only what it was asked for."""
+    """Answer with what the whole fleet serves, or with one model's card: any engine would know only what it was asked for."""
+
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +103,15 @@ class Reject:
     error: LoraExtprocError
 
 
-Decision = Forward | PassThrough | ListModels | Reject
+@dataclass(frozen=True, slots=True)
+class NobodyReady:
+    """Every endpoint that could serve is down: decide again when that changes, for as long as the request may be held; then answer with the error."""
+
+    error: NoEndpoint
+    wait_s: float
 
 
-def check_path(path: str, forbidden_paths: tuple[str, ...]) -> None:
-    """Raises Forbidden if `path` is one of the forbidden ones or below one. The gateway has normalised it."""
-    path = path.partition("?")[0]
-    if "%" in path:
-        path = unquote(path)  # Envoy leaves `%2f` as it is; the engine's framework reads it as a slash
-    elif not path.startswith(forbidden_paths):
-        return
-    for forbidden in forbidden_paths:
-        if path == forbidden or path.startswith(forbidden + "/"):
-            raise Forbidden(f"{forbidden} is not for clients")
+Decision = Forward | PassThrough | ListModels | Reject | NobodyReady
 
 
 def decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
@@ -126,37 +119,55 @@ def decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     try:
         return _decide(facts, snapshot, policy)
     except LoraExtprocError as error:
-        return Reject(error)
+        return Reject(error.bare())
 
 
 def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
-    check_path(facts.path, policy.forbidden_paths)
     if not snapshot.pools:
         raise NoEndpoint("no pool is configured")
-    if facts.method == "GET" and policy.lists_models and facts.path.partition("?")[0] == MODELS_PATH:
-        return ListModels()
-    if facts.model is None:
-        return _pass_through(facts, snapshot, snapshot.pools[0], key=None)
-    base = snapshot.base_pool(facts.model)
+    if facts.path.kind is Kind.LISTING and facts.method == "GET" and policy.lists_models:
+        return ListModels(facts.path.model)
+    wait = wait_s(policy.timeout_header, facts.headers, policy.stage_deadline_s, policy.max_stage_deadline_s)
+    model = facts.model
+    if model is None:
+        return _pass_through(facts, snapshot, *_pool_without_model(facts, snapshot, policy), wait)
+    base = snapshot.base_pool(model)
     if base is not None:
-        return _pass_through(facts, snapshot, base, policy.hash_on.header_key(facts.model, facts.headers))
-    adapter = adapter_name(facts.model)
+        return _pass_through(facts, snapshot, base, policy.hash_on.header_key(model, facts.headers), wait)
+    adapter = adapter_name(model)
     pool = snapshot.adapter_pool(adapter)
     if pool is None:
-        raise ModelNotFound(f"{adapter} belongs to no pool")
+        raise ModelNotFound(f"The model `{adapter}` does not exist: it belongs to no pool")
     key = policy.hash_on.key(adapter, facts.headers)
-    wait = wait_s(facts.headers.get(policy.timeout_header), policy.stage_deadline_s, policy.max_stage_deadline_s)
-    return Forward(adapter, pool, key, _eligible(facts, snapshot, pool, pool.candidates(key)), wait, not facts.can_rename)
+    usable = snapshot.usable(pool.candidates(key), facts.subset)
+    if not usable:
+        return _nobody(facts, pool, wait)
+    return Forward(adapter, pool, key, usable, snapshot.stageable(usable), wait, not facts.can_rename)
 
 
-def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None) -> PassThrough:
-    order = pool.candidates(key) if key else pool.table.endpoints
-    return PassThrough(pool, key, _eligible(facts, snapshot, pool, order))
+def _pool_without_model(facts: Facts, snapshot: Snapshot, policy: Policy) -> tuple[Pool, str | None]:
+    """The pool and the key of a request whose body names no model: what its headers say, then its path, then the first pool."""
+    named = facts.headers.get(policy.model_header) or None
+    key = policy.hash_on.header_key(named, facts.headers)
+    if named is not None:
+        pool = snapshot.base_pool(named) or snapshot.adapter_pool(named)
+        if pool is not None:
+            return pool, key
+    if wanted := facts.headers.get(policy.pool_header):
+        pool = snapshot.pool(wanted)
+        if pool is None:
+            raise NoEndpoint(f"{policy.pool_header}: there is no pool {wanted[:80]!r}")
+        return pool, key
+    return snapshot.path_pool(facts.path.text) or snapshot.pools[0], key
 
 
-def _eligible(facts: Facts, snapshot: Snapshot, pool: Pool, order: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
-    ready = snapshot.ready(order, facts.subset)
-    if not ready:
-        hint = " within the gateway's subset" if facts.subset is not None else ""
-        raise NoEndpoint(f"pool {pool.name}: none of {len(order)} endpoints is ready{hint}")
-    return ready
+def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, wait: float) -> Decision:
+    usable = snapshot.usable(pool.candidates(key) if key else pool.table.endpoints, facts.subset)
+    if not usable:
+        return _nobody(facts, pool, wait)
+    return PassThrough(pool, key, usable if key else snapshot.stageable(usable) or usable)
+
+
+def _nobody(facts: Facts, pool: Pool, wait: float) -> NobodyReady:
+    hint = " within the gateway's subset" if facts.subset is not None else ""
+    return NobodyReady(NoEndpoint(f"pool {pool.name}: none of {len(pool.table.endpoints)} endpoints is ready{hint}"), wait)

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from .endpoint import Endpoint
 from .events import Mutation
 
 DESTINATION_HEADER = "x-gateway-destination-endpoint"  # "MUST set both": the header, and the metadata key of the same name
 LB_NAMESPACE = "envoy.lb"
-REMEMBERED = 4096  # choices; a warm adapter's is always the same
 OWN_ANSWER = "models"  # what Envoy's details say of a request that the router answered itself, and well
 OWN_NAMESPACE = "lora_extproc"  # what Envoy's access log prints of our decision
 
@@ -24,21 +22,15 @@ class Steering:
     def mutation(self, pool: str, endpoints: Sequence[Endpoint], notes: Mapping[str, str | float], model: str = "") -> Mutation:
         """To `endpoints`, best first: Envoy's retries walk the list. `notes` go to the access log. `model`: what the engines know the adapter by.
 
-        The destination header is always set, so one that the client sent never steers. Equal choices give the same object: whoever encodes it
-        may keep the result.
+        The destination header is always set, so one that the client sent never steers.
         """
         destination = ",".join([endpoint.address for endpoint in endpoints[: self.max_endpoints]])
-        return _mutation(self.cluster_header, pool, destination, tuple(notes.items()), model)
-
-
-@lru_cache(maxsize=REMEMBERED)
-def _mutation(cluster_header: str | None, pool: str, destination: str, notes: tuple[tuple[str, str | float], ...], model: str) -> Mutation:
-    headers = {DESTINATION_HEADER: destination}
-    if cluster_header is not None:
-        headers[cluster_header] = pool
-    return Mutation(
-        set_headers=headers,
-        metadata={LB_NAMESPACE: {DESTINATION_HEADER: destination}, OWN_NAMESPACE: dict(notes)},
-        clear_route_cache=cluster_header is not None,
-        model=model,
-    )
+        headers = {DESTINATION_HEADER: destination}
+        if self.cluster_header is not None:
+            headers[self.cluster_header] = pool
+        return Mutation(
+            set_headers=headers,
+            metadata={LB_NAMESPACE: {DESTINATION_HEADER: destination}, OWN_NAMESPACE: notes},
+            clear_route_cache=self.cluster_header is not None,
+            model=model,
+        )

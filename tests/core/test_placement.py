@@ -5,14 +5,24 @@ import pytest
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool, Snapshot
+from extproc.core.standing import Standing
 
 ENDPOINTS = tuple(Endpoint(f"10.0.0.{i}:8000", f"node-{i}") for i in range(1, 5))
 
 
 def pool(
-    name: str = "llama", base_models: tuple[str, ...] = ("llama-3",), adapters: tuple[str, ...] = ("*",), endpoints: tuple[Endpoint, ...] = ENDPOINTS
+    name: str = "llama",
+    base_models: tuple[str, ...] = ("llama-3",),
+    adapters: tuple[str, ...] = ("*",),
+    endpoints: tuple[Endpoint, ...] = ENDPOINTS,
+    paths: tuple[str, ...] = (),
 ) -> Pool:
-    return Pool(name, frozenset(base_models), adapters, LookupTable(endpoints, 251))
+    return Pool(name, frozenset(base_models), adapters, LookupTable(endpoints, 251), paths)
+
+
+def standing(**others: Standing) -> dict[str, tuple[Standing, str]]:
+    """Of node-1 to node-4, as `_1=Standing.DOWN`."""
+    return {f"10.0.0.{name[1:]}:8000": (standing, "why") for name, standing in others.items()}
 
 
 @pytest.mark.parametrize(
@@ -76,13 +86,31 @@ def test_the_first_pool_that_matches_an_adapter_wins() -> None:
     assert Snapshot((first,)).adapter_pool("b/x") is None
 
 
+def test_a_pool_is_found_by_its_name_and_by_the_paths_it_takes() -> None:
+    """For requests that name no model: the first pool, in the configured order, one of whose patterns matches."""
+    audio, rest = pool("audio", paths=("/v1/audio/*", "/v1/realtime")), pool("rest", paths=("/v1/*",))
+    snapshot = Snapshot((audio, rest))
+    assert [snapshot.pool(name) for name in ("rest", "audio", "Audio", "")] == [rest, audio, None, None]
+    found = [snapshot.path_pool(path) for path in ("/v1/audio/transcriptions", "/v1/realtime", "/v1/realtimes", "/v1/responses/a/cancel", "/health")]
+    assert found == [audio, audio, rest, rest, None]
+
+
 def test_what_is_down_is_left_out_and_the_order_kept() -> None:
     """Each key of a lost endpoint has one fixed substitute: its next candidate."""
     one = pool()
     order = one.candidates("a")
-    down = Snapshot((one,), {order[0].address: "ill", order[2].address: "gone"})
-    assert down.ready(order) == (order[1], order[3])
-    assert Snapshot((one,)).ready(order) == order
+    down = Snapshot((one,), {order[0].address: (Standing.DOWN, "ill"), order[2].address: (Standing.DOWN, "gone")})
+    assert down.usable(order) == down.stageable(down.usable(order)) == (order[1], order[3])
+    assert Snapshot((one,)).usable(order) == order
+
+
+def test_what_drains_is_usable_and_is_given_nothing_new() -> None:
+    """What is leased there is served there; nothing is staged."""
+    snapshot = Snapshot((pool(),), standing(_1=Standing.DRAINING, _3=Standing.DOWN))
+    assert [snapshot.standing(endpoint) for endpoint in ENDPOINTS] == [Standing.DRAINING, Standing.READY, Standing.DOWN, Standing.READY]
+    usable = snapshot.usable(ENDPOINTS)
+    assert usable == (ENDPOINTS[0], ENDPOINTS[1], ENDPOINTS[3])
+    assert snapshot.stageable(usable) == (ENDPOINTS[1], ENDPOINTS[3])
 
 
 @pytest.mark.parametrize(
@@ -99,17 +127,17 @@ def test_what_is_down_is_left_out_and_the_order_kept() -> None:
 )
 def test_the_subset_hint_is_an_address_or_an_ip(subset: list[str], ready: list[int]) -> None:
     """An empty hint means that nothing is eligible, as the Endpoint Picker protocol says."""
-    assert Snapshot((pool(),)).ready(ENDPOINTS, subset) == tuple(ENDPOINTS[i - 1] for i in ready)
+    assert Snapshot((pool(),)).usable(ENDPOINTS, subset) == tuple(ENDPOINTS[i - 1] for i in ready)
 
 
 def test_a_subset_does_not_bring_back_what_is_down() -> None:
     """The hint narrows, it never widens."""
-    snapshot = Snapshot((pool(),), {"10.0.0.2:8000": "ill"})
-    assert snapshot.ready(ENDPOINTS, ["10.0.0.2", "10.0.0.3"]) == (ENDPOINTS[2],)
+    snapshot = Snapshot((pool(),), standing(_2=Standing.DOWN))
+    assert snapshot.usable(ENDPOINTS, ["10.0.0.2", "10.0.0.3"]) == (ENDPOINTS[2],)
 
 
 def test_the_subset_hint_may_name_an_ipv6_address() -> None:
     """As Envoy spells it, with the port."""
     endpoint = Endpoint("[2001:db8::1]:8000")
-    assert Snapshot(()).ready([endpoint], ["[2001:db8::1]:8000"]) == (endpoint,)
-    assert Snapshot(()).ready([endpoint], ["[2001:db8::1]"]) == (endpoint,)
+    assert Snapshot(()).usable([endpoint], ["[2001:db8::1]:8000"]) == (endpoint,)
+    assert Snapshot(()).usable([endpoint], ["[2001:db8::1]"]) == (endpoint,)

@@ -38,3 +38,9 @@ def test_by_cluster_the_pool_is_named_and_the_route_chosen_anew() -> None:
 def test_notes_are_for_the_access_log() -> None:
     """In a namespace of our own, as they are."""
     assert Steering().mutation("llama", ENDPOINTS, {"outcome": "staged", "waited_ms": 1.5}).metadata["lora_extproc"] == {"outcome": "staged", "waited_ms": 1.5}
+
+
+def test_the_engines_name_of_the_adapter_is_part_of_the_mutation() -> None:
+    """The exchange writes it into the body; without one the body stays."""
+    assert Steering().mutation("llama", ENDPOINTS, {}).model == ""
+    assert Steering().mutation("llama", ENDPOINTS, {}, "a@sha256:0").model == "a@sha256:0"

@@ -1,0 +1,60 @@
+"""What an endpoint may be given, from what was heard of its stager and of its engine.
+
+A stager that is gone deletes nothing, so what it leased stays where it is; only its engine decides whether requests can still be answered there. An
+engine that has gone knows no adapter when it comes back: what was leased there is forgotten with it.
+
+| the stager | its engine | the endpoint is |
+| --- | --- | --- |
+| says that it is ready, or was not heard of yet | (the stager says so) | ready |
+| says that it is not ready: its engine or its disk fails | | down |
+| says that it is stopping | not asked yet, or answers | draining |
+| says that it is stopping | does not answer | down |
+| is silent, for less time than counts as lost | not asked yet, or answers | as it was |
+| is silent | does not answer either | down: the node is cut off |
+| is lost: its stream ended, or it was silent for too long | not asked yet, or answers | draining |
+| is lost | does not answer | down |
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Standing(Enum):
+    """What an endpoint may be given."""
+
+    __hash__ = object.__hash__  # members are compared by identity
+
+    READY = "everything"
+    DRAINING = "what is leased there, and base models; nothing is staged"
+    DOWN = "nothing"
+
+
+class Stager(Enum):
+    """What was heard of the stager last."""
+
+    __hash__ = object.__hash__
+
+    READY = "ready"
+    NOT_READY = "not ready"
+    STOPPING = "stopping"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What one router knows of one endpoint. `why` is the sentence that logs and the control API show."""
+
+    stager: Stager = Stager.READY  # before its first word: the request that is sent there finds out
+    why: str = ""
+    is_silent: bool = False
+    engine_answers: bool | None = None  # to this router; None: not asked, since its stager tells
+
+    def standing(self) -> tuple[Standing, str]:
+        """The table above."""
+        if self.stager is Stager.NOT_READY:
+            return Standing.DOWN, self.why
+        if (self.is_silent or self.stager in (Stager.LOST, Stager.STOPPING)) and self.engine_answers is False:
+            return Standing.DOWN, f"{self.why or 'its stager is silent'}; its engine does not answer either"
+        if self.stager is Stager.READY:
+            return Standing.READY, ""
+        return Standing.DRAINING, self.why
