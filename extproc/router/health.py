@@ -5,7 +5,7 @@ import logging
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from .http2 import Call, Message, Methods, Sender, joined
+from .http2.calls import UNAVAILABLE, Call, Message, Methods, Sender, joined
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ class Health:
 
     def __init__(self) -> None:
         self._serving = False
+        self._is_draining = False
         self._watchers: set[_Watch] = set()
 
     def set_serving(self, serving: bool) -> None:
@@ -31,6 +32,14 @@ class Health:
         self._serving = serving
         for watcher in tuple(self._watchers):
             watcher.tell()
+
+    def drain(self) -> None:
+        """Tell who watches that nothing is served any more, and end the watches: a drain waits for every open call, and a watch ends by itself never."""
+        self._is_draining = True
+        self.set_serving(False)
+        watchers, self._watchers = self._watchers, set()
+        for watcher in watchers:
+            watcher.drain()
 
     def methods(self) -> Methods:
         """For a transport's table."""
@@ -50,6 +59,9 @@ class _Check(Call):
         self._health = health
         self._sender = sender
 
+    def holds(self, size: int) -> None:
+        pass  # a question has a few bytes
+
     def receive(self, message: Message) -> None:
         try:
             name = health_pb2.HealthCheckRequest.FromString(joined(message)).service
@@ -66,6 +78,9 @@ class _Check(Call):
     def half_close(self) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def abandon(self) -> None:
         pass
 
@@ -78,17 +93,26 @@ class _Watch(Call):
         self._sender = sender
         self._name: str | None = None
 
+    def holds(self, size: int) -> None:
+        pass
+
     def receive(self, message: Message) -> None:
         try:
             self._name = health_pb2.HealthCheckRequest.FromString(joined(message)).service
         except DecodeError:
             self._sender.finish(_INVALID_ARGUMENT, "not a HealthCheckRequest")
             return
-        self._health._watchers.add(self)  # noqa: SLF001  # one thing in two classes
         self.tell()
+        if self._health._is_draining:  # noqa: SLF001  # one thing in two classes
+            self.drain()
+        else:
+            self._health._watchers.add(self)  # noqa: SLF001
 
     def half_close(self) -> None:
         pass
+
+    def drain(self) -> None:
+        self._sender.finish(UNAVAILABLE, "the router stops")
 
     def abandon(self) -> None:
         self._health._watchers.discard(self)  # noqa: SLF001

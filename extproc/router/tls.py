@@ -1,6 +1,12 @@
-"""The certificate of the ext_proc port: a given one, read again when its files change, or one made for this process."""
+"""The certificate of the ext_proc port: a given one, read again when its files change, or one made for this process.
 
+The files are compared by what they hold: a time stamp may stay the same (a volume that is mounted anew, a copy that keeps it), and does not tell a file
+that is half written. New files give a new context, since a context can only be given more certificates to trust, never fewer.
+"""
+
+import contextlib
 import datetime
+import hashlib
 import logging
 import ssl
 import tempfile
@@ -20,48 +26,60 @@ VALID_YEARS = 10  # as the reference Endpoint Picker's; gateways do not verify i
 
 
 class Certificate:
-    """What new connections are greeted with. Raises StartError if the given files cannot be used."""
+    """What new connections are greeted with: `context`, which `reload_if_changed` replaces. Raises StartError if the given files cannot be used."""
 
     def __init__(self, settings: TlsSettings) -> None:
         self._settings = settings
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.set_alpn_protocols(["h2"])
-        self._loaded: tuple[float, ...] = ()
+        self._paths = tuple(path for path in (settings.cert_file, settings.key_file, settings.client_ca_file) if path)
+        self._loaded: tuple[bytes, ...] = ()  # digests; none of a certificate that is made here
+        self._refused: tuple[bytes, ...] = ()  # what could not be used at the last look, so that it is logged once
         if settings.mode == "self-signed":
+            self.context = _context()
             _load_self_signed(self.context)
             return
         try:
-            self._loaded = self._modified()
-            self._load()
+            self._loaded = self._digests()
+            self.context = self._load()
         except OSError as error:  # ssl.SSLError is one
-            raise StartError(f"router.tls: {settings.cert_file}, {settings.key_file}: {error.strerror or error}") from None
+            raise StartError(f"router.tls: {', '.join(self._paths)}: {error.strerror or error}") from None
 
     def reload_if_changed(self) -> bool:
-        """Read the files again if they were replaced; True if new ones are in use. A pair that does not fit is left for the next look."""
+        """Read the files again if they hold something else; True if `context` is a new one. Files that do not fit each other are left for the next look."""
         if not self._loaded:
             return False
         try:
-            modified = self._modified()
-            if modified == self._loaded:
+            digests = self._digests()
+            if digests in (self._loaded, self._refused):
                 return False
-            self._load()
+            context = self._load()
+            if self._digests() != digests:  # written meanwhile: the context may be of neither
+                return False
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._refused = self._digests()
             log.warning("router.tls: the new certificate cannot be used: %s", error.strerror or error)
             return False
-        self._loaded = modified
+        self._loaded, self._refused, self.context = digests, (), context
         log.info("router.tls: a new certificate is in use")
         return True
 
-    def _load(self) -> None:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._settings.cert_file, self._settings.key_file)  # a half-written pair fails here
-        self.context.load_cert_chain(self._settings.cert_file, self._settings.key_file)
+    def _load(self) -> ssl.SSLContext:
+        context = _context()
+        context.load_cert_chain(self._settings.cert_file, self._settings.key_file)
         if self._settings.client_ca_file:
-            self.context.load_verify_locations(self._settings.client_ca_file)
-            self.context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self._settings.client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
-    def _modified(self) -> tuple[float, ...]:
-        return tuple(Path(path).stat().st_mtime for path in (self._settings.cert_file, self._settings.key_file))
+    def _digests(self) -> tuple[bytes, ...]:
+        return tuple(hashlib.sha256(Path(path).read_bytes()).digest() for path in self._paths)
+
+
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 def self_signed(names: tuple[str, ...] = ("lora-extproc",)) -> tuple[bytes, bytes]:
