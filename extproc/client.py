@@ -1,6 +1,8 @@
 """Talk to one stager. gRPC's errors become ours here and nowhere else."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Self, TypeVar
@@ -8,10 +10,12 @@ from typing import Any, Self, TypeVar
 import grpc
 import grpc.aio
 
-from . import chunks, credentials
+from . import chunks
+from .channel import Channel, Line
 from .config import RpcSettings
 from .core.artifact import File
-from .errors import BY_NAME, LoraExtprocError, ModelNotFound, NotPermitted, StagerUnavailable
+from .errors import BY_NAME, CredentialsRefused, LoraExtprocError, ModelNotFound, StagerUnavailable
+from .heartbeat import Heard, Heartbeat, Listener, Silence, Silent
 from .pb import stager_pb2 as pb
 
 T = TypeVar("T")
@@ -20,13 +24,16 @@ SERVICE = "lora_extproc.stager.v1.Stager"
 RETRY_AFTER_METADATA = "lora-extproc-retry-after"  # seconds
 ERROR_METADATA = "lora-extproc-error"  # trailing metadata: the name of the error's class
 
-# A stager that is gone must be noticed within seconds, not within TCP's minutes, also where packets are dropped instead of refused.
+MAX_CLAIMED = 5_000  # leases in one Claim, a megabyte
+# A stager that is gone must be noticed within seconds, not within TCP's minutes, also where packets are dropped instead of refused. Of the three
+# keepalive times the ping's is the one that counts where TCP still acknowledges, as that of a stopped process does: a minute, unless it is set.
 _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.http2.ping_timeout_ms", 1_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 256 * 2**20),  # a list of a hundred thousand adapters; gRPC's default ends at twenty thousand
@@ -66,13 +73,28 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """Whether the node may be sent requests. Not `resumed`: what was known of its disk is worth nothing."""
+    """Whether the node may be sent requests. Not `resumed`: what was known of its disk is worth nothing.
+
+    `heartbeat_s`: after so long without an event this stager says something. 0: it does not, and its silence proves nothing.
+    """
 
     ready: bool
     why: str
     instance: str
     resumed: bool = False
     draining: bool = False
+    heartbeat_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a router relies on at a node: the version that an earlier Ensure named, for as long as its lease still runs."""
+
+    adapter: str
+    digest: str
+    loading: Loading
+    model: str
+    remaining_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +129,7 @@ class Demand:
     cpu_slots: int
 
 
-WatchEvent = NodeState | Published | Refreshed | Evicted | Space | Demand
+WatchEvent = NodeState | Published | Refreshed | Evicted | Space | Demand | Silent | Heard
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +143,15 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What a node can answer for."""
+    """What a node can answer for: adapters sorted by id. `more`: there are some after the last of these."""
 
     bases: tuple[Model, ...] = ()
     adapters: tuple[Model, ...] = ()
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class PeerArtifact:
     """What another node has under a name, file by file."""
 
     instance: str
@@ -188,17 +211,31 @@ class StagerClient:
         rpc = rpc or RpcSettings()
         self.address = address
         self.holder = holder
-        self._metadata = credentials.call_metadata(rpc)
-        self._channel = credentials.channel(address, rpc, _CHANNEL_OPTIONS)
+        self._channel = Channel(address, rpc, _CHANNEL_OPTIONS)
         self._position = ("", 0)  # of the watch: the instance, and the last change seen of it
 
-    async def ensure(self, adapter: str, sha256: str = "", *, prefetch: bool = False, loading: Loading = Loading.NONE) -> Staged:
+    async def ensure(
+        self,
+        adapter: str,
+        sha256: str = "",
+        *,
+        prefetch: bool = False,
+        loading: Loading = Loading.NONE,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Staged:
         """Wait until `adapter` is on the node's disk and, with `loading`, known to its engine. Cancelling ends the wait, not the work.
 
-        `sha256` is what its weights must have.
+        `sha256` is what its weights must have. `on_progress` is called at once, then at most every half second while the phase or the bytes change.
         """
-        reply = await self._unary("Ensure", self._ensure_request(adapter, sha256, prefetch=prefetch, loading=loading), pb.EnsureReply)
-        return _staged(reply)
+        request = self._ensure_request(adapter, sha256, prefetch=prefetch, loading=loading)
+        if on_progress is None:
+            return _staged(await self._unary("Ensure", request, pb.EnsureReply))
+        async with contextlib.aclosing(self._stream("Stage", request, pb.StageProgress.FromString)) as messages:
+            async for message in messages:
+                if message.HasField("reply"):
+                    return _staged(message.reply)
+                on_progress(_progress(message))
+        raise StagerUnavailable(f"stager {self.address}: it ended the call without an answer")
 
     async def stage(self, adapter: str, sha256: str = "") -> AsyncIterator[Progress | Staged]:
         """The same; how far it is comes meanwhile, Staged last."""
@@ -206,18 +243,30 @@ class StagerClient:
             if message.HasField("reply"):
                 yield _staged(message.reply)
             else:
-                yield Progress(message.phase, message.origin, message.done_bytes, message.total_bytes)
+                yield _progress(message)
+
+    async def claim(self, leases: Sequence[Claimed]) -> tuple[float, ...]:
+        """Tell a new instance of the stager what this holder relies on: seconds for which each of `leases` is honoured from now on, 0 where it is not."""
+        granted: list[float] = []
+        for first in range(0, len(leases), MAX_CLAIMED):
+            part = leases[first : first + MAX_CLAIMED]
+            request = pb.ClaimRequest(holder=self.holder, leases=[_claimed(lease) for lease in part])
+            reply = await self._unary("Claim", request, pb.ClaimReply)
+            if len(reply.lease_seconds) != len(part):
+                raise StagerUnavailable(f"stager {self.address}: it answers {len(reply.lease_seconds)} of {len(part)} claims")
+            granted += reply.lease_seconds
+        return tuple(granted)
 
     async def release(self, adapter: str = "", digest: str = "") -> int:
         """Give back the holder's lease on `adapter` (of an older version, by its digest), or all it has; how many there were."""
         request = pb.ReleaseRequest(holder=self.holder, adapter=adapter, digest=digest)
         return int((await self._unary("Release", request, pb.ReleaseReply)).released)
 
-    async def models(self) -> Models:
-        """What the node can answer for: base models and adapters."""
-        reply = await self._unary("Models", pb.ModelsRequest(), pb.ModelsReply)
+    async def models(self, after: str = "", limit: int = 0) -> Models:
+        """What the node can answer for: base models, and at most `limit` adapters (0: all) whose ids come after `after`."""
+        reply = await self._unary("Models", pb.ModelsRequest(after=after, limit=limit), pb.ModelsReply)
         bases, adapters = (tuple(Model(m.id, m.root, m.max_model_len) for m in some) for some in (reply.bases, reply.adapters))
-        return Models(bases, adapters)
+        return Models(bases, adapters, reply.more)
 
     async def list(self) -> Disk:
         """What is on the node's disk."""
@@ -247,30 +296,56 @@ class StagerClient:
         async for message in self._stream("Verify", pb.VerifyRequest(adapter=adapter), pb.VerifyResult.FromString):
             yield Verified(**{name: getattr(message, name) for name in Verified.__slots__})
 
-    async def find(self, adapter: str, revision: str = "") -> Holding | None:
+    async def find(self, adapter: str, revision: str = "") -> PeerArtifact | None:
         """Whether the node has `adapter` in that revision of its origin ("": in any)."""
         try:
             reply = await self._unary("Find", pb.FindRequest(adapter=adapter, revision=revision), pb.FindReply)
         except ModelNotFound:
             return None
         files = tuple(File(file.path, file.size, file.sha256) for file in reply.files)
-        return Holding(reply.instance, reply.digest, reply.revision, reply.origin, files)
+        return PeerArtifact(reply.instance, reply.digest, reply.revision, reply.origin, files)
 
-    async def read(self, digest: str, path: str, offset: int = 0) -> AsyncIterator[memoryview]:
+    async def read(self, digest: str, path: str, offset: int = 0) -> AsyncGenerator[memoryview, None]:
         """The bytes of one file of an artifact, from `offset` on."""
         async for chunk in self._stream("Read", pb.ReadRequest(digest=digest, path=path, offset=offset), chunks.decode):
             yield chunk
 
-    async def watch(self) -> AsyncIterator[WatchEvent]:
-        """What was missed since the last watch, the node's state, then every change, until the stager goes away."""
+    async def watch(self, heartbeat_s: float = 0.0) -> AsyncIterator[WatchEvent]:
+        """What was missed since the last watch, the node's state, then every change, until the stager goes away.
+
+        With `heartbeat_s` the stager says something at least so often, as its NodeState confirms: Silent comes once when it does not, Heard when it
+        does again, and StagerUnavailable is raised when it has been silent for six heartbeats.
+        """
+        try:
+            while True:
+                async with self._channel.line() as line, contextlib.aclosing(self._watch(line, heartbeat_s)) as events:
+                    async for event in events:
+                        if event is not None:
+                            yield event
+                        if not self._channel.is_current(line):  # its certificates were renewed: the next stream begins where this one ends
+                            break
+                    else:
+                        return
+        except Silence as silence:
+            raise StagerUnavailable(f"stager {self.address}: {silence}") from None
+
+    async def _watch(self, line: Line, heartbeat_s: float) -> AsyncGenerator[WatchEvent | None, None]:
+        """One stream; None for what is no event. Raises Silence."""
         instance, after = self._position
-        async for message in self._stream("Watch", pb.WatchRequest(instance=instance, after=after), pb.WatchEvent.FromString):
-            event = _event(message)
-            if isinstance(event, NodeState):
-                self._position = (event.instance, message.sequence)
-            else:
-                self._position = (self._position[0], message.sequence)
-            if event is not None:
+        request = pb.WatchRequest(instance=instance, after=after, heartbeat_seconds=heartbeat_s)
+        beat = Heartbeat(heartbeat_s)  # until its first word, which any stager says at once
+        messages = self._stream_on(line, "Watch", request, pb.WatchEvent.FromString)
+        async with contextlib.aclosing(messages), contextlib.aclosing(Listener(lambda: anext(messages, None), beat).listen()) as heard:
+            async for message in heard:
+                if isinstance(message, Silent | Heard):
+                    yield message
+                    continue
+                event = _event(message)
+                if isinstance(event, NodeState):
+                    beat.every_s = event.heartbeat_s if heartbeat_s else 0.0
+                    self._position = (event.instance, message.sequence)
+                elif not message.HasField("heartbeat"):
+                    self._position = (self._position[0], message.sequence)
                 yield event
 
     async def __aenter__(self) -> Self:
@@ -280,26 +355,73 @@ class StagerClient:
         await self.close()
 
     async def close(self) -> None:
-        await self._channel.close(None)
+        await self._channel.close()
 
     def _ensure_request(self, adapter: str, sha256: str, *, prefetch: bool = False, loading: Loading = Loading.NONE) -> pb.EnsureRequest:
         priority = pb.Priority.PREFETCH if prefetch else pb.Priority.REQUEST
         return pb.EnsureRequest(adapter=adapter, holder=self.holder, sha256=sha256, priority=priority, loading=pb.Loading.Name(loading.value))
 
     async def _unary(self, method: str, request: Any, reply: Any) -> Any:
-        call = self._channel.unary_unary(f"/{SERVICE}/{method}", type(request).SerializeToString, reply.FromString)
-        try:
-            return await call(request, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise self._ours(error) from error
+        async with self._channel.line() as line:
+            ask = line.channel.unary_unary(f"/{SERVICE}/{method}", type(request).SerializeToString, reply.FromString)
+            refused: LoraExtprocError | None = None
+            for metadata in self._channel.tokens.to_try():
+                try:
+                    with self._translated():
+                        answer = await ask(request, metadata=metadata)
+                except CredentialsRefused as error:
+                    refused = error
+                    continue
+                return self._readable(answer)
+            assert refused is not None
+            raise refused
 
-    async def _stream(self, method: str, request: Any, decode: Callable[[bytes], T]) -> AsyncIterator[T]:
-        call = self._channel.unary_stream(f"/{SERVICE}/{method}", type(request).SerializeToString, decode)
-        try:
-            async for message in call(request, metadata=self._metadata):
+    async def _stream(self, method: str, request: Any, decode: Callable[[bytes], T]) -> AsyncGenerator[T, None]:
+        async with self._channel.line() as line, contextlib.aclosing(self._stream_on(line, method, request, decode)) as messages:
+            async for message in messages:
                 yield message
+
+    async def _stream_on(self, line: Line, method: str, request: Any, decode: Callable[[bytes], T]) -> AsyncGenerator[T, None]:
+        ask = line.channel.unary_stream(f"/{SERVICE}/{method}", type(request).SerializeToString, decode)
+        refused: LoraExtprocError | None = None
+        for metadata in self._channel.tokens.to_try():
+            call = ask(request, metadata=metadata)
+            has_begun = False
+            try:
+                with self._translated():
+                    async for message in call:
+                        has_begun = True
+                        yield self._readable(message)
+                return
+            except CredentialsRefused as error:
+                if has_begun:
+                    raise
+                refused = error
+            finally:
+                call.cancel()
+        assert refused is not None
+        raise refused
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """gRPC's errors as ours. It also raises a CancelledError that nobody asked for, in a call whose channel is closed."""
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
             raise self._ours(error) from error
+        except (grpc.aio.BaseError, grpc.RpcError) as error:
+            raise StagerUnavailable(f"stager {self.address}: {type(error).__name__}") from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise StagerUnavailable(f"stager {self.address}: the connection was closed") from None
+
+    def _readable(self, message: T | None) -> T:
+        """gRPC gives None for a message that its decoder does not understand."""
+        if message is None:
+            raise StagerUnavailable(f"stager {self.address}: its answer cannot be read")
+        return message
 
     def _ours(self, error: grpc.aio.AioRpcError) -> LoraExtprocError:
         metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]  # the stubs know it as opaque
@@ -311,7 +433,7 @@ class StagerClient:
                 ours.retry_after_s = int(said[RETRY_AFTER_METADATA])  # as the origin asked, where it did
             return ours
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            return NotPermitted(f"stager {self.address}: {error.details()}")
+            return CredentialsRefused(f"stager {self.address}: {error.details()}")
         return StagerUnavailable(f"stager {self.address}: {error.code().name.lower()}")
 
 
@@ -319,11 +441,21 @@ def _staged(reply: pb.EnsureReply) -> Staged:
     return Staged(reply.digest, reply.staged, reply.origin, reply.lease_seconds, reply.waited_seconds, reply.bytes, reply.model)
 
 
+def _progress(message: pb.StageProgress) -> Progress:
+    return Progress(message.phase, message.origin, message.done_bytes, message.total_bytes)
+
+
+def _claimed(lease: Claimed) -> pb.ClaimedLease:
+    return pb.ClaimedLease(
+        adapter=lease.adapter, digest=lease.digest, loading=pb.Loading.Name(lease.loading.value), model=lease.model, remaining_seconds=lease.remaining_s
+    )
+
+
 def _event(message: pb.WatchEvent) -> WatchEvent | None:
     match message.WhichOneof("event"):
         case "node":
             node = message.node
-            return NodeState(node.ready, node.why, node.instance, node.resumed, node.draining)
+            return NodeState(node.ready, node.why, node.instance, node.resumed, node.draining, node.heartbeat_seconds)
         case "published":
             return Published(message.published)
         case "refreshed":
@@ -335,4 +467,4 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
         case "space":
             return Space(message.space.used_bytes, message.space.reserved_bytes, message.space.max_bytes)
         case _:
-            return None  # of a newer stager
+            return None  # a heartbeat, or of a newer stager

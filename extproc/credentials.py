@@ -2,9 +2,13 @@
 
 import hmac
 import ipaddress
+import logging
 import os
+import re
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,9 @@ import grpc.aio
 from .config import RpcSettings
 from .errors import StartError
 
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # between two looks at whether a file has changed
 TOKEN_METADATA = "authorization"  # noqa: S105  # the header's name
 
 
@@ -54,19 +61,133 @@ def matches(shown: str | bytes | None, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), f"Bearer {expected}".encode())
 
 
-def channel(address: str, settings: RpcSettings, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
-    """A channel to one stager. Raises StartError if a file cannot be used."""
-    if not settings.ca_file:
-        return grpc.aio.insecure_channel(address, options=options)
-    _check_files(settings)
-    credentials = grpc.ssl_channel_credentials(_read(settings.ca_file), _read(settings.key_file), _read(settings.cert_file))
-    named = (*options, ("grpc.ssl_target_name_override", settings.server_name)) if settings.server_name else options
-    return grpc.aio.secure_channel(address, credentials, options=named)
+class Tokens:
+    """The shared token as it is now and as it was before, read again when its file changes: every process of a fleet reads it at its own time."""
+
+    def __init__(self, settings: RpcSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._stamp = _stamp(settings.token_file)
+        self.current = token(settings)
+        self.previous = ""
+        self._accept_previous_until = float("-inf")
+        self._next_look = clock() + LOOK_S
+
+    def look(self, *, at_once: bool = False) -> None:
+        """Read the file if it has changed. One that cannot be used now is being replaced: what it held before goes on."""
+        now = self._clock()
+        if not self._settings.token_file or (now < self._next_look and not at_once):
+            return
+        self._next_look = now + LOOK_S
+        stamp = _stamp(self._settings.token_file)
+        if stamp == self._stamp or stamp is None:
+            return
+        try:
+            fresh = token(self._settings)
+        except StartError as error:
+            log.debug("%s", error)
+            return
+        self._stamp = stamp
+        if fresh != self.current:
+            log.info("rpc.token_file %s holds another token now", self._settings.token_file)
+            self.previous, self.current = self.current, fresh
+            self._accept_previous_until = now + self._settings.token_grace_s
+
+    def accepts(self, shown: str | bytes | None) -> bool:
+        """Whether an `authorization` header carries the token, or until `rpc.token_grace_s` after a change the one before. One that fits neither may be
+        newer than what was read.
+        """
+        self.look()
+        if self._fits(shown):
+            return True
+        self.look(at_once=True)
+        return self._fits(shown)
+
+    def to_try(self) -> Iterator[tuple[tuple[str, str], ...]]:
+        """What a call carries: the token, then, each time it is turned away, another that may be the right one by now, or still."""
+        self.look()
+        tried = self.current
+        yield _metadata(tried)
+        self.look(at_once=True)
+        if self.current != tried:
+            yield _metadata(self.current)
+        if self.previous and self.previous != tried:
+            yield _metadata(self.previous)
+
+    def _fits(self, shown: str | bytes | None) -> bool:
+        return matches(shown, self.current) or (bool(self.previous) and self._clock() < self._accept_previous_until and matches(shown, self.previous))
 
 
-def call_metadata(settings: RpcSettings) -> tuple[tuple[str, str], ...]:
-    """What every call carries."""
-    shared = token(settings)
+@dataclass(frozen=True, slots=True)
+class Change:
+    """`withdraws`: some certificate that was trusted before is not any more."""
+
+    withdraws: bool
+
+
+class Identity:
+    """The files of mutual TLS as they are in use: certificate, key, and whom to trust. Without `rpc.ca_file` there is none. Raises StartError."""
+
+    def __init__(self, settings: RpcSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._next_look = clock() + LOOK_S
+        self._stamps = self._look_at_stamps()
+        self._files = self._read()
+
+    def look(self) -> Change | None:
+        """What has changed since, if anything has and if it can be used: half a pair, or half a file, is being replaced just now."""
+        now = self._clock()
+        if not self._settings.ca_file or now < self._next_look:
+            return None
+        self._next_look = now + LOOK_S
+        stamps = self._look_at_stamps()
+        if stamps == self._stamps:
+            return None
+        try:
+            files = self._read()
+        except StartError as error:
+            log.debug("%s", error)
+            return None
+        self._stamps = stamps
+        if files == self._files:
+            return None
+        old, self._files = self._files, files
+        log.info("the files of rpc.cert_file, rpc.key_file and rpc.ca_file have changed: new connections use them")
+        return Change(withdraws=not _certificates(old[0]) <= _certificates(files[0]))
+
+    def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
+        """A channel to one stager that shows and trusts what the files say now."""
+        if not self._settings.ca_file:
+            return grpc.aio.insecure_channel(address, options=options)
+        ca, key, cert = self._files
+        named = (*options, ("grpc.ssl_target_name_override", self._settings.server_name)) if self._settings.server_name else options
+        return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=named)
+
+    def _read(self) -> tuple[bytes, bytes, bytes]:
+        if not self._settings.ca_file:
+            return b"", b"", b""
+        _check_files(self._settings)
+        return _read(self._settings.ca_file), _read(self._settings.key_file), _read(self._settings.cert_file)
+
+    def _look_at_stamps(self) -> tuple[object, ...]:
+        return tuple(_stamp(path) for path in (self._settings.ca_file, self._settings.key_file, self._settings.cert_file))
+
+
+def _certificates(pem: bytes) -> set[bytes]:
+    return set(re.findall(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", pem, re.DOTALL))
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """What tells one content of a file from a later one; None if there is no file."""
+    try:
+        stat = os.stat(path)  # noqa: PTH116  # of "", too
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size
+
+
+def _metadata(shared: str) -> tuple[tuple[str, str], ...]:
     return ((TOKEN_METADATA, f"Bearer {shared}"),) if shared else ()
 
 
@@ -92,12 +213,12 @@ def server_credentials(settings: RpcSettings) -> grpc.ServerCredentials | None:
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Turns away every call that does not carry the token."""
 
-    def __init__(self, expected: str) -> None:
-        self._expected = expected
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
 
     async def intercept_service(self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails) -> Any:
         shown = next((value for key, value in details.invocation_metadata or () if key == TOKEN_METADATA), None)
-        if matches(shown, self._expected):
+        if self._tokens.accepts(shown):
             return await continuation(details)
         handler = await continuation(details)
         return _turned_away(handler)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,27 @@ import grpc
 import grpc.aio
 import pytest
 
-from extproc.client import ERROR_METADATA, SERVICE, Evicted, Holding, NodeState, Progress, Published, Refreshed, Space, StagerClient
+from extproc.client import (
+    ERROR_METADATA,
+    MAX_CLAIMED,
+    SERVICE,
+    Claimed,
+    Evicted,
+    Loading,
+    Model,
+    Models,
+    NodeState,
+    PeerArtifact,
+    Progress,
+    Published,
+    Refreshed,
+    Space,
+    StagerClient,
+)
 from extproc.config import RpcSettings
 from extproc.core.artifact import File
-from extproc.errors import BY_NAME, NoSpace, NotPermitted, StagerUnavailable
+from extproc.errors import BY_NAME, CredentialsRefused, NoSpace, StagerUnavailable
+from extproc.heartbeat import Silent
 from extproc.pb import stager_pb2 as pb
 from tests.fakes.wait import until
 
@@ -22,7 +40,9 @@ Start = Callable[..., Awaitable[StagerClient]]
 MESSAGES: dict[str, tuple[Any, Any]] = {
     "Ensure": (pb.EnsureRequest, pb.EnsureReply),
     "Stage": (pb.EnsureRequest, pb.StageProgress),
+    "Claim": (pb.ClaimRequest, pb.ClaimReply),
     "Release": (pb.ReleaseRequest, pb.ReleaseReply),
+    "Models": (pb.ModelsRequest, pb.ModelsReply),
     "List": (pb.ListRequest, pb.ListReply),
     "Pin": (pb.PinRequest, pb.PinReply),
     "Evict": (pb.EvictRequest, pb.EvictReply),
@@ -33,6 +53,7 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
     "Find": (pb.FindRequest, pb.FindReply),
     "Read": (pb.ReadRequest, pb.ReadChunk),
 }
+CLAIMED = Claimed("a", "d" * 64, Loading.VERSIONED, "a@sha256:dd", 17.5)
 STREAMS = ("Stage", "Verify", "Watch", "Read")
 
 
@@ -78,13 +99,29 @@ def failing_stream(code: grpc.StatusCode, details: str = "", metadata: tuple[tup
     return handler
 
 
+async def collect(stream: AsyncIterator[Any], into: list[Any]) -> None:
+    """What comes before an error counts."""
+    async for item in stream:
+        into.append(item)  # noqa: PERF401
+
+
 async def all_of(stream: AsyncIterator[Any]) -> list[Any]:
     return [item async for item in stream]
 
 
 def all_methods(client: StagerClient) -> list[Awaitable[Any]]:
     """One call of each."""
-    unary = [client.ensure("a"), client.release(), client.list(), client.pin("a"), client.evict("a"), client.purge("a"), client.refresh("a"), client.find("a")]
+    unary: list[Awaitable[Any]] = [
+        client.ensure("a"),
+        client.release(),
+        client.list(),
+        client.pin("a"),
+        client.evict("a"),
+        client.purge("a"),
+        client.refresh("a"),
+        client.find("a"),
+    ]
+    unary += [client.claim([CLAIMED]), client.models(), client.ensure("a", on_progress=print)]
     return [*unary, *map(all_of, (client.stage("a"), client.verify(), client.watch(), client.read("d", "f")))]
 
 
@@ -129,7 +166,7 @@ async def test_a_caller_without_valid_credentials_is_told_so(start: Start) -> No
     why = (grpc.StatusCode.UNAUTHENTICATED, "a valid token is needed")
     client = await start(**{name: (failing_stream if name in STREAMS else failing)(*why) for name in MESSAGES})
     for call in all_methods(client):
-        with pytest.raises(NotPermitted, match="a valid token is needed"):
+        with pytest.raises(CredentialsRefused, match="a valid token is needed"):
             await call
 
 
@@ -156,7 +193,7 @@ async def test_every_call_carries_the_token(start: Start, tmp_path: Path) -> Non
         for call in all_methods(client):
             with pytest.raises(StagerUnavailable):
                 await call
-    assert shown == ["Bearer secret"] * len(MESSAGES) + [None] * len(MESSAGES)
+    assert shown == ["Bearer secret"] * (len(MESSAGES) + 1) + [None] * (len(MESSAGES) + 1)  # Stage is called in two ways
 
 
 async def test_what_is_not_there_is_found_nowhere(start: Start) -> None:
@@ -198,7 +235,7 @@ async def test_answers_are_values(start: Start) -> None:
     staged = await client.ensure("ab")
     assert (staged.digest, staged.staged, staged.origin, staged.lease_s, staged.waited_s, staged.bytes) == ("abab", True, "s3", 1.5, 2.5, 2**40)
     assert await client.evict("a") == 2**41
-    assert await client.find("a", "r") == Holding("i", "a", "r", "o", (File("f", 2**40, "s"),))
+    assert await client.find("a", "r") == PeerArtifact("i", "a", "r", "o", (File("f", 2**40, "s"),))
     assert [event async for event in client.watch()] == [
         NodeState(False, "because", "i", draining=True),
         Published("a"),
@@ -254,6 +291,172 @@ async def test_a_watch_goes_on_behind_the_last_change_it_was_told(start: Start) 
     for _ in streams:
         await all_of(client.watch())
     assert asked == [("", 0), ("i", 6), ("i", 7), ("j", 2)]
+
+
+async def test_an_ensure_with_progress_reports_it_and_ends_with_the_answer(start: Start) -> None:
+    """By Stage, with all that an Ensure says."""
+    seen: list[pb.EnsureRequest] = []
+
+    async def stage(request: pb.EnsureRequest, _: Context) -> AsyncIterator[pb.StageProgress]:
+        seen.append(request)
+        yield pb.StageProgress(phase="resolve")
+        yield pb.StageProgress(phase="fetch", origin="s3", done_bytes=1, total_bytes=2)
+        yield pb.StageProgress(reply=pb.EnsureReply(digest="d", model="m"))
+
+    client = await start(holder="router 1", Stage=stage)
+    said: list[Progress] = []
+    staged = await client.ensure("a", "f" * 64, prefetch=True, loading=Loading.PLAIN, on_progress=said.append)
+    assert (staged.digest, staged.model) == ("d", "m")
+    assert said == [Progress("resolve", "", 0, 0), Progress("fetch", "s3", 1, 2)]
+    assert seen == [pb.EnsureRequest(adapter="a", holder="router 1", sha256="f" * 64, priority=pb.Priority.PREFETCH, loading=pb.Loading.PLAIN)]
+
+
+async def test_a_stage_that_ends_without_its_answer_is_an_unavailable_stager(start: Start) -> None:
+    """It ended well, as gRPC sees it."""
+
+    async def stage(_: Any, __: Context) -> AsyncIterator[pb.StageProgress]:
+        yield pb.StageProgress(phase="resolve")
+
+    with pytest.raises(StagerUnavailable, match="without an answer"):
+        await (await start(Stage=stage)).ensure("a", on_progress=print)
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_an_answer_that_cannot_be_read_is_an_unavailable_stager(start: Start, kind: str) -> None:
+    """Something listens there that is none."""
+
+    async def unary(_: Any, __: Context) -> pb.ReadChunk:
+        return pb.ReadChunk(data=b"\xff\xff\xff")
+
+    async def stream(_: Any, __: Context) -> AsyncIterator[pb.ReadChunk]:
+        yield await unary(_, __)
+
+    MESSAGES["Claim"], MESSAGES["Watch"] = (pb.ClaimRequest, pb.ReadChunk), (pb.WatchRequest, pb.ReadChunk)
+    try:
+        if kind == "unary":
+            client = await start(Claim=unary)
+            with pytest.raises(StagerUnavailable, match="cannot be read"):
+                await client.claim([CLAIMED])
+        else:
+            client = await start(Watch=stream)
+            with pytest.raises(StagerUnavailable, match="cannot be read"):
+                await all_of(client.watch())
+    finally:
+        MESSAGES["Claim"], MESSAGES["Watch"] = (pb.ClaimRequest, pb.ClaimReply), (pb.WatchRequest, pb.WatchEvent)
+
+
+async def test_a_claim_says_what_is_relied_on_and_is_split_where_it_is_long(start: Start) -> None:
+    """The answers come in the order of the claims."""
+    asked: list[pb.ClaimRequest] = []
+
+    async def claim(request: pb.ClaimRequest, _: Context) -> pb.ClaimReply:
+        asked.append(request)
+        return pb.ClaimReply(lease_seconds=[float(lease.adapter) for lease in request.leases])
+
+    client = await start(holder="router 1", Claim=claim)
+    assert await client.claim([]) == ()
+    leases = [replace(CLAIMED, adapter=f"{number}") for number in range(MAX_CLAIMED + 1)]
+    assert await client.claim(leases) == tuple(float(number) for number in range(MAX_CLAIMED + 1))
+    assert [len(request.leases) for request in asked] == [MAX_CLAIMED, 1]
+    last = pb.ClaimedLease(adapter=f"{MAX_CLAIMED}", digest="d" * 64, loading=pb.Loading.VERSIONED, model="a@sha256:dd", remaining_seconds=17.5)
+    assert asked[-1] == pb.ClaimRequest(holder="router 1", leases=[last])
+
+
+async def test_an_answer_to_a_claim_that_fits_not_is_an_unavailable_stager(start: Start) -> None:
+    """What is leased must not be guessed."""
+
+    async def claim(_: Any, __: Context) -> pb.ClaimReply:
+        return pb.ClaimReply(lease_seconds=[1.0, 2.0])
+
+    with pytest.raises(StagerUnavailable, match="answers 2 of 1"):
+        await (await start(Claim=claim)).claim([CLAIMED])
+
+
+async def test_models_come_in_pages(start: Start) -> None:
+    """What is asked for, and whether there is more."""
+    asked: list[pb.ModelsRequest] = []
+
+    async def models(request: pb.ModelsRequest, _: Context) -> pb.ModelsReply:
+        asked.append(request)
+        return pb.ModelsReply(adapters=[pb.Model(id="b", root="/b")], more=True)
+
+    client = await start(Models=models)
+    assert await client.models() == Models((), (Model("b", "/b"),), more=True)
+    await client.models("a", 7)
+    assert asked == [pb.ModelsRequest(), pb.ModelsRequest(after="a", limit=7)]
+
+
+async def test_a_call_on_a_closed_client_is_an_unavailable_stager(start: Start) -> None:
+    """Nobody cancelled it, and nobody may take it for that."""
+    reached = asyncio.Event()
+
+    async def ensure(_: Any, __: Context) -> pb.EnsureReply:
+        reached.set()
+        await asyncio.Event().wait()
+        return pb.EnsureReply()
+
+    client = await start(Ensure=ensure)
+    waiting = asyncio.create_task(client.ensure("a"))
+    await reached.wait()
+    await client.close()
+    with pytest.raises(StagerUnavailable):
+        await waiting
+    with pytest.raises(StagerUnavailable):
+        await client.ensure("a")
+
+
+# -- heartbeats
+
+
+async def test_a_watch_asks_for_heartbeats_and_does_not_show_them(start: Start) -> None:
+    """Nor do they move the position from which the next one goes on."""
+    asked: list[pb.WatchRequest] = []
+
+    async def watch(request: pb.WatchRequest, _: Context) -> AsyncIterator[pb.WatchEvent]:
+        asked.append(request)
+        yield pb.WatchEvent(sequence=4, node=pb.NodeState(instance="i", heartbeat_seconds=0.5))
+        yield pb.WatchEvent(heartbeat=pb.Heartbeat())
+        yield pb.WatchEvent(sequence=5, evicted="a")
+        yield pb.WatchEvent(heartbeat=pb.Heartbeat())
+
+    client = await start(Watch=watch)
+    for _ in range(2):
+        assert await all_of(client.watch(0.5)) == [NodeState(False, "", "i", heartbeat_s=0.5), Evicted("a")]
+    assert asked == [pb.WatchRequest(heartbeat_seconds=0.5), pb.WatchRequest(instance="i", after=5, heartbeat_seconds=0.5)]
+
+
+async def test_a_stager_that_falls_silent_is_unavailable_in_the_end(start: Start) -> None:
+    """Also one that has said its first word."""
+    for words in ([], [pb.WatchEvent(node=pb.NodeState(instance="i", heartbeat_seconds=0.01))]):
+
+        async def watch(_: Any, __: Context, words: list[pb.WatchEvent] = words) -> AsyncIterator[pb.WatchEvent]:
+            for word in words:
+                yield word
+            await asyncio.Event().wait()
+
+        seen: list[Any] = []
+        client = await start(Watch=watch)
+        with pytest.raises(StagerUnavailable, match=rf"^stager {client.address}: silent for 1\.5 s$"):
+            await collect(client.watch(0.01), seen)
+        assert [type(event) for event in seen] == [*([NodeState] if words else []), Silent]
+
+
+async def test_an_older_stager_may_be_silent(start: Start) -> None:
+    """It does not say that it would speak."""
+    go_on = asyncio.Event()
+
+    async def watch(_: Any, __: Context) -> AsyncIterator[pb.WatchEvent]:
+        yield pb.WatchEvent(node=pb.NodeState(instance="i"))
+        await go_on.wait()
+        yield pb.WatchEvent(evicted="a")
+
+    watching = (await start(Watch=watch)).watch(0.01)
+    assert isinstance(await anext(watching), NodeState)
+    event = asyncio.ensure_future(anext(watching))
+    await asyncio.wait({event}, timeout=0.3)
+    assert not event.done()
+    go_on.set()
+    assert await event == Evicted("a")
 
 
 async def test_cancelling_a_wait_ends_the_call(start: Start) -> None:

@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives import serialization
 from google.protobuf.message import Message
 
 from extproc import credentials
-from extproc.client import SERVICE, StagerClient
+from extproc.channel import Line
+from extproc.client import SERVICE, NodeState, StagerClient
 from extproc.config import EngineSettings, OriginSettings, RpcSettings, Settings, StagerSettings
-from extproc.errors import NotPermitted, StagerUnavailable, StartError
+from extproc.errors import CredentialsRefused, NotPermitted, StagerUnavailable, StartError
 from extproc.pb import ext_proc_pb2 as ext_proc
 from extproc.pb import stager_pb2 as pb
 from extproc.router.server import PROCESS_METHOD
@@ -29,6 +30,7 @@ from extproc.stager.server import Server
 from extproc.up.processes import Child, free_ports, python, spawn, stop
 from tests.fakes.adapters import write_small
 from tests.fakes.certificates import Authority, Pair
+from tests.fakes.wait import Clock, until
 from tests.router.fakes import body, headers
 from tests.router.test_http2 import open_stream
 
@@ -111,7 +113,7 @@ def test_a_file_that_holds_no_token_is_one_clear_error(tmp_path: Path, content: 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(StartError, match=complaint) as raised:
-        credentials.call_metadata(RpcSettings(token_file=str(path)))
+        credentials.Tokens(RpcSettings(token_file=str(path)))
     assert str(path) in str(raised.value)
     assert "two" not in str(raised.value)
 
@@ -130,7 +132,7 @@ def test_a_variable_that_holds_no_token_is_one_clear_error(monkeypatch: pytest.M
         credentials.token(rpc)
     assert "cret" not in str(raised.value)
     monkeypatch.setenv("THIS_TESTS_TOKEN", f"{TOKEN}\n")  # as `$(cat file)` would not, but a mounted secret does
-    assert credentials.call_metadata(rpc) == (("authorization", f"Bearer {TOKEN}"),)
+    assert next(credentials.Tokens(rpc).to_try()) == (("authorization", f"Bearer {TOKEN}"),)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ async def test_a_caller_without_the_token_gets_nothing(serve: Serve, tmp_path: P
             calls += [client.purge("acme/a"), client.refresh("acme/a"), client.find("acme/a"), anext(client.stage("acme/a"))]
             calls += [anext(client.watch()), anext(client.verify()), anext(client.read("0" * 64, "adapter_config.json"))]
             for call in calls:
-                with pytest.raises(NotPermitted, match=r"a valid token is needed: rpc\.token_env or rpc\.token_file") as raised:
+                with pytest.raises(CredentialsRefused, match=r"a valid token is needed: rpc\.token_env or rpc\.token_file") as raised:
                     await call
                 assert TOKEN not in str(raised.value)
     assert await outcome(port, RpcSettings(token_file=token_file)) == "served"
@@ -287,11 +289,226 @@ def test_files_that_cannot_be_used_are_one_clear_error(authority: Authority, sta
         ("ca_file", tmp_path),
     ):
         bad = good.model_copy(update={name: str(path)})
-        for use in (credentials.server_credentials, lambda rpc: credentials.channel("127.0.0.1:1", rpc, ())):
+        for use in (credentials.server_credentials, credentials.Identity):
             with pytest.raises(StartError, match="rpc: ") as raised:
                 use(bad)
             assert str(path) in str(raised.value)
             assert "\n" not in str(raised.value)
+
+
+# -- rotation
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "LOOK_S", 0.0)
+
+
+def rewrite(path: str | Path, text: str) -> None:
+    """In one rename, as a mounted secret changes."""
+    fresh = Path(f"{path}.new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def test_a_token_file_is_read_again_at_most_every_second(token_file: str) -> None:
+    """Or at once, when somebody shows another."""
+    clock = Clock()
+    tokens = credentials.Tokens(RpcSettings(token_file=token_file), clock)
+    rewrite(token_file, "second")
+    assert tokens.accepts(f"Bearer {TOKEN}")
+    assert tokens.current == TOKEN
+    clock.now += credentials.LOOK_S
+    assert tokens.accepts(f"Bearer {TOKEN}")
+    assert tokens.current == "second"
+    rewrite(token_file, "third")
+    assert tokens.accepts("Bearer third")
+
+
+def test_the_token_before_is_accepted_for_a_while(token_file: str) -> None:
+    """And the one before that no longer."""
+    clock = Clock()
+    tokens = credentials.Tokens(RpcSettings(token_file=token_file, token_grace_s=60), clock)
+    rewrite(token_file, "second")
+    clock.now += 1
+    assert tokens.accepts("Bearer second")
+    clock.now += 59
+    assert tokens.accepts(f"Bearer {TOKEN}")
+    clock.now += 1
+    assert not tokens.accepts(f"Bearer {TOKEN}")
+    rewrite(token_file, "third")
+    assert tokens.accepts("Bearer third")
+    assert tokens.accepts("Bearer second")
+    assert not tokens.accepts(f"Bearer {TOKEN}")
+    assert not tokens.accepts("Bearer ")
+
+
+@pytest.mark.parametrize("content", [None, "", "two\nlines", "tökén"])
+def test_a_token_file_that_is_being_replaced_changes_nothing(token_file: str, content: str | None) -> None:
+    """Gone, empty or half written: what it held before goes on until it holds a token again."""
+    clock = Clock()
+    tokens = credentials.Tokens(RpcSettings(token_file=token_file), clock)
+    Path(token_file).unlink() if content is None else Path(token_file).write_text(content)
+    clock.now += 1
+    assert tokens.accepts(f"Bearer {TOKEN}")
+    assert not tokens.accepts("Bearer ")
+    assert next(tokens.to_try()) == (("authorization", f"Bearer {TOKEN}"),)
+    rewrite(token_file, "second")
+    assert tokens.accepts("Bearer second")
+
+
+def test_a_caller_that_is_turned_away_tries_the_new_token_then_the_one_before(token_file: str) -> None:
+    """Each once: the other side may have read its file already, or not yet."""
+    clock = Clock()
+    tokens = credentials.Tokens(RpcSettings(token_file=token_file), clock)
+
+    def tried() -> list[str]:
+        return [metadata[0][1].removeprefix("Bearer ") for metadata in tokens.to_try()]
+
+    assert tried() == [TOKEN]
+    rewrite(token_file, "second")
+    assert tried() == [TOKEN, "second"]
+    assert tried() == ["second", TOKEN]
+    rewrite(token_file, "third")
+    assert tried() == ["second", "third", TOKEN] or tried() == ["third", "second"]
+
+
+class Traffic:
+    """Calls of every kind without a pause, and a Watch, all of which must succeed. `last` is how many there were."""
+
+    def __init__(self, client: StagerClient) -> None:
+        self._client = client
+        self.calls = 0
+        self.states = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "Traffic":
+        self._tasks = [asyncio.create_task(self._call()), asyncio.create_task(self._watch())]
+        await self.goes_on()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
+            assert isinstance(ended, asyncio.CancelledError), ended
+
+    async def goes_on(self) -> None:
+        """Until some calls more have been answered."""
+        upto = self.calls + 20
+        while self.calls < upto:
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            await asyncio.sleep(0.001)
+
+    async def _call(self) -> None:
+        while True:
+            await self._client.ensure("acme/a")
+            _ = [event async for event in self._client.stage("acme/a")]
+            self.calls += 1
+
+    async def _watch(self) -> None:
+        async for event in self._client.watch(0.1):
+            self.states += isinstance(event, NodeState)
+
+
+@pytest.mark.usefixtures("looks_often")
+@pytest.mark.parametrize("first", ["stager", "router"])
+async def test_a_token_is_rotated_under_load(serve: Serve, tmp_path: Path, token_file: str, first: str) -> None:
+    """Whoever has the new one first: no call fails. When the grace is over, the old one opens nothing."""
+    files = {"stager": token_file, "router": str(tmp_path / "router-token")}
+    rewrite(files["router"], TOKEN)
+    port = await serve(RpcSettings(token_file=files["stager"], token_grace_s=3600))
+    async with StagerClient(f"127.0.0.1:{port}", RpcSettings(token_file=files["router"])) as client, Traffic(client) as traffic:
+        for side in (first, *(files.keys() - {first})):
+            rewrite(files[side], "second")
+            await traffic.goes_on()
+    rewrite(files["router"], "third")
+    port = await serve(RpcSettings(token_file=files["router"], token_grace_s=0))
+    rewrite(files["router"], "fourth")
+    (tmp_path / "old").write_text("third")
+    assert await outcome(port, RpcSettings(token_file=files["router"])) == "served"
+    assert await outcome(port, RpcSettings(token_file=str(tmp_path / "old"))) == "CredentialsRefused"
+
+
+async def has_moved(client: StagerClient, traffic: Traffic, line: Line, states: int) -> None:
+    """New calls and the Watch go elsewhere, and nothing is left on the old channel."""
+    await until(lambda: client._channel._line is not line)
+    await until(lambda: traffic.states > states)
+    await until(lambda: not line.calls)
+
+
+@pytest.mark.usefixtures("looks_often")
+@pytest.mark.parametrize("first", ["stager", "router"])
+@pytest.mark.parametrize("authority_too", [False, True])
+async def test_certificates_are_rotated_under_load(
+    serve: Serve, tmp_path: Path, authority: Authority, stager_pair: Pair, router_pair: Pair, first: str, authority_too: bool
+) -> None:
+    """By the same authority, or by a new one that both sides trust beside the old one first. No call fails; new calls, and the Watch, go by the new ones."""
+    rpc = {}
+    for side, pair in (("stager", stager_pair), ("router", router_pair)):
+        ca_file = tmp_path / f"{side}-ca.pem"
+        ca_file.write_bytes(authority.ca_file.read_bytes())
+        rpc[side] = authority.rpc(pair).model_copy(update={"ca_file": str(ca_file)})
+    port = await serve(rpc["stager"])
+    order = (first, "router" if first == "stager" else "stager")
+    async with StagerClient(f"127.0.0.1:{port}", rpc["router"]) as client, Traffic(client) as traffic:
+        signs, both = authority, authority.ca_file.read_text()
+        if authority_too:
+            signs = Authority(tmp_path, "next")
+            both += signs.ca_file.read_text()
+            for side in order:
+                rewrite(rpc[side].ca_file, both)
+                await traffic.goes_on()
+        for side in order:
+            line, states = client._channel._line, traffic.states
+            signs.pair(side, "127.0.0.1")
+            await traffic.goes_on()
+            if side == "router":
+                await has_moved(client, traffic, line, states)
+        if authority_too:
+            for side in order:
+                rewrite(rpc[side].ca_file, signs.ca_file.read_text())
+                await traffic.goes_on()
+        assert await shown_by(port, signs, Pair(Path(rpc["router"].cert_file), Path(rpc["router"].key_file))) == serial_of(stager_pair)
+        await until(lambda: not client._channel._closing)
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_client_s_withdrawn_authority_is_trusted_no_more(
+    serve: Serve, tmp_path: Path, authority: Authority, stager_pair: Pair, router_pair: Pair
+) -> None:
+    """New calls go over a connection that does not trust it, or fail; they do not fall back on the old one."""
+    other = Authority(tmp_path, "other")
+    port = await serve(authority.rpc(stager_pair))
+    ca_file = tmp_path / "trusted.pem"
+    ca_file.write_bytes(authority.ca_file.read_bytes() + other.ca_file.read_bytes())
+    async with StagerClient(f"127.0.0.1:{port}", authority.rpc(router_pair).model_copy(update={"ca_file": str(ca_file)})) as client:
+        await client.ensure("acme/a")
+        ca_file.write_bytes(other.ca_file.read_bytes())
+        with pytest.raises(StagerUnavailable):
+            await client.ensure("acme/a")
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_half_a_pair_is_not_shown(serve: Serve, authority: Authority, stager_pair: Pair, router_pair: Pair) -> None:
+    """Between the rename of a certificate and that of its key calls go on with the old ones."""
+    port = await serve(authority.rpc(stager_pair))
+    async with StagerClient(f"127.0.0.1:{port}", authority.rpc(router_pair)) as client:
+        await client.ensure("acme/a")
+        line, key = client._channel._line, router_pair.key.read_text()
+        authority.pair("router")
+        fresh = router_pair.key.read_text()
+        rewrite(router_pair.key, key)
+        for _ in range(5):
+            await client.ensure("acme/a")
+        assert client._channel._line is line
+        assert client._channel._coming is None
+        rewrite(router_pair.key, fresh)
+        await client.ensure("acme/a")
+        await until(lambda: client._channel._line is not line)
+        await client.ensure("acme/a")
 
 
 # -- both
@@ -301,7 +518,7 @@ async def test_with_both_neither_is_enough_alone(serve: Serve, authority: Author
     """The certificate opens the connection, the token the call."""
     port = await serve(authority.rpc(stager_pair, token_file=token_file))
     assert await outcome(port, authority.rpc(router_pair, token_file=token_file)) == "served"
-    assert await outcome(port, authority.rpc(router_pair)) == "NotPermitted"
+    assert await outcome(port, authority.rpc(router_pair)) == "CredentialsRefused"
     assert await outcome(port, RpcSettings(token_file=token_file)) == "StagerUnavailable"
 
 
@@ -444,7 +661,7 @@ class System:
         return True
 
     async def _start(self) -> None:
-        endpoints = [{"address": f"10.0.0.{i}:8000", "stager": address, "node": f"node-{i}"} for i, address in enumerate(self.stagers, 1)]
+        endpoints = [{"address": f"127.0.0.{i}:9", "stager": address, "node": f"node-{i}"} for i, address in enumerate(self.stagers, 1)]
         shared: dict[str, Any] = {"pools": [{"name": "models", "endpoints": endpoints}]}
         router = {"listen": self.router, "health_listen": self.router_health, "http_listen": self.router_http, "lameduck_s": 0}
         self.config.write_text(yaml.safe_dump({**shared, "router": router, "rpc": self._rpc.model_dump()}))
@@ -495,8 +712,8 @@ async def test_a_whole_system_with_a_token(tmp_path: Path, token_file: str) -> N
     async with System(tmp_path, RpcSettings(token_file=token_file)) as system:
         await works(system, LORA_EXTPROC_TOKEN=TOKEN)
         for environment, code, sentence in (
-            ({}, 1, f"not_permitted: stager {system.stagers[0]}: a valid token is needed: rpc.token_env or rpc.token_file"),
-            ({"LORA_EXTPROC_TOKEN": "wrong"}, 1, f"not_permitted: stager {system.stagers[0]}: a valid token is needed: rpc.token_env or rpc.token_file"),
+            ({}, 1, f"no_endpoint: stager {system.stagers[0]}: a valid token is needed: rpc.token_env or rpc.token_file"),
+            ({"LORA_EXTPROC_TOKEN": "wrong"}, 1, f"no_endpoint: stager {system.stagers[0]}: a valid token is needed: rpc.token_env or rpc.token_file"),
             ({"LORA_EXTPROC_TOKEN": ""}, 2, "rpc.token_env: the environment has no LORA_EXTPROC_TOKEN"),
         ):
             assert await system.cli("list", "--stager", system.stagers[0], **environment) == (code, "", f"lora-extproc: {sentence}\n")
@@ -518,7 +735,7 @@ async def test_a_whole_system_with_mutual_tls(tmp_path: Path, authority: Authori
 
 
 async def test_a_router_with_the_wrong_token_says_so_once(tmp_path: Path, token_file: str) -> None:
-    """Its endpoints are down, and why stands in the log and in the list; not twice a second."""
+    """Its endpoints are down, and why stands in the log and in the list: of the stager, and of each change that follows; not twice a second."""
     write_small(tmp_path / "origin/acme/a")
     (tmp_path / "wrong").write_text("another-token")
     async with System(tmp_path, RpcSettings(token_file=str(tmp_path / "wrong")), RpcSettings(token_file=token_file)) as system:
@@ -531,7 +748,7 @@ async def test_a_router_with_the_wrong_token_says_so_once(tmp_path: Path, token_
         assert answer.immediate_response.status.code == 503
         await asyncio.sleep(1.2)  # two more attempts
     log = (tmp_path / "router.log").read_text()
-    assert log.count("watch: ") == len(system.stagers)
+    assert len(system.stagers) <= log.count("a valid token is needed") <= 3 * len(system.stagers)
     assert TOKEN not in log
     assert "another-token" not in log
 
@@ -540,7 +757,7 @@ async def test_a_process_that_cannot_have_its_credentials_ends_with_one_sentence
     """Router and stager alike, with code 2."""
     (tmp_path / "token").write_text("\n")
     system = System(tmp_path, RpcSettings())
-    pools = [{"name": "models", "endpoints": [{"address": "10.0.0.1:8000", "stager": system.stagers[0]}]}]
+    pools = [{"name": "models", "endpoints": [{"address": "127.0.0.1:9", "stager": system.stagers[0]}]}]
     raw = {"pools": pools, "rpc": {"token_file": str(tmp_path / "token")}, "router": {"listen": system.router, "health_listen": "", "http_listen": ""}}
     raw["stager"] = {"listen": system.stagers[0], "http_listen": "", "dir": str(tmp_path / "node"), "engine": {"url": ""}}
     system.config.write_text(yaml.safe_dump(raw))

@@ -52,6 +52,8 @@ class Index:
         self._entries: dict[str, Entry] = {}  # least recently used first; an OrderedDict would take a third more memory
         self._leaving: dict[str, Entry] = {}
         self._reserved: dict[str, int] = {}
+        self._guarded: frozenset[str] = frozenset()
+        self._guarded_until = float("-inf")
         self.reserved_bytes = 0
         self.used_bytes = 0
 
@@ -108,7 +110,19 @@ class Index:
 
     def is_evictable(self, entry: Entry, now: float) -> bool:
         """Ours, and neither leased nor pinned. Whether the engine still reads it, only the engine can say: the caller asks before it deletes."""
-        return not (entry.pinned or entry.keep or entry.flights) and entry.leased_until <= now
+        if entry.pinned or entry.keep or entry.flights or entry.leased_until > now:
+            return False
+        return not self._guarded or not self.is_guarded(entry.id, now)
+
+    def guard(self, until: float) -> None:
+        """All that is here now may be held by somebody who could not say so yet: none of it is evictable before `until`."""
+        self._guarded, self._guarded_until = frozenset(self._entries), until
+
+    def is_guarded(self, id_: str, now: float) -> bool:
+        """Whether it waits for those who may hold it."""
+        if now >= self._guarded_until:
+            self._guarded = frozenset()
+        return id_ in self._guarded
 
     def surplus(self, limit: int, now: float) -> list[str]:
         """Choose what goes so that at most `limit` bytes are used or reserved, least recently used first; less if that is all that may go."""

@@ -71,6 +71,34 @@ class StageProgress(_message.Message):
     reply: EnsureReply
     def __init__(self, phase: _Optional[str] = ..., origin: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., reply: _Optional[_Union[EnsureReply, _Mapping]] = ...) -> None: ...
 
+class ClaimedLease(_message.Message):
+    __slots__ = ("adapter", "digest", "loading", "model", "remaining_seconds")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    digest: str
+    loading: Loading
+    model: str
+    remaining_seconds: float
+    def __init__(self, adapter: _Optional[str] = ..., digest: _Optional[str] = ..., loading: _Optional[_Union[Loading, str]] = ..., model: _Optional[str] = ..., remaining_seconds: _Optional[float] = ...) -> None: ...
+
+class ClaimRequest(_message.Message):
+    __slots__ = ("holder", "leases")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    leases: _containers.RepeatedCompositeFieldContainer[ClaimedLease]
+    def __init__(self, holder: _Optional[str] = ..., leases: _Optional[_Iterable[_Union[ClaimedLease, _Mapping]]] = ...) -> None: ...
+
+class ClaimReply(_message.Message):
+    __slots__ = ("lease_seconds",)
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    lease_seconds: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, lease_seconds: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class ReleaseRequest(_message.Message):
     __slots__ = ("holder", "adapter", "digest")
     HOLDER_FIELD_NUMBER: _ClassVar[int]
@@ -198,26 +226,30 @@ class VerifyResult(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., digest: _Optional[str] = ..., ok: _Optional[bool] = ..., why: _Optional[str] = ..., removed: _Optional[bool] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("instance", "after")
+    __slots__ = ("instance", "after", "heartbeat_seconds")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     instance: str
     after: int
-    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
+    heartbeat_seconds: float
+    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ..., heartbeat_seconds: _Optional[float] = ...) -> None: ...
 
 class NodeState(_message.Message):
-    __slots__ = ("ready", "why", "instance", "resumed", "draining")
+    __slots__ = ("ready", "why", "instance", "resumed", "draining", "heartbeat_seconds")
     READY_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     why: str
     instance: str
     resumed: bool
     draining: bool
-    def __init__(self, ready: _Optional[bool] = ..., why: _Optional[str] = ..., instance: _Optional[str] = ..., resumed: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
+    heartbeat_seconds: float
+    def __init__(self, ready: _Optional[bool] = ..., why: _Optional[str] = ..., instance: _Optional[str] = ..., resumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., heartbeat_seconds: _Optional[float] = ...) -> None: ...
 
 class Space(_message.Message):
     __slots__ = ("used_bytes", "reserved_bytes", "max_bytes")
@@ -237,14 +269,19 @@ class Demand(_message.Message):
     cpu_slots: int
     def __init__(self, adapters: _Optional[int] = ..., cpu_slots: _Optional[int] = ...) -> None: ...
 
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WatchEvent(_message.Message):
-    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "sequence")
+    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "heartbeat", "sequence")
     NODE_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     REFRESHED_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
     DEMAND_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     node: NodeState
     published: str
@@ -252,12 +289,17 @@ class WatchEvent(_message.Message):
     refreshed: str
     space: Space
     demand: Demand
+    heartbeat: Heartbeat
     sequence: int
-    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
+    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class ModelsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("after", "limit")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    limit: int
+    def __init__(self, after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("id", "root", "max_model_len")
@@ -270,12 +312,14 @@ class Model(_message.Message):
     def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class ModelsReply(_message.Message):
-    __slots__ = ("bases", "adapters")
+    __slots__ = ("bases", "adapters", "more")
     BASES_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     bases: _containers.RepeatedCompositeFieldContainer[Model]
     adapters: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, bases: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    more: bool
+    def __init__(self, bases: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class FindRequest(_message.Message):
     __slots__ = ("adapter", "revision")

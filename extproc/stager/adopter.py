@@ -44,6 +44,7 @@ class Adopter:
         self._hashes: dict[str, dict[str, object]] = {}
         self._adopted: set[AdapterName] = set()
         self._is_saved = True
+        self._is_blind = False  # the directory could not be read when it was last looked through
         self._saved_at = clock()
 
     def open(self) -> None:
@@ -55,7 +56,7 @@ class Adopter:
     def is_there(self, name: AdapterName) -> bool:
         """Whether others have something under `name`."""
         path = self._store.directory / name
-        return not path.is_symlink() and os.path.isfile(path / CONFIG_FILE)  # noqa: PTH113  # which says no where it may not look
+        return not os.path.islink(path) and os.path.isfile(path / CONFIG_FILE)  # noqa: PTH113, PTH114  # which say no where they may not look
 
     async def look(self, name: AdapterName) -> Manifest:
         """Verify and hash it. Raises InvalidAdapter, also where it is not complete yet or still being written."""
@@ -63,7 +64,14 @@ class Adopter:
 
     async def scan(self) -> None:
         """Look through the directory for what came, changed or went."""
-        there = await asyncio.to_thread(self._store.foreign)
+        try:
+            there = await asyncio.to_thread(self._store.foreign)
+        except LoraExtprocError as error:  # what is known of others' files is kept until somebody may look again
+            if not self._is_blind:
+                log.warning("what others put into %s is not seen: %s", self._store.directory, error.message)
+            self._is_blind = True
+            return
+        self._is_blind = False
         for name in dict.fromkeys((*there, *self._adopted)):
             named = self._holdings.get(name)
             try:
@@ -134,7 +142,7 @@ class Adopter:
 
     def _look(self, name: AdapterName) -> Manifest:
         directory = self._store.directory / name
-        with disk_errors():
+        with disk_errors("read"):
             try:
                 stamp, youngest = _stamp(directory)
                 if self._wall_clock() - youngest < self._settings.scan_s:

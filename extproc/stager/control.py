@@ -6,7 +6,7 @@ Adapters are read by peers alone, over gRPC.
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request
@@ -17,9 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from ..core.artifact import adapter_name
-from ..credentials import matches
 from ..errors import InvalidRequest, LoraExtprocError, NotPermitted
-from ..process import control_app
+from ..process.http import control_app
 from .audit import Verified
 from .service import ensure_reply, list_reply, stated_sha256, watch_events
 from .stager import Stager
@@ -59,12 +58,15 @@ class Verify(Asked):
     adapter: str = Field("", description="Empty: everything.")
 
 
-def stager_app(stager: Stager, token: str = "", *, destructive: bool = True) -> FastAPI:
-    """The application behind `stager.http_listen`. With a token every verb wants it; not `destructive`: what removes or pins is refused."""
+def stager_app(stager: Stager, accepts: Callable[[str | None], bool] | None = None, *, destructive: bool = True) -> FastAPI:
+    """The application behind `stager.http_listen`. `accepts` says whether an `authorization` header opens a verb; None: nobody has to show one.
+
+    Not `destructive`: what removes or pins is refused.
+    """
     app = control_app("lora-extproc stager", stager.metrics, lambda: stager.not_ready)
 
     async def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
-        if token and not matches(authorization, token):
+        if accepts is not None and not accepts(authorization):
             raise NotPermitted("a valid token is needed: rpc.token_env or rpc.token_file")
 
     async def permitted(_: Annotated[None, Depends(authorized)]) -> None:

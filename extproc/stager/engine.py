@@ -26,7 +26,6 @@ _RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
 _MAX_LORAS = re.compile(r'max_lora="(\d+)"')
 _NO_SUCH_NAME = "/"  # no adapter can be called so
 RUNTIME_UPDATING_IS_OFF = "the engine takes no adapters at run time: it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=true"
-MAX_REASON = 300  # characters of an engine's complaint that a client is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +94,18 @@ class Engine:
         return name
 
     async def why_not_ready(self) -> str | None:
-        """Why it can serve nothing now; None if it can."""
+        """Why it can serve nothing now: it refused the connection, did not answer, answered that it is not well, sleeps; None if it can."""
         try:
-            if (await self._call("GET", "/health"))[0] != 200:
-                raise EngineUnreachable("it is not healthy")
+            status, _ = await self._call("GET", "/health", timeout_s=self._settings.health_timeout_s)
+            if status != 200:
+                raise EngineUnreachable(f"the engine answers {status} to /health")
             if self._can_sleep and await self._is_sleeping():
                 return "the engine sleeps"
             if self.loads and not await self._may_load():
                 return RUNTIME_UPDATING_IS_OFF
-        except EngineUnreachable:
+        except EngineUnreachable as error:
             self.keeps_prefixes, self._can_sleep, self._takes_adapters = False, True, None  # it may come back with other settings
-            return "the engine is not healthy"
+            return error.message
         return None
 
     async def until_it_hangs_up(self) -> None:
@@ -187,7 +187,7 @@ class Engine:
     async def _refused(self, status: int, said: str, directory: Path) -> None:
         """A load that failed: is it the adapter's fault? A dying engine answers 500 too, and one that does not see the directory 404."""
         if status in (400, 500) and await self.why_not_ready() is None:
-            reason = " ".join(said.replace(str(directory), "<path>").split())[:MAX_REASON]
+            reason = " ".join(said.replace(str(directory), "<path>").split())
             raise InvalidAdapter(f"the engine refuses the adapter: {reason or f'it answers {status}'}", "engine")
         if status == 404 and "No adapter found" in said:
             raise EngineUnreachable("the engine does not find the adapter's directory: it must see this node's directory under the same path")
@@ -195,14 +195,14 @@ class Engine:
 
     async def _is_sleeping(self) -> bool:
         """Only a vLLM in its development mode can be put to sleep, and tells it."""
-        status, body = await self._call("GET", "/is_sleeping")
+        status, body = await self._call("GET", "/is_sleeping", timeout_s=self._settings.health_timeout_s)
         self._can_sleep = status != 404
         return status == 200 and isinstance(body, dict) and body.get("is_sleeping") is True
 
     async def _may_load(self) -> bool:
         """Of a path that it has not got it says `detail`, of a name that it does not know `error`."""
         if not self._takes_adapters:
-            status, body = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": _NO_SUCH_NAME})
+            status, body = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": _NO_SUCH_NAME}, self._settings.health_timeout_s)
             self._takes_adapters = not (status == 404 and isinstance(body, dict) and "detail" in body)
         return self._takes_adapters
 
@@ -232,8 +232,13 @@ class Engine:
                 if response.content_type == "application/json":
                     return response.status, await response.json()
                 return response.status, await response.text()
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise EngineUnreachable(f"the engine cannot be asked: {type(error).__name__}") from error
+        except TimeoutError as error:
+            raise EngineUnreachable(f"the engine did not answer {path} within {timeout.total:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            refused = isinstance(error.os_error, ConnectionRefusedError)
+            raise EngineUnreachable("the engine refused the connection" if refused else f"the engine cannot be reached: {error.os_error.strerror}") from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise EngineUnreachable(f"the engine broke off its answer to {path}: {type(error).__name__}") from error
 
 
 def _said(body: Any) -> str:

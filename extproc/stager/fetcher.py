@@ -147,7 +147,9 @@ class Fetcher:
                     continue
                 listing = replace(listing, final=plan.listing.final)
             try:
-                return await self._carry_out(Plan(copy.source, listing, copy.origin), job, expected)
+                named = await self._carry_out(Plan(copy.source, listing, copy.origin), job, expected)
+                self._peers.was_of_use(copy)
+                return named
             except (OriginFailed, InvalidAdapter) as error:
                 log.info("%s: the copy of a peer is of no use: %s", name, error.message)
                 self._peers.was_of_no_use(copy, error)
@@ -162,13 +164,14 @@ class Fetcher:
                 listing = await source.resolve(name)
             except OriginFailed as error:
                 log.warning("%s: %s", name, error.message)
-                failure = failure or error
+                if failure is None or (failure.shared and not error.shared):  # one that another node may reach sends the request there
+                    failure = error
                 continue
             if listing is not None:
                 return source, listing
         if failure is not None:
             raise failure
-        raise ModelNotFound(f"no origin has {name}")
+        raise ModelNotFound(f"The model `{name}` does not exist: no origin has it")
 
     async def _carry_out(self, plan: Plan, job: Job, expected: str) -> Named:
         """Bring, verify, publish. Whatever goes wrong, nothing of it stays."""
@@ -301,7 +304,7 @@ class Fetcher:
         return file.size
 
     async def _check_config(self, directory: Path) -> AdapterConfig:
-        with disk_errors():
+        with disk_errors("read"):
             text = (directory / CONFIG_FILE).read_bytes()  # some kilobytes, written just now
         engine = self._settings.engine
         return check_config(text, base_model=engine.base_model, base_names=engine.base_names, max_rank=self._engine.limits.max_lora_rank)

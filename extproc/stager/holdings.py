@@ -1,5 +1,6 @@
 """What this node has: names, the artifacts they lead to, the disk's budget. Changed by the stager's parts, read by everybody; no I/O."""
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class Holdings:
         self.index = Index(max_bytes)
         self.pins: dict[AdapterName, str] = {}  # pinned names -> the SHA-256 their weights must have, or ""
         self._named: dict[AdapterName, Named] = {}
+        self._sorted: list[AdapterName] | None = None  # all names; None: not kept yet, since a start puts a hundred thousand of them
         self._names_of: dict[str, AdapterName | tuple[AdapterName, ...]] = {}  # one name, as nearly always, is kept without a tuple
 
     def __len__(self) -> int:
@@ -48,7 +50,9 @@ class Holdings:
 
     def put(self, name: AdapterName, named: Named) -> str | None:
         """Let `name` lead there; the id of what it led to before, if no name leads to that any more."""
-        old = self.drop(name)
+        if self._sorted is not None and name not in self._named:
+            insort(self._sorted, name)
+        old = self._drop(name)
         self._named[name] = named
         others = self.names_of(named.id)
         self._names_of[named.id] = (*others, name) if others else name
@@ -57,6 +61,23 @@ class Holdings:
 
     def drop(self, name: AdapterName) -> str | None:
         """Forget `name`; the id of what it led to, if it was the last name of that."""
+        if self._sorted is not None and name in self._named:
+            del self._sorted[bisect_left(self._sorted, name)]
+        return self._drop(name)
+
+    def sort(self) -> None:
+        """Keep the names sorted from now on: each that comes or goes costs some microseconds then."""
+        self._sorted = sorted(self._named)
+
+    def after(self, name: str, limit: int) -> list[AdapterName]:
+        """At most `limit` names in their order (by code points), from the first after `name` on."""
+        if self._sorted is None:
+            self.sort()
+        assert self._sorted is not None
+        first = bisect_right(self._sorted, name) if name else 0
+        return self._sorted[first : first + limit]
+
+    def _drop(self, name: AdapterName) -> str | None:
         named = self._named.pop(name, None)
         if named is None:
             return None

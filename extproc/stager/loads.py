@@ -52,6 +52,7 @@ class Loads:
         self._refused_s = refused_s
         self._clock = clock
         self._known: dict[str, Load] = {}
+        self._is_compared = False  # with the engine's own list, since the start
         self._unloading: set[str] = set()
         self._changes = 0  # of the two above: a list that was asked for before one of them says nothing
         self._unsettled: dict[str, set[str]] = {}  # artifacts that were unloaded and not seen at rest since -> the names that were theirs
@@ -67,6 +68,21 @@ class Loads:
     def has(self, adapter: AdapterName, id_: str) -> bool:
         """Whether the engine knows this version of the adapter."""
         return any(self._known.get(name) == Load(adapter, id_) for name in (versioned_name(adapter, _digest(id_)), adapter))
+
+    def still_has(self, adapter: AdapterName, id_: str, model: str, *, plain: bool) -> bool:
+        """Whether the engine answers to `model` with this version. Before its list was seen what an earlier stager let it know is believed, and kept in mind:
+        the first look tells what it has lost.
+        """
+        if not self._engine.exists:
+            return model == adapter
+        name, load = adapter if plain else versioned_name(adapter, _digest(id_)), Load(adapter, id_)
+        if not model.endswith(name) or (self._is_compared and self._engine.request_model(name) != model):  # its base's name may not be known yet
+            return False
+        if not self._engine.loads and plain:
+            return True  # its resolver finds the adapter's own link
+        if self._engine.loads and not self._is_compared:
+            self._known.setdefault(name, load)
+        return self._known.get(name) == load
 
     async def ensure(self, adapter: AdapterName, id_: str, *, plain: bool) -> str:
         """Let the engine know the artifact; what a request's `model` must be. The caller sees to it that the artifact stays meanwhile.
@@ -182,6 +198,7 @@ class Loads:
                 break
         else:
             return set()
+        self._is_compared = True
         for name, root in listed.items():  # of an earlier stager on this directory
             if name not in self._known and name not in self._unloading and (load := self._made_of(name, root)) is not None:
                 self._known[name] = load

@@ -136,12 +136,13 @@ class Remover:
         """Remove content that no name leads to any more: beside an engine when the last lease has ended, since requests may still be sent to it."""
         if self._holdings.names_of(id_):
             return
-        if self._engine.exists and id_ in self._holdings.index:
+        index = self._holdings.index
+        if id_ in index and (self._engine.exists or index.is_guarded(id_, self._clock())):
             self.retire(id_)
             with contextlib.suppress(NoSpace, DiskFailed):  # then a restart may bring it back, until it is compared with its origin
                 await asyncio.to_thread(self._store.retire, id_)
             await self.remove_retired(id_)
-        elif self._holdings.index.leave(id_, self._clock(), force=True):
+        elif index.leave(id_, self._clock(), force=True):
             await self.remove(id_, "refreshed")
 
     def retire(self, id_: str) -> None:
@@ -265,5 +266,7 @@ def _held(entry: Entry, now: float) -> str:
         return "being staged or refreshed"
     if entry.pinned:
         return "pinned"
+    if entry.leased_until <= now:
+        return "kept until routers have said what they rely on: this stager has just been started"
     left_s = max(0.0, entry.leased_until - now)
     return "being sent to another node" if left_s == float("inf") else f"leased for {left_s:.0f} s more"

@@ -10,13 +10,14 @@ from .. import credentials
 from ..client import StagerClient
 from ..config import Settings
 from ..metrics import StagerMetrics
-from ..process import HttpServer, grpc_server, listen_grpc
+from ..process.grpc import grpc_server, listen_grpc
+from ..process.http import HttpServer
 from .control import stager_app
 from .engines import build_engine
 from .origins import build_origin
 from .peers import Peers, addresses
 from .service import StagerService
-from .sources import Source
+from .sources import Source, log_repetitions
 from .stager import Stager
 
 log = logging.getLogger(__name__)
@@ -43,16 +44,18 @@ class Server:
 
     async def start(self) -> None:
         """Take the directory, then the ports. Raises StartError."""
-        token = credentials.token(self._rpc)
+        tokens = credentials.Tokens(self._rpc)
         tls = credentials.server_credentials(self._rpc)
+        log_repetitions()
         await self.stager.open()
-        self._grpc = grpc_server([credentials.TokenInterceptor(token)] if token else [])
+        self._grpc = grpc_server([credentials.TokenInterceptor(tokens)] if tokens.current else [])
         guarded = credentials.are_configured(self._rpc)
         destructive = guarded or credentials.is_loopback(self._settings.listen)
         StagerService(self.stager, self._settings.peers, destructive=destructive).register(self._grpc)
         listen_grpc(self._grpc, self._settings.listen, tls)
         if self._settings.http_listen:
-            app = stager_app(self.stager, token, destructive=bool(token) or credentials.is_loopback(self._settings.http_listen))
+            destructive = bool(tokens.current) or credentials.is_loopback(self._settings.http_listen)
+            app = stager_app(self.stager, tokens.accepts if tokens.current else None, destructive=destructive)
             self._http = HttpServer(app, self._settings.http_listen)
             self._http.start()
         await self._grpc.start()

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from .. import chunks
-from ..client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE, Loading
+from ..client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE, Claimed, Loading
 from ..config import PeerSettings
 from ..core.artifact import adapter_name
 from ..errors import (
@@ -49,8 +49,11 @@ _CODES: tuple[tuple[type[LoraExtprocError], grpc.StatusCode], ...] = (
 )
 
 
-READ_BYTES = 2**20  # per message; below gRPC's default limit of 4 MiB on what a client takes
-PROGRESS_S = 0.1
+LEAST_READ_BYTES, READ_BYTES = 2**12, 2**20  # per message; below gRPC's default limit of 4 MiB on what a client takes
+FIRST_PROGRESS_S = 0.01  # what is here, or refused at the door, is answered alone
+PROGRESS_S = 0.5
+MODELS_SLICE = 250  # adapters between two turns of the event loop: about a millisecond
+MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 60.0  # whatever a watcher asks for
 
 
 class StagerService:
@@ -65,12 +68,17 @@ class StagerService:
         self._destructive = destructive
         self._send_pace = Pace(settings.max_bytes_per_s)
         self._free_reads = settings.max_reads
+        # Where the rate is limited, all who read get something many times a second: who gets nothing for a second takes this node for hung.
+        self._read_bytes = (
+            min(READ_BYTES, max(LEAST_READ_BYTES, settings.max_bytes_per_s // (8 * settings.max_reads))) if settings.max_bytes_per_s else READ_BYTES
+        )
 
     def register(self, server: grpc.aio.Server) -> None:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         methods = {
             "Ensure": unary(self.ensure, pb.EnsureRequest.FromString, pb.EnsureReply.SerializeToString),
             "Stage": stream(self.stage, pb.EnsureRequest.FromString, pb.StageProgress.SerializeToString),
+            "Claim": unary(self.claim, pb.ClaimRequest.FromString, pb.ClaimReply.SerializeToString),
             "Release": unary(self.release, pb.ReleaseRequest.FromString, pb.ReleaseReply.SerializeToString),
             "List": unary(self.list, pb.ListRequest.FromString, pb.ListReply.SerializeToString),
             "Pin": unary(self.pin, pb.PinRequest.FromString, pb.PinReply.SerializeToString),
@@ -78,7 +86,7 @@ class StagerService:
             "Purge": unary(self.purge, pb.EvictRequest.FromString, pb.EvictReply.SerializeToString),
             "Refresh": unary(self.refresh, pb.RefreshRequest.FromString, pb.RefreshReply.SerializeToString),
             "Verify": stream(self.verify, pb.VerifyRequest.FromString, pb.VerifyResult.SerializeToString),
-            "Models": unary(self.models, pb.ModelsRequest.FromString, pb.ModelsReply.SerializeToString),
+            "Models": unary(self.models, pb.ModelsRequest.FromString, bytes),
             "Watch": stream(self.watch, pb.WatchRequest.FromString, pb.WatchEvent.SerializeToString),
             "Find": unary(self.find, pb.FindRequest.FromString, pb.FindReply.SerializeToString),
             "Read": stream(self.read, pb.ReadRequest.FromString, chunks.encode),
@@ -93,15 +101,29 @@ class StagerService:
     async def stage(self, request: pb.EnsureRequest, context: Context) -> AsyncIterator[pb.StageProgress]:
         async with _errors(context):
             waiting = asyncio.ensure_future(self._ensure(request))
+            told = None
             try:
+                await asyncio.wait({waiting}, timeout=FIRST_PROGRESS_S)
                 while not waiting.done():
+                    progress = self._progress(request.adapter)
+                    if progress != told:
+                        told = progress
+                        yield progress
                     await asyncio.wait({waiting}, timeout=PROGRESS_S)
-                    job = self._stager.job(request.adapter)
-                    if job is not None and not waiting.done():
-                        yield pb.StageProgress(phase=job.phase, origin=job.origin, done_bytes=job.done_bytes, total_bytes=job.total_bytes)
                 yield pb.StageProgress(reply=ensure_reply(waiting.result()))
             finally:
                 waiting.cancel()
+
+    def _progress(self, adapter: str) -> pb.StageProgress:
+        """How far its flight is; where none is left to wait for, the engine's load is."""
+        if (job := self._stager.job(adapter)) is not None:
+            return pb.StageProgress(phase=job.phase, origin=job.origin, done_bytes=job.done_bytes, total_bytes=job.total_bytes)
+        return pb.StageProgress(phase="load" if self._stager.is_loading(adapter) else "")
+
+    async def claim(self, request: pb.ClaimRequest, context: Context) -> pb.ClaimReply:
+        async with _errors(context):
+            leases = [Claimed(lease.adapter, lease.digest, _loading(lease.loading), lease.model, lease.remaining_seconds) for lease in request.leases]
+            return pb.ClaimReply(lease_seconds=await self._stager.claim(request.holder, leases))
 
     async def release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseReply:
         async with _errors(context):
@@ -141,12 +163,12 @@ class StagerService:
                 yield pb.VerifyResult(adapter=found.name, digest=found.digest, ok=not found.why, why=found.why, removed=found.removed, bytes=found.size)
 
     async def watch(self, request: pb.WatchRequest, _context: Context) -> AsyncIterator[pb.WatchEvent]:
-        async with contextlib.aclosing(watch_events(self._stager, request.instance, request.after)) as events:
+        async with contextlib.aclosing(watch_events(self._stager, request.instance, request.after, request.heartbeat_seconds)) as events:
             async for event in events:
                 yield event
 
-    async def models(self, _request: pb.ModelsRequest, _context: Context) -> pb.ModelsReply:
-        return models_reply(self._stager)
+    async def models(self, request: pb.ModelsRequest, _context: Context) -> bytes:
+        return await models_reply(self._stager, request.after, request.limit)
 
     async def find(self, request: pb.FindRequest, context: Context) -> pb.FindReply:
         async with _errors(context):
@@ -165,7 +187,7 @@ class StagerService:
             try:
                 with self._stager.reading(request.digest, request.path) as path:
                     async with opened(lambda: _open_published(self._stager.store, request, path)) as file:
-                        while data := await asyncio.to_thread(file.read, READ_BYTES):
+                        while data := await asyncio.to_thread(file.read, self._read_bytes):
                             await self._send_pace.spend(len(data))
                             self._stager.metrics.sent_bytes.inc(len(data))
                             yield data
@@ -178,11 +200,15 @@ class StagerService:
 
     async def _ensure(self, request: pb.EnsureRequest) -> Ensured:
         sha256 = stated_sha256(request.sha256)
-        try:
-            loading = Loading(request.loading)
-        except ValueError:
-            raise InvalidRequest(f"loading: {request.loading} is not known here") from None
+        loading = _loading(request.loading)
         return await self._stager.ensure(request.adapter, priority=request.priority, holder=request.holder, sha256=sha256, loading=loading)
+
+
+def _loading(number: int) -> Loading:
+    try:
+        return Loading(number)
+    except ValueError:
+        raise InvalidRequest(f"loading: {number} is not known here") from None
 
 
 def stated_sha256(text: str) -> str:
@@ -195,22 +221,34 @@ def stated_sha256(text: str) -> str:
     return text.lower()
 
 
-async def watch_events(stager: Stager, instance: str = "", after: int = 0) -> AsyncGenerator[pb.WatchEvent, None]:
-    """What was missed since change `after` of that `instance`, the node's state, then every change. Ends for a watcher that is too slow."""
+async def watch_events(stager: Stager, instance: str = "", after: int = 0, heartbeat_s: float = 0.0) -> AsyncGenerator[pb.WatchEvent, None]:
+    """What was missed since change `after` of that `instance`, the node's state, then every change. Ends for a watcher that is too slow.
+
+    After `heartbeat_s` without a change comes a heartbeat; 0: never. This loop sends it, so that a loop that is stopped is noticed.
+    """
+    beat_s = min(max(heartbeat_s, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
     changes = stager.changes
     with changes.since(after if instance == stager.instance else -1) as (queue, complete):
         while not queue.empty():  # what was missed, before the node may count as ready again
             if (change := queue.get_nowait()) is None:
                 return
             yield _event(stager, change)
-        yield _node(stager, changes.last, resumed=complete)
+        yield _node(stager, changes.last, resumed=complete, heartbeat_s=beat_s)
         if stager.demand[1]:
             yield _event(stager, Change(changes.last, "demand"))
-        while (change := await queue.get()) is not None:
-            yield _event(stager, change)
+        while True:
+            try:
+                async with asyncio.timeout(beat_s or None):
+                    change = await queue.get()
+            except TimeoutError:
+                yield pb.WatchEvent(heartbeat=pb.Heartbeat())
+                continue
+            if change is None:
+                return
+            yield _event(stager, change, beat_s)
 
 
-def _event(stager: Stager, change: Change) -> pb.WatchEvent:
+def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.WatchEvent:
     match change.kind:
         case "published":
             return pb.WatchEvent(sequence=change.sequence, published=change.adapter)
@@ -226,12 +264,12 @@ def _event(stager: Stager, change: Change) -> pb.WatchEvent:
             adapters, cpu_slots = stager.demand
             return pb.WatchEvent(sequence=change.sequence, demand=pb.Demand(adapters=adapters, cpu_slots=cpu_slots))
         case _:
-            return _node(stager, change.sequence, resumed=True)
+            return _node(stager, change.sequence, resumed=True, heartbeat_s=heartbeat_s)
 
 
-def _node(stager: Stager, sequence: int, *, resumed: bool) -> pb.WatchEvent:
+def _node(stager: Stager, sequence: int, *, resumed: bool, heartbeat_s: float) -> pb.WatchEvent:
     why = stager.not_ready
-    node = pb.NodeState(ready=why is None, why=why or "", instance=stager.instance, resumed=resumed, draining=stager.is_draining)
+    node = pb.NodeState(ready=why is None, why=why or "", instance=stager.instance, resumed=resumed, draining=stager.is_draining, heartbeat_seconds=heartbeat_s)
     return pb.WatchEvent(sequence=sequence, node=node)
 
 
@@ -243,7 +281,7 @@ def _open_published(store: Store, request: pb.ReadRequest, path: Path) -> Binary
         raise ModelNotFound(f"{request.digest[:64]!r} has no file {request.path[:80]!r} on this node")
     if request.offset > size:
         raise InvalidRequest(f"offset: {request.path} has {size} bytes; {request.offset} is behind its end")
-    with disk_errors():
+    with disk_errors("read"):
         file = path.open("rb")
         file.seek(request.offset)
         return file
@@ -287,12 +325,22 @@ def list_reply(stager: Stager) -> pb.ListReply:
     return pb.ListReply(adapters=adapters, used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
 
 
-def models_reply(stager: Stager) -> pb.ModelsReply:
-    """Base models and adapters as vLLM would list them."""
+async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes:
+    """An encoded ModelsReply: base models and adapters as vLLM would list them.
+
+    It is made of slices, since parts of an encoded message that follow each other are one message, and a hundred thousand adapters would stop the
+    event loop for a tenth of a second. What comes or goes between two slices is listed, or not.
+    """
     holdings, path = stager.holdings, stager.store.path
-    bases = [pb.Model(id=base.id, root=base.root, max_model_len=base.max_model_len) for base in stager.engine.bases]
-    adapters = [pb.Model(id=name, root=str(path(named.id))) for name in holdings if (named := holdings.get(name)) is not None]
-    return pb.ModelsReply(bases=bases, adapters=adapters)
+    bases = [] if after else [pb.Model(id=base.id, root=base.root, max_model_len=base.max_model_len) for base in stager.engine.bases]
+    parts, left = [pb.ModelsReply(bases=bases).SerializeToString()], limit or len(holdings)
+    while left and (names := holdings.after(after, min(left, MODELS_SLICE))):
+        adapters = [pb.Model(id=name, root=str(path(named.id))) for name in names if (named := holdings.get(name)) is not None]
+        parts.append(pb.ModelsReply(adapters=adapters).SerializeToString())
+        after, left = names[-1], left - len(names)
+        await asyncio.sleep(0)
+    parts.append(pb.ModelsReply(more=bool(holdings.after(after, 1))).SerializeToString())
+    return b"".join(parts)
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..client import Loading
+from ..client import Claimed, Loading
 from ..config import StagerSettings
 from ..core.artifact import AdapterName, Manifest, adapter_name
 from ..core.breaker import STATES, Breaker
@@ -34,6 +34,7 @@ from ..metrics import StagerMetrics
 from .adopter import Adopter
 from .audit import Auditor, Verified
 from .changes import Changes
+from .claims import Claims
 from .engine import Engine
 from .fetcher import Fetcher
 from .flights import Flights
@@ -117,9 +118,11 @@ class Stager:
             self.changes,
             clock,
         )
+        self._claims = Claims(self.holdings, self._loads, settings.claim_wait_s, settings.lease_s, clock)
         self._pins_file = asyncio.Lock()
         self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
         self._missing: dict[AdapterName, tuple[float, LoraExtprocError]] = {}  # what no origin gives -> until when that is remembered, and why
+        self._is_full = False  # what was fetched last found no room
         self._space_told: tuple[int, int] = (-1, -1)
         self._demand_told: tuple[int, int] = (0, 0)
         self._next_scan = 0.0
@@ -159,7 +162,9 @@ class Stager:
             log.info("%s: removed %s: it was not whole, or a newer version is there", self._settings.dir, left)
         if self._settings.adopt:
             await asyncio.wait({self._start_scan()}, timeout=FIRST_SCAN_S)
-        self._keeper.open()
+        self.holdings.sort()
+        self._claims.open()
+        await self._keeper.open()
         self._readiness.set("start", None)
         self._housekeeping = asyncio.create_task(self._keep_house(), name="housekeeping")
 
@@ -244,6 +249,15 @@ class Stager:
     def job(self, raw_name: str) -> Job | None:
         """The flight of an adapter that is on its way."""
         return self._flights.get(AdapterName(raw_name))
+
+    async def claim(self, holder: str, leases: Sequence[Claimed]) -> list[float]:
+        """Lease to `holder` what an earlier instance leased to it and is still here; seconds for each, 0 where it is not."""
+        return await self._claims.honour(holder, leases)
+
+    def is_loading(self, raw_name: str) -> bool:
+        """Whether the engine is about to know the adapter."""
+        named = self.holdings.get(AdapterName(raw_name))
+        return named is not None and self._loads.is_loading(named.id)
 
     def release(self, holder: str, raw_name: str = "", digest: str = "") -> int:
         """Give back what `holder` leased: one adapter (of a version that is not the latest any more, by its digest), or all; how many there were."""
@@ -404,6 +418,9 @@ class Stager:
     async def _show_under(self, name: AdapterName, named: Named, holder: str) -> Ensured:
         await asyncio.to_thread(self.store.link, name, named.id)
         self._missing.pop(name, None)
+        if self._is_full:
+            self._is_full = False
+            log.info("the node has room again")
         self.holdings.put(name, named)
         self.changes.tell("published", name)
         ensured = self._lease(name, self._clock(), holder, staged=True, waited_s=0.0)
@@ -430,6 +447,9 @@ class Stager:
             self.metrics.verify_failures.labels(error.what).inc()
         elif isinstance(error, DiskFailed):
             self._readiness.set("disk", error.message)
+        elif isinstance(error, NoSpace) and not self._is_full:
+            self._is_full = True
+            log.warning("the node has no room: %s", error.message)
 
     # -- reading back
 
@@ -454,10 +474,9 @@ class Stager:
     # -- the node's state
 
     async def _keep_house(self) -> None:
-        """Every second: the engine's health, the disk's, room in advance, what others put here."""
+        """Every second: the disk's health, room in advance, what others put here. The engine's is asked apart: here nothing may wait for it."""
         while True:
             try:
-                await self._keeper.check()
                 await self._check_disk()
                 await self._trim()
                 if self._retiring is None or self._retiring.done():  # an engine may take its time to let something go

@@ -149,7 +149,7 @@ class Store:
     def manifest(self, digest: str) -> Manifest:
         """What was published as `digest`. Raises StageError if it cannot be read."""
         try:
-            with disk_errors():
+            with disk_errors("read"):
                 return Manifest.from_json((self._store / digest / MANIFEST_FILE).read_bytes())
         except ValueError as error:
             raise DiskFailed(f"the manifest of {digest} is damaged") from error
@@ -180,7 +180,7 @@ class Store:
 
     def free_bytes(self) -> int:
         """What the file system has left for us."""
-        with disk_errors():
+        with disk_errors("read"):
             stat = os.statvfs(self.directory)
             return stat.f_bavail * stat.f_frsize
 
@@ -342,7 +342,7 @@ class Store:
     def foreign(self) -> list[AdapterName]:
         """Directories with an adapter's configuration that others put here."""
         found: list[AdapterName] = []
-        with disk_errors():
+        with disk_errors("read"):
             for _ in self._walk(str(self.directory), "", found):
                 pass
         return found
@@ -490,14 +490,14 @@ def hash_file(path: Path, relative: str) -> File:
 
 
 @contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """The operating system's complaints about the disk, as ours."""
+def disk_errors(what: str = "written") -> Iterator[None]:
+    """The operating system's complaints about the disk, as ours. `what` it cannot be: "written" or "read"."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace("the node's disk is full, though its limit is not reached") from error
-        raise DiskFailed(f"the node's disk cannot be written: {error.strerror}") from error
+        raise DiskFailed(f"the node's disk cannot be {what}: {error.strerror}") from error
 
 
 def _fsync(path: Path) -> None:

@@ -349,7 +349,7 @@ class Download:
 
         def work(begin: int, end: int) -> None:
             buffer = memoryview(bytearray(min(READ_BACK_BYTES, end - begin)))
-            with disk_errors():
+            with disk_errors("read"):
                 while begin < end:
                     count = os.preadv(self._descriptor, [buffer[: end - begin]], begin)
                     if not count:

@@ -5,6 +5,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -44,7 +45,7 @@ class Authority:
             os.replace(fresh, path)  # noqa: PTH105
         return pair
 
-    def rpc(self, pair: Pair, trusted: "Authority | None" = None, **more: str) -> RpcSettings:
+    def rpc(self, pair: Pair, trusted: "Authority | None" = None, **more: Any) -> RpcSettings:
         """Settings that show `pair`, and trust this authority or another."""
         return RpcSettings(cert_file=str(pair.cert), key_file=str(pair.key), ca_file=str((trusted or self).ca_file), **more)
 

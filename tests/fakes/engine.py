@@ -16,6 +16,10 @@ Step = Callable[[str], Awaitable[web.Response | None]]
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+# A connection that was accepted a moment ago is known to asyncio and not yet to the server, which would not close it.
+ACCEPTED_S = 0.02
+
+
 @dataclass
 class RunningEngine:
     """`calls` are the paths asked for, but for health, which says no while `is_sick`. `step` may answer anything else instead of the engine."""
@@ -25,6 +29,8 @@ class RunningEngine:
     calls: list[str] = field(default_factory=list)
     deaths: int = 0
     is_sick: bool = False
+    healths: int = 0  # how often it was asked
+    hold: asyncio.Event | None = None  # whatever comes, health too, waits for it
     step: Step | None = None
     runner: web.AppRunner | None = None
 
@@ -38,7 +44,9 @@ class RunningEngine:
     async def stop(self) -> None:
         """Refuse connections from now on."""
         if self.runner is not None:
+            await asyncio.sleep(ACCEPTED_S)
             await self.runner.cleanup()
+            await asyncio.sleep(ACCEPTED_S)
             self.runner = None
 
 
@@ -55,6 +63,9 @@ async def running_engine(
 
     @web.middleware
     async def note(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        running.healths += request.path == "/health"
+        if running.hold is not None:
+            await running.hold.wait()
         if request.path == "/health" and running.is_sick:
             return web.Response(status=503)
         if request.path != "/health":

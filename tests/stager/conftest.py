@@ -13,7 +13,8 @@ import stamina
 from extproc.client import Demand, NodeState, Space, StagerClient, WatchEvent
 from extproc.config import EngineSettings, PeerSettings, StagerSettings
 from extproc.metrics import StagerMetrics
-from extproc.process import grpc_server
+from extproc.process.grpc import grpc_server
+from extproc.stager import keeper as keeper_module
 from extproc.stager.engine import Engine
 from extproc.stager.origins import Origin
 from extproc.stager.service import StagerService
@@ -36,6 +37,12 @@ def no_back_off() -> Iterator[None]:
     """As many attempts as ever, without the waits between them."""
     with stamina.set_testing(True, attempts=100, cap=True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def quick_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are asked as often as a test can wait for."""
+    monkeypatch.setattr(keeper_module, "HEALTH_S", 0.01)
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ async def open_stager(node: Path, clock: Clock) -> AsyncIterator[OpenStager]:
 
     async def open_(*origins: Origin, engine_url: str = "", **settings: Any) -> Stager:
         engine = EngineSettings(url=engine_url, base_model=BASE_MODEL, max_lora_rank=8, quiet_s=0.0)
-        chosen = StagerSettings(**{"dir": str(node), "lease_s": 300.0, "negative_ttl_s": 10.0, "engine": engine, **settings})
+        chosen = StagerSettings(**{"dir": str(node), "lease_s": 300.0, "negative_ttl_s": 10.0, "claim_wait_s": 0.0, "engine": engine, **settings})
         stager = Stager(chosen, [Source(origin, clock=clock) for origin in origins], Engine(chosen.engine), StagerMetrics(), clock)
         opened.append(stager)
         await stager.open()

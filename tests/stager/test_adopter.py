@@ -547,3 +547,38 @@ asyncio.run(main(sys.argv[1]))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "['mine'] None"
     assert "DiskFailed" not in ran.stdout
+
+
+LOOKS = """
+import asyncio, logging, os, sys
+from pathlib import Path
+from extproc.config import StagerSettings
+from extproc.core.artifact import adapter_name
+from extproc.stager.adopter import Adopter
+from extproc.stager.changes import Changes
+from extproc.stager.holdings import Holdings
+from extproc.stager.store import Store
+
+if os.geteuid() == 0:  # whom no mode keeps out
+    os.setgroups([])
+    os.setuid(65534)
+logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
+adopter = Adopter(StagerSettings(dir=sys.argv[1]), Store(Path(sys.argv[1])), Holdings(10**9), Changes())
+print(adopter.is_there(adapter_name("acme/a")))
+for _ in range(3):
+    asyncio.run(adopter.scan())
+"""
+
+
+def test_what_may_not_be_looked_at_is_not_there(tmp_path: Path) -> None:
+    """No traceback for each request, and one line in the log for however many looks."""
+    closed = tmp_path / "node"
+    write_small(closed / "acme/a")
+    closed.chmod(0)
+    command = [sys.executable, "-c", LOOKS, str(closed)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    closed.chmod(0o755)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    there, *said = ran.stdout.splitlines()
+    assert there == "False"
+    assert said == [f"what others put into {closed} is not seen: the node's disk cannot be read: Permission denied"]

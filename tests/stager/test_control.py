@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from extproc.config import EngineSettings, RpcSettings, Settings, StagerSettings
+from extproc.credentials import matches
 from extproc.errors import NoSpace, OriginFailed
-from extproc.process import HttpServer
+from extproc.process.http import HttpServer
 from extproc.stager.control import stager_app
 from extproc.stager.server import Server
 from extproc.stager.stager import Stager
@@ -80,7 +81,7 @@ async def serve(open_stager: OpenStager, origin: FakeOrigin) -> AsyncIterator[Se
 
     async def start(token: str = "", *, destructive: bool = True, **settings: Any) -> Api:
         stager = await open_stager(origin, **settings)
-        server = HttpServer(stager_app(stager, token, destructive=destructive), "127.0.0.1:0")
+        server = HttpServer(stager_app(stager, (lambda shown: matches(shown, token)) if token else None, destructive=destructive), "127.0.0.1:0")
         server.start()
         url = f"http://127.0.0.1:{server._socket.getsockname()[1]}"
         opened.append((server, httpx.AsyncClient(base_url=url, timeout=30, trust_env=False)))
@@ -378,7 +379,7 @@ async def test_watch_tells_every_change_as_an_event(serve: Serve, origin: FakeOr
         events = events_of(answer)
         _, state = await anext(events)
         instance = api.stager.instance
-        assert state == {"node": {"ready": True, "why": "", "instance": instance, "resumed": False, "draining": False}}
+        assert state == {"node": {"ready": True, "why": "", "instance": instance, "resumed": False, "draining": False, "heartbeat_seconds": 0.0}}
         await api.done("stage", adapter="acme/a")
         await api.done("purge", adapter="acme/a")
         (first_id, first), (second_id, second) = [await anext(events) for _ in range(2)]
@@ -386,7 +387,8 @@ async def test_watch_tells_every_change_as_an_event(serve: Serve, origin: FakeOr
         assert first_id.startswith(f"{instance}.")
         assert int(second_id.rpartition(".")[2]) > int(first_id.rpartition(".")[2])
         api.stager.drain()
-        assert (await anext(events))[1]["node"] == {"ready": False, "why": "the stager is stopping", "instance": instance, "resumed": True, "draining": True}
+        leaving = {"ready": False, "why": "the stager is stopping", "instance": instance, "resumed": True, "draining": True, "heartbeat_seconds": 0.0}
+        assert (await anext(events))[1]["node"] == leaving
 
 
 async def test_watch_tells_the_budget_in_bytes(serve: Serve, origin: FakeOrigin) -> None:

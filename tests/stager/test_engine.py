@@ -9,7 +9,7 @@ from aiohttp import web
 
 from extproc.config import EngineSettings
 from extproc.errors import EngineUnreachable
-from extproc.process import listen
+from extproc.process.sockets import listen
 from extproc.stager.engine import Engine
 from tests.fakes.adapters import write_small
 from tests.fakes.engine import running_engine
@@ -143,17 +143,29 @@ async def test_an_unload_that_was_refused_is_not_done(scripted: tuple[ScriptedEn
 
 
 async def test_an_engine_that_does_not_answer_is_unreachable_and_unhealthy(scripted: tuple[ScriptedEngine, str]) -> None:
-    """Silent for timeout_s, or no longer there."""
-    silent = Engine(EngineSettings(url=scripted[1], timeout_s=0.02))
+    """Silent, or no longer there: which of them is said."""
+    silent = Engine(EngineSettings(url=scripted[1], timeout_s=0.02, health_timeout_s=0.01))
     with listen("127.0.0.1:0") as free:
         port = free.getsockname()[1]
     gone = Engine(EngineSettings(url=f"http://127.0.0.1:{port}"))
-    for engine in (silent, gone):
+    for engine, why in ((silent, "the engine did not answer /health within 0.01 s"), (gone, "the engine refused the connection")):
         for call in (engine.known(), engine.requests(), engine.unload("a")):
             with pytest.raises(EngineUnreachable):
                 await call
-        assert await engine.why_not_ready() == "the engine is not healthy"
+        assert await engine.why_not_ready() == why
         await engine.close()
+
+
+@pytest.mark.parametrize("silent", ["GET /is_sleeping", "POST /v1/unload_lora_adapter"])
+async def test_a_question_after_health_is_as_short(scripted: tuple[ScriptedEngine, str], silent: str) -> None:
+    """An engine that answers /health and hangs in what is asked with it hangs; a call to it may take far longer."""
+    answers = scripted[0].answers
+    answers["GET /health"] = web.Response()
+    answers["GET /is_sleeping"] = web.Response(status=404)
+    answers.pop(silent, None)
+    engine = Engine(EngineSettings(url=scripted[1], timeout_s=3600, health_timeout_s=0.01))
+    assert await engine.why_not_ready() == f"the engine did not answer {silent.partition(' ')[2]} within 0.01 s"
+    await engine.close()
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (404, False), (500, False)])

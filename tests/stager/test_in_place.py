@@ -8,7 +8,7 @@ import pytest
 from extproc.client import StagerClient
 from extproc.config import OriginSettings
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginFailed
-from extproc.process import grpc_server
+from extproc.process.grpc import grpc_server
 from extproc.stager.service import StagerService
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, read_files, size_of, small_files, write_small
 from tests.fakes.archives import packed

@@ -146,7 +146,7 @@ async def test_a_breaker_shows_its_state(open_stager: OpenStager, origin: FakeOr
     """Open after failures in a row, closed when the origin answers again."""
     origin.add("acme/a", small_files())
     stager = await open_stager(origin)
-    origin.down = OriginFailed("down")
+    origin.down = OriginFailed("down", reached=False)
     for _ in range(2):
         with pytest.raises(OriginFailed):
             await stager.ensure("acme/a")

@@ -15,7 +15,8 @@ from extproc.config import OriginSettings, PeerSettings
 from extproc.core.artifact import File
 from extproc.errors import AdapterInUse, InvalidAdapter, ModelNotFound, OriginFailed
 from extproc.pb import stager_pb2 as pb
-from extproc.process import grpc_server
+from extproc.process.grpc import grpc_server
+from extproc.stager import peers as peers_module
 from extproc.stager.peers import Peers, addresses
 from extproc.stager.service import Context, StagerService
 from extproc.stager.stager import Stager
@@ -287,6 +288,96 @@ async def test_a_peer_that_does_not_answer_is_not_waited_for(fleet: Fleet, web: 
     await second.stager.ensure("acme/next")
     assert loop.time() - began < 60
     assert second.stager.holdings.get("acme/next") is not None  # type: ignore[arg-type]
+
+
+class Stopping(StagerService):
+    """Sends so many bytes of the weights, then nothing more, and does not end either."""
+
+    sends = 0
+
+    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
+        if request.path == WEIGHTS:
+            if self.sends:
+                async for chunk in super().read(request, context):
+                    yield chunk[: self.sends]
+                    break
+            await asyncio.Event().wait()
+        async for chunk in super().read(request, context):
+            yield chunk
+
+
+@pytest.mark.parametrize("sends", [0, 1000])
+async def test_a_peer_that_hangs_in_a_read_is_left_for_the_origin(fleet: Fleet, web: FaultyServer, monkeypatch: pytest.MonkeyPatch, sends: int) -> None:
+    """Whether it has sent something or not: it is read once, and for a while nobody asks it again."""
+    monkeypatch.setattr(peers_module, "SILENT_S", 0.05)
+    first, second = await fleet.start(service=Stopping), await fleet.start()
+    first.service.sends = sends
+    await has(first)
+    await has(second)
+    assert len(web.gets(WEIGHTS)) == 2
+    web.add("acme/next", OTHER)
+    await first.stager.ensure("acme/next")
+    monkeypatch.setattr(peers_module, "SILENT_S", 3600.0)
+    await second.stager.ensure("acme/next")
+    assert len(web.gets(WEIGHTS)) == 4
+
+
+class Counting(StagerService):
+    """Answers when it is no longer silent."""
+
+    asked = 0
+    is_silent = True
+
+    async def find(self, request: pb.FindRequest, context: Context) -> pb.FindReply:
+        self.asked += 1
+        if self.is_silent:
+            await asyncio.Event().wait()
+        return await super().find(request, context)
+
+
+async def test_many_cold_requests_do_not_all_wait_for_a_peer_that_hangs(fleet: Fleet, web: FaultyServer) -> None:
+    """While one waits for its answer, or has just waited in vain, the others go to the origin at once."""
+    first = await fleet.start(service=Counting)
+    second = await fleet.start(asking={"ask_timeout_s": 3600.0})
+    for number in range(20):
+        web.add(f"acme/{number}", small_files(seed=number))
+    waiting = asyncio.create_task(second.stager.ensure("acme/0"))
+    await until(lambda: first.service.asked)
+    await asyncio.sleep(peers_module.LATE_S)
+    for number in range(1, 20):
+        await second.stager.ensure(f"acme/{number}")
+    assert first.service.asked == 1
+    waiting.cancel()
+
+
+async def test_a_late_peer_is_waited_for_no_longer_than_the_others_make_likely(fleet: Fleet, web: FaultyServer) -> None:
+    """Two have said no at once: the third, which says nothing, is not waited for."""
+    for _ in range(2):
+        await fleet.start()
+    await fleet.start(service=Silent)
+    last = await fleet.start(asking={"ask_timeout_s": 3600.0})
+    await has(last)
+
+
+async def test_a_peer_that_did_not_answer_is_asked_again_at_nobody_s_cost(fleet: Fleet, web: FaultyServer) -> None:
+    """In the background; when it has answered, its copies are used again."""
+    first = await fleet.start(service=Counting)
+    second = await fleet.start(asking={"ask_timeout_s": 0.05})
+    await has(first)
+    await has(second)
+    assert first.service.asked == 1
+    for number, files in enumerate((OTHER, small_files(seed=2))):
+        web.add(f"acme/{number}", files)
+        await first.stager.ensure(f"acme/{number}")
+    first.service.is_silent = False
+    second.clock.now += peers_module.LONGEST_PAUSE_S
+    gets = len(web.gets(WEIGHTS))
+    await second.stager.ensure("acme/0")
+    assert len(web.gets(WEIGHTS)) == gets + 1
+    peers = second.stager._fetcher._peers
+    await until(lambda: peers._answering[first.address].state == "closed")
+    await second.stager.ensure("acme/1")
+    assert len(web.gets(WEIGHTS)) == gets + 1
 
 
 # -- what goes wrong with one

@@ -502,7 +502,11 @@ async def test_the_engine_forgets_the_old_version(open_stager: OpenStager, engin
     renew(origin)
     engine.calls.clear()
     assert await stager.refresh(NAME)
-    assert [path for path in engine.calls if path != "/v1/models"] == ["/reset_prefix_cache", "/v1/unload_lora_adapter", "/reset_prefix_cache"]
+    assert [path for path in engine.calls if path not in ("/v1/models", "/is_sleeping")] == [
+        "/reset_prefix_cache",
+        "/v1/unload_lora_adapter",
+        "/reset_prefix_cache",
+    ]
     assert await engine.ask(NAME) == sha256(NEW[WEIGHTS])
     assert engine.deaths == 0
 
@@ -560,7 +564,7 @@ async def test_an_engine_that_comes_back_with_the_other_setting_is_asked_again(
         await stager.refresh(NAME)
 
     engine.is_sick = True
-    await until(lambda: stager.not_ready == "the engine is not healthy")
+    await until(lambda: stager.not_ready == "the engine answers 503 to /health")
     engine.is_sick = False
 
     async def with_dev_mode(path: str) -> web.Response | None:
@@ -804,7 +808,7 @@ async def test_no_room_is_made_while_the_engine_cannot_be_asked(
         origin.add(name, small_files(seed=seed))
     stager = await open_stager(origin, engine_url=engine.url, max_bytes=10 * SIZE, high_watermark=0.9, low_watermark=0.5, revalidate_s=0.0)
     await engine.stop()
-    await until(lambda: stager.not_ready == "the engine is not healthy")
+    await until(lambda: stager.not_ready == "the engine refused the connection")
     for name in names:
         await stager.ensure(name)
         clock.now += 1

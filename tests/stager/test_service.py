@@ -12,7 +12,8 @@ from httpx import ASGITransport, AsyncClient
 from extproc.client import Evicted, NodeState, Published, Space, StagerClient, WatchEvent
 from extproc.core.artifact import adapter_name
 from extproc.errors import BY_NAME, AdapterInUse, InvalidRequest, LoraExtprocError, ModelNotFound, StageError, StagerUnavailable
-from extproc.process import grpc_server, listen
+from extproc.process.grpc import grpc_server
+from extproc.process.sockets import listen
 from extproc.stager.control import stager_app
 from extproc.stager.service import StagerService
 from extproc.stager.stager import Stager

@@ -1,20 +1,29 @@
 """An origin that is asked again when that is worth it, and left alone when it is down."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stamina
+import stamina.instrumentation
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.core.breaker import Breaker
-from extproc.errors import LoraExtprocError, NoSpace, OriginChanged, OriginFailed, OriginRefused
+from extproc.errors import LoraExtprocError, NoSpace, OriginChanged, OriginDown, OriginFailed, OriginRefused
 from extproc.stager.listing import Listing, RemoteFile
-from extproc.stager.sources import ATTEMPTS, LONGEST_WAIT_S, Source
+from extproc.stager.origins import build_origin
+from extproc.stager.origins.base import Probed
+from extproc.stager.sources import ATTEMPTS, LONGEST_WAIT_S, Source, log_repetitions
 from extproc.stager.transfer import Download, Job
 from tests.fakes.adapters import WEIGHTS, sha256, small_files
+from tests.fakes.faulty import FaultyServer, running
+from tests.fakes.nodes import hub_origin, s3_origin, web_origin
 from tests.fakes.origin import FakeOrigin
 from tests.fakes.wait import Clock, VirtualLoop, turns
 
@@ -58,7 +67,7 @@ async def test_a_transfer_goes_on_as_long_as_it_gets_further(tmp_path: Path, clo
     got = await source.fetch(*file_of(origin), tmp_path / "file", Job())
     assert (got.size, got.sha256) == (len(DATA), sha256(DATA))
     assert origin.attempts == len(DATA) / 8
-    assert source.breaker == Breaker()
+    assert (source.breaker.state, source.breaker.failures, source.breaker._failed) == ("closed", 0, {})
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
@@ -85,21 +94,22 @@ async def test_what_a_repetition_cannot_mend_is_not_repeated(tmp_path: Path, clo
 
 
 async def test_an_origin_that_is_down_is_left_alone(clock: Clock) -> None:
-    """After some failures in a row it is asked no more; then by one caller, whose success lets everybody in again."""
+    """After some failures to reach it in a row it is asked no more; then by one caller, whose success lets everybody in again."""
     origin = FakeOrigin()
     origin.add(NAME, small_files())
-    origin.down = OriginFailed("down")
+    origin.down = OriginFailed("down", reached=False)
     source = Source(origin, clock=clock)
     for _ in range(4):
         with pytest.raises(OriginFailed):
             await source.resolve(NAME)
     assert origin.resolved[NAME] == Breaker().threshold
-    with pytest.raises(OriginFailed, match="is asked again in 5 s") as raised:
+    with pytest.raises(OriginDown, match="is asked again in") as raised:
         await source.resolve(NAME)
-    assert raised.value.retry_after_s == 5
+    assert raised.value.retry_after_s == 1
+    assert not raised.value.shared
     assert origin.resolved[NAME] == Breaker().threshold
     origin.down = None
-    clock.now += 5
+    clock.now += 0.5
     assert await source.resolve(NAME) is not None
     assert source.breaker.state == "closed"
 
@@ -241,3 +251,213 @@ async def test_so_many_files_are_fetched_at_once_and_requests_go_first(tmp_path:
     stall.release()
     await asyncio.gather(*tasks)
     assert landed == [0, 2, 1]
+
+
+# -- who is down: the origin, or one object
+
+
+class ProbedOrigin(FakeOrigin):
+    """Can be asked whether it is up; `is_up` says what comes of it, and `probes` when it was asked."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self.is_up = True
+        self.hangs = False
+        self.probes: list[float] = []
+        self.probe_failure: OriginFailed | None = None
+        self._clock = clock
+
+    async def probe(self) -> None:
+        self.probes.append(self._clock())
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.probe_failure is not None:
+            raise self.probe_failure
+
+    def fall(self, error: OriginFailed) -> None:
+        self.down = self.probe_failure = error
+
+    def rise(self) -> None:
+        self.down = self.probe_failure = None
+        self.hangs = False
+
+
+def on_a_virtual_loop(main: Callable[[asyncio.AbstractEventLoop], Coroutine[Any, Any, None]]) -> None:
+    with stamina.set_testing(False), asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main(runner.get_loop()))
+
+
+async def test_one_broken_object_is_nobody_elses_trouble(clock: Clock, tmp_path: Path) -> None:
+    """However often it is asked for: it answers 500, has another length than stated, or breaks off in the middle."""
+    origin = FragileOrigin(step=0)
+    listing, file = file_of(origin)
+    source = Source(origin, clock=clock)
+    for _ in range(20):
+        with pytest.raises(OriginFailed):
+            await source.fetch(listing, file, tmp_path / "file", Job())
+        origin.resolve_failures = [OriginFailed("status 500")] * ATTEMPTS
+        with pytest.raises(OriginFailed):
+            await source.resolve(NAME)
+    assert source.breaker.state == "closed"
+    assert await source.resolve(NAME) is not None
+
+
+async def test_several_broken_objects_are_a_broken_origin(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """It is left alone, once said in the log with the reason, and the caller is sent to another node."""
+    caplog.set_level(logging.INFO, "extproc")
+    origin = FakeOrigin()
+    origin.down = OriginFailed("status 500")
+    source = Source(origin, clock=clock)
+    for number in range(3):
+        with pytest.raises(OriginFailed) as raised:
+            await source.resolve(adapter_name(f"acme/{number}"))
+        assert raised.value.shared
+    for _ in range(3):
+        with pytest.raises(OriginDown) as raised:
+            await source.resolve(NAME)
+        assert not raised.value.shared
+    clock.now += 7
+    origin.down = None
+    await source.resolve(NAME)
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if "origin" in record.getMessage()]
+    assert said == [("WARNING", "the fake origin is left alone: status 500"), ("INFO", "the fake origin is up again after 7.0 s")]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("down_s", [0.1, 3.0, 60.0, 3600.0])
+def test_an_origin_that_is_well_again_is_used_within_five_seconds(down_s: float, hangs: bool) -> None:
+    """However long it was down, whether it refused or hung, and though nobody asked for anything."""
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        origin = ProbedOrigin(loop.time)
+        origin.add(NAME, small_files())
+        origin.fall(OriginFailed("down", reached=False))
+        origin.hangs = hangs
+        source = Source(origin, clock=loop.time)
+        while source.breaker.state == "closed":
+            with pytest.raises(OriginFailed):
+                await source.resolve(NAME)
+        await asyncio.sleep(down_s)
+        asked = origin.resolved[NAME]
+        assert len(origin.probes) <= down_s + 2
+        origin.rise()
+        risen = loop.time()
+        while source.breaker.state != "closed":
+            await asyncio.sleep(0.1)
+        assert loop.time() - risen <= 5.0
+        assert origin.resolved[NAME] == asked
+        assert await source.resolve(NAME) is not None
+        assert source._probing is not None
+        await source._probing  # nothing goes on when it is up
+        await source.close()
+
+    on_a_virtual_loop(main)
+
+
+def test_what_an_origin_asks_for_is_kept_by_probes_too() -> None:
+    """Also against a transfer that began before and ends well meanwhile, and when the probe itself is told to wait."""
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        origin = ProbedOrigin(loop.time)
+        origin.add(NAME, small_files())
+        source = Source(origin, clock=loop.time)
+        stall = origin.stall(NAME, WEIGHTS)
+        listing = await source.resolve(NAME)
+        assert listing is not None
+        file = next(file for file in listing.files if file.path == WEIGHTS)
+        with tempfile.TemporaryDirectory() as directory:
+            fetching = asyncio.create_task(source.fetch(listing, file, Path(directory) / "file", Job()))
+            await stall.reached.wait()
+            origin.fall(OriginFailed("429", 60.0))
+            with pytest.raises(OriginFailed):
+                await source.resolve(NAME)
+            told = loop.time()
+            stall.release()
+            origin.down = None
+            await fetching
+        asked = origin.resolved[NAME]
+        while not origin.probes:
+            with pytest.raises(OriginDown):
+                await source.resolve(NAME)
+            await asyncio.sleep(1.0)
+        assert origin.probes[0] >= told + 60
+        assert all(later - earlier >= 60 for earlier, later in pairwise(origin.probes))  # several: virtual time flies while a thread ends the transfer
+        assert origin.resolved[NAME] == asked
+        probes = len(origin.probes)
+        origin.rise()
+        while source.breaker.state != "closed":
+            await asyncio.sleep(0.5)
+        assert len(origin.probes) == probes + 1
+        assert 60 <= loop.time() - origin.probes[-2] <= 65
+        assert await source.resolve(NAME) is not None
+        await source.close()
+
+    on_a_virtual_loop(main)
+
+
+def test_three_broken_objects_do_not_keep_an_origin_closed() -> None:
+    """It answers the probe, which asks for none of them: the others are served again at once."""
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        origin = ProbedOrigin(loop.time)
+        origin.add(NAME, small_files())
+        source = Source(origin, clock=loop.time)
+        for number in range(3):
+            origin.resolve_failures = [OriginFailed("status 500")] * ATTEMPTS
+            with pytest.raises(OriginFailed):
+                await source.resolve(adapter_name(f"acme/{number}"))
+        origin.resolve_failures = []
+        assert source.breaker.state == "open"
+        await asyncio.sleep(1.0)
+        assert await source.resolve(NAME) is not None
+        await source.close()
+
+    on_a_virtual_loop(main)
+
+
+async def test_a_repetition_is_logged_with_what_where_and_when(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """In the text itself: no formatter shows a record's other fields."""
+    before = stamina.instrumentation.get_on_retry_hooks()
+    log_repetitions()
+    try:
+        caplog.set_level(logging.INFO)
+        origin = FakeOrigin()
+        origin.resolve_failures = [OriginFailed("status 503", 7.0)]
+        await Source(origin, clock=clock).resolve(NAME)
+    finally:
+        stamina.instrumentation.set_on_retry_hooks(before)
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith(("extproc", "stamina"))]
+    assert said.startswith(f"{NAME}: status 503; attempt 2 follows in ")
+
+
+@pytest.mark.parametrize("kind", ["http", "s3", "huggingface", "file"])
+async def test_every_origin_can_be_probed(tmp_path: Path, kind: str) -> None:
+    """One that refuses us, or has nothing there, is up; one that fails or is not there is not."""
+    if kind == "file":
+        there, gone = (build_origin(OriginSettings(type="file", path=str(path))) for path in (tmp_path, tmp_path / "gone"))
+        await there.probe()  # type: ignore[attr-defined]
+        with pytest.raises(OriginFailed) as raised:
+            await gone.probe()  # type: ignore[attr-defined]
+        assert not raised.value.reached
+        return
+    makers: dict[str, Callable[..., OriginSettings]] = {"http": web_origin, "s3": s3_origin, "huggingface": hub_origin}
+    make = makers[kind]
+    async with running(FaultyServer()) as server:
+        origin = build_origin(make(server.url))
+        assert isinstance(origin, Probed)
+        for status in (200, 401, 403, 404):
+            server.fault("", method="HEAD", status=status)
+            await origin.probe()
+        for status, headers in ((500, {}), (503, {"retry-after": "60"}), (429, {})):
+            server.fault("", method="HEAD", status=status, headers=headers)
+            with pytest.raises(OriginFailed) as raised:
+                await origin.probe()
+            assert raised.value.reached
+            assert raised.value.asked_to_wait_s == (60.0 if headers else None)
+        await origin.close()
+    gone = build_origin(make("http://127.0.0.1:1"))
+    for call in (gone.probe(), gone.resolve(NAME)):  # type: ignore[attr-defined]
+        with pytest.raises(OriginFailed) as raised:
+            await call
+        assert not raised.value.reached
+    await gone.close()

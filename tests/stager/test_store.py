@@ -18,7 +18,7 @@ import yaml
 from extproc.client import StagerClient
 from extproc.core.artifact import Manifest, adapter_name
 from extproc.errors import InvalidAdapter, NoSpace, StageError, StagerUnavailable, StartError
-from extproc.process import listen
+from extproc.process.sockets import listen
 from extproc.stager.store import MANIFEST_FILE, Store, disk_errors, hash_file
 from tests.fakes.adapters import Files, read_files, small_files
 from tests.fakes.http import FileServer

@@ -25,8 +25,8 @@ from extproc.errors import (
 )
 from extproc.metrics import RouterMetrics
 from extproc.pb import stager_pb2 as pb
-from extproc.router.catalog import Catalog
 from extproc.router.membership import Membership
+from extproc.router.models import Models
 from extproc.router.residency import Residency
 from extproc.stager import changes as changes_module
 from extproc.stager.server import Server
@@ -36,6 +36,7 @@ from tests.fakes.adapters import size_of, small_files
 from tests.fakes.origin import FakeOrigin
 from tests.fakes.relay import Relay
 from tests.fakes.wait import until
+from tests.router.fakes import ScriptedProbe
 
 from .conftest import ServeNode, labels_of, next_of, until_node_state
 
@@ -191,7 +192,7 @@ class Router:
 
     @property
     def is_ready(self) -> bool:
-        return not self.membership.snapshot.down
+        return not self.membership.snapshot.standings
 
     def would_use(self, adapter: str) -> bool:
         """Whether a request would be sent to the node without asking it."""
@@ -200,11 +201,12 @@ class Router:
     @classmethod
     def of(cls, address: str) -> "Router":
         client = StagerClient(address, RpcSettings(), "router")
-        endpoint = Endpoint("10.0.0.1:8000", "node-1", address)
+        endpoint = Endpoint("127.0.0.1:9", "node-1", address)
         metrics = RouterMetrics()
         residency = Residency({address: client}, metrics)
         pools = [Pool("models", frozenset(), ("*",), LookupTable([endpoint], 251))]
-        membership = Membership(pools, residency, Catalog(pools, {address: client}), metrics)
+        models = Models(pools, {address: client}, shows_paths=False)
+        membership = Membership(pools, residency, models, metrics, ScriptedProbe(), 0.5)  # its engine lives
         membership.start({address: client})
         return cls(residency, membership, endpoint, client)
 

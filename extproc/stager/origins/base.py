@@ -3,7 +3,7 @@
 import fnmatch
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ...config import OriginSettings
 from ...core.artifact import AdapterName
@@ -28,6 +28,14 @@ class Origin(Protocol):
 
     async def close(self) -> None:
         """Give connections back."""
+
+
+@runtime_checkable
+class Probed(Protocol):
+    """An origin that has a cheap way to tell whether it is up at all, whatever is wrong with one object."""
+
+    async def probe(self) -> None:
+        """Return if it answers, be it with a refusal; raise OriginFailed if not."""
 
 
 def token_for(settings: OriginSettings, name: str, default_env: str = "") -> str:

@@ -24,6 +24,7 @@ class FileOrigin:
         self.in_place = settings.in_place
         self._root = Path(settings.path).absolute()
         self._archives = settings.archives
+        self._probing: asyncio.Future[bool] | None = None
 
     async def open(self) -> None:
         pass
@@ -50,6 +51,13 @@ class FileOrigin:
                 await download.restart()
                 raise OriginChanged(f"{self.label} origin: {file.path} changed after it was listed")
 
+    async def probe(self) -> None:
+        """Look at its directory. A look that hangs, as at a file server that is gone, keeps its thread: none is begun beside it."""
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.ensure_future(asyncio.to_thread(self._root.is_dir))
+        if not await asyncio.shield(self._probing):
+            raise OriginFailed(f"{self.label} origin: its directory is not there", reached=False)
+
     async def close(self) -> None:
         pass
 
@@ -69,7 +77,7 @@ class FileOrigin:
             stats = {path.name: path.stat() for path in directory.iterdir() if path.is_file()}
         except (FileNotFoundError, NotADirectoryError) as error:
             if not self._root.is_dir():
-                raise OriginFailed(f"{self.label} origin: its directory is not there") from error
+                raise OriginFailed(f"{self.label} origin: its directory is not there", reached=False) from error
             stats = {}
         except OSError as error:
             raise OriginFailed(f"{self.label} origin: {name}: {error.strerror}") from error

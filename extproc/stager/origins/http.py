@@ -45,6 +45,10 @@ class HttpOrigin:
         parallel = self._settings.parallel if file.version and (file.size or 0) > self._settings.parallel_above_bytes else 1
         await self._web.read(self._address(file.key), file, download, self._credentials(listing.name), parallel=parallel)
 
+    async def probe(self) -> None:
+        """What stands at the base address does not matter."""
+        await self._web.probe(f"{self._url}/")
+
     async def close(self) -> None:
         await self._web.close()
 

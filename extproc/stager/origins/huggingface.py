@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported; it would call home from every node
 
-from huggingface_hub import HfApi, ModelInfo, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, ModelInfo, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -35,6 +35,7 @@ from ..verify import CONFIG_FILE
 from .base import token_for
 from .web import Web, retry_after_s
 
+_NOT_REACHED = ("ConnectError", "ConnectTimeout", "ConnectionError")  # as the HTTP libraries call it
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -71,6 +72,10 @@ class HuggingFaceOrigin:
         headers = {"authorization": f"Bearer {token}"} if token and same_host else {}
         parallel = self._settings.parallel if (file.size or 0) > self._settings.parallel_above_bytes else 1
         await self._web.read(metadata.location, file, download, headers, parallel=parallel)
+
+    async def probe(self) -> None:
+        """A short answer of the hub's API, be it that nobody is logged in."""
+        await self._web.probe(f"{self._endpoint or constants.ENDPOINT}/api/whoami-v2")
 
     async def close(self) -> None:
         await self._web.close()
@@ -157,7 +162,7 @@ class HuggingFaceOrigin:
         except GatedRepoError as error:  # a kind of RepositoryNotFoundError
             raise OriginRefused(f"{self.label} origin: {name} is gated; the token has no access") from error
         except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: the hub could not be reached
-            raise OriginFailed(f"{self.label} origin: the hub could not be reached for {name}") from error
+            raise OriginFailed(f"{self.label} origin: the hub could not be reached for {name}", reached=False) from error
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError):
             raise
         except HfHubHTTPError as error:
@@ -170,9 +175,11 @@ class HuggingFaceOrigin:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                 with disk_errors():
                     raise
-            raise OriginFailed(f"{self.label} origin: {type(error).__name__} for {name}") from error
+            reached = type(error).__name__ not in _NOT_REACHED  # the errors of one of its HTTP libraries are of this kind
+            raise OriginFailed(f"{self.label} origin: {type(error).__name__} for {name}", reached=reached) from error
         except Exception as error:  # the client lets its HTTP library's errors through, and which library that is changes between versions
-            raise OriginFailed(f"{self.label} origin: {type(error).__name__} for {name}") from error
+            reached = type(error).__name__ not in _NOT_REACHED
+            raise OriginFailed(f"{self.label} origin: {type(error).__name__} for {name}", reached=reached) from error
 
 
 def _size(stated: object) -> int | None:

@@ -10,7 +10,15 @@ import aiobotocore.session
 import aiohttp
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, HTTPClientError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    NoCredentialsError,
+)
 
 from ...config import OriginSettings
 from ...core.artifact import AdapterName
@@ -91,6 +99,17 @@ class S3Origin:
             await download.restart()
             raise
 
+    async def probe(self) -> None:
+        """HEAD of the bucket. That it may not be asked for, is not there, or not in this region, is an answer, too."""
+        with contextlib.suppress(OriginRefused), self._s3_errors(""):
+            client = await self._client()
+            try:
+                await client.head_bucket(Bucket=self._bucket)
+            except ClientError as error:
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+                if status == 429 or not 100 <= status < 500:
+                    raise
+
     async def close(self) -> None:
         await self._stack.aclose()
 
@@ -158,7 +177,8 @@ class S3Origin:
             headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
             raise OriginFailed(f"{self.label} origin: {code or 'unknown error'}", retry_after_s(headers.get("retry-after"))) from error
         except (BotoCoreError, HTTPClientError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise OriginFailed(f"{self.label} origin: {type(error).__name__}") from error
+            reached = not isinstance(error, EndpointConnectionError | ConnectTimeoutError | aiohttp.ClientConnectorError)
+            raise OriginFailed(f"{self.label} origin: {type(error).__name__}", reached=reached) from error
 
 
 def _whole_sha256(head: dict[str, Any]) -> str | None:

@@ -40,6 +40,13 @@ class Web:
         async with self._ask("GET", url, headers, what) as response:  # a server that knows no HEAD
             return response if self._is_there(response) else None
 
+    async def probe(self, url: str) -> None:
+        """Whether a server answers there at all: with anything but a failure of its own. Raises OriginFailed."""
+        with contextlib.suppress(OriginRefused):
+            async with self._ask("HEAD", url, {}, "a probe") as response:
+                if response.status == 429 or (response.status >= 500 and response.status != 501):
+                    raise OriginFailed(f"{self._label} origin: status {response.status}", retry_after_s(response.headers.get("retry-after")))
+
     async def read(self, url: str, file: RemoteFile, download: Download, headers: Mapping[str, str] = {}, *, parallel: int = 1) -> None:
         """What `download` lacks of `url`, by that many requests at once; from the start again where the server sends no ranges."""
         has_gaps = download.on_disk > download.received  # what lies behind them is not asked for again
@@ -102,7 +109,8 @@ class Web:
                     raise OriginRefused(f"{self._label} origin: it redirects from {at.scheme} to {target.scheme}")
                 at = target
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise OriginFailed(f"{self._label} origin: {type(error).__name__} for {what}") from error
+            reached = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise OriginFailed(f"{self._label} origin: {type(error).__name__} for {what}", reached=reached) from error
         raise OriginFailed(f"{self._label} origin: over {MAX_REDIRECTS} redirects for {what}")
 
     def _client(self) -> aiohttp.ClientSession:

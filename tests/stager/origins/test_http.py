@@ -10,7 +10,7 @@ import pytest
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
-from extproc.process import listen
+from extproc.process.sockets import listen
 from extproc.stager.listing import ARCHIVE_SUFFIXES, Listing
 from extproc.stager.origins.http import HttpOrigin
 from extproc.stager.transfer import Download, Job

@@ -19,7 +19,7 @@ from aiohttp import web
 from extproc.config import OriginSettings
 from extproc.core.artifact import AdapterName, adapter_name
 from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
-from extproc.process import listen
+from extproc.process.sockets import listen
 from extproc.stager.listing import Listing, RemoteFile
 from extproc.stager.origins.s3 import S3Origin
 from extproc.stager.transfer import Download
