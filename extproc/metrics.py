@@ -25,12 +25,13 @@ class RouterMetrics(Metrics):
     def __init__(self) -> None:
         super().__init__()
         r = self.registry
-        self.requests = Counter(
+        self._requests = Counter(
             "lora_extproc_requests",
-            "Requests answered, by outcome (hit, staged, failover, pass, rejected, abandoned) and, for rejected ones, the reason of the error table.",
+            "Requests answered, by outcome (hit, staged, failover, pass, listed, rejected, abandoned) and, for rejected ones, the reason of the error table.",
             ["outcome", "reason"],
             registry=r,
         )
+        self._answered: dict[tuple[str, str], Counter] = {}  # a label look-up costs more than the increment
         self.held_bytes = Gauge("lora_extproc_held_bytes", "Bytes of request bodies that are held now.", registry=r)
         self.queue_position = Histogram(
             "lora_extproc_queue_position",
@@ -40,7 +41,7 @@ class RouterMetrics(Metrics):
         )
         self.scan = Histogram(
             "lora_extproc_scan_seconds",
-            "Time to judge one whole body: JSON, UTF-8, one model, and decompression where it was compressed.",
+            "Time to judge one whole body of 16 KB or more, its way to another process included: JSON or a form, one model, decompression.",
             registry=r,
             buckets=(0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
         )
@@ -61,8 +62,23 @@ class RouterMetrics(Metrics):
         self.open_streams = 0  # counted without the client library's lock: it changes twice per request
         Gauge("lora_extproc_streams", "ext_proc streams open now.", registry=r).set_function(lambda: self.open_streams)
         self.failovers = Counter("lora_extproc_failovers", "Candidates skipped because their stager could not serve, then the next was asked.", registry=r)
+        self.hedges = Counter("lora_extproc_hedges", "Candidates asked beside one that made no progress for `router.hedge_s`.", registry=r)
+        self.loop_stall = Histogram(
+            "lora_extproc_loop_stall_seconds",
+            "How late the event loop came to a tick that is due every 20 ms: the longest that one callback, or the machine, held up everybody.",
+            registry=r,
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5),
+        )
+        self.loop_longest_stall = Gauge("lora_extproc_loop_longest_stall_seconds", "The longest of those since the last scrape.", registry=r)
         self.leases = Gauge("lora_extproc_leases", "Adapters, per endpoint, that are known to be on disk.", registry=r)
-        self.endpoints = Gauge("lora_extproc_endpoints", "Endpoints by state (ready, down).", ["state"], registry=r)
+        self.endpoints = Gauge("lora_extproc_endpoints", "Endpoints by standing (ready, draining, down).", ["state"], registry=r)
+
+    def answered(self, outcome: str, reason: str) -> None:
+        """Count one request."""
+        counter = self._answered.get((outcome, reason))
+        if counter is None:
+            counter = self._answered[outcome, reason] = self._requests.labels(outcome, reason)
+        counter.inc()
 
 
 class StagerMetrics(Metrics):

@@ -1,25 +1,29 @@
 """The router's HTTP control API: health, metrics, who owns a key, who is down. Its OpenAPI page is at /docs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 
-from ..core.decision import Facts, Forward, ListModels, PassThrough, Policy, Reject, decide
-from ..metrics import RouterMetrics
-from ..process import control_app
-from .membership import Membership
+from ..core.decision import Facts, Forward, ListModels, NobodyReady, PassThrough, Reject, decide
+from ..core.paths import Kind, Path
+from ..core.standing import Standing
+from ..process.http import control_app
+from .processor import Services
+
+INFERENCE = Path(Kind.INFERENCE, "/v1/chat/completions")
 
 
-def router_app(metrics: RouterMetrics, membership: Membership, policy: Policy, why_not_ready: Callable[[], str | None]) -> FastAPI:
+def router_app(services: Services, why_not_ready: Callable[[], str | None]) -> FastAPI:
     """The application behind `router.http_listen`."""
-    app = control_app("lora-extproc router", metrics, why_not_ready)
+    app = control_app("lora-extproc router", services.metrics, why_not_ready)
 
-    @app.get("/v1/owner/{model:path}", summary="The candidates of a model, in order, as this router would choose now.")
-    async def owner(model: str) -> dict[str, Any]:
-        decision = decide(Facts("POST", "/v1/chat/completions", {}, model), membership.snapshot, policy)
+    @app.get("/v1/owner/{model:path}", summary="The candidates of a model, in order, as this router would choose now for a request with these headers.")
+    async def owner(model: str, header: Annotated[list[str] | None, Query(description="`name: value`, may be repeated")] = None) -> dict[str, Any]:
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in header or ())}
+        decision = decide(Facts("POST", INFERENCE, headers, model), services.membership.snapshot, services.policy)
         match decision:
-            case Reject(error):
+            case Reject(error) | NobodyReady(error):
                 return {"model": model, "error": error.reason, "message": error.message}
             case ListModels():
                 raise AssertionError("a POST lists nothing")
@@ -31,13 +35,22 @@ def router_app(metrics: RouterMetrics, membership: Membership, policy: Policy, w
                     "candidates": [{"address": e.address, "node": e.node, "stager": e.stager} for e in candidates],
                 }
 
-    @app.get("/v1/endpoints", summary="Every endpoint, and why it is down if it is.")
+    @app.get("/v1/endpoints", summary="Every endpoint, how it stands (ready, draining, down), and why.")
     async def endpoints() -> list[dict[str, Any]]:
-        snapshot = membership.snapshot
+        snapshot = services.membership.snapshot
         return [
-            {"pool": pool.name, "address": e.address, "node": e.node, "stager": e.stager, "down": snapshot.down.get(e.address)}
+            {
+                "pool": pool.name,
+                "address": e.address,
+                "node": e.node,
+                "stager": e.stager,
+                "standing": standing.name.lower(),
+                "why": why,
+                "down": why if standing is Standing.DOWN else None,
+            }
             for pool in snapshot.pools
             for e in pool.table.endpoints
+            for standing, why in [snapshot.standings.get(e.address, (Standing.READY, ""))]
         ]
 
     return app

@@ -1,252 +1,353 @@
-"""One ext_proc stream: events to the exchange, its question to `decide`, the wait to Staging, its replies back. Knows no transport."""
+"""One ext_proc stream: events to the exchange, its questions to whoever can answer them, replies back. Knows no transport."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
-from ..core.decision import Facts, Forward, ListModels, PassThrough, Policy, Reject, decide
+from ..core import cors
+from ..core.decision import Decision, Facts, Forward, ListModels, NobodyReady, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
-from ..core.events import Action, Decide, ImmediateReply, Mutation, OwnReply, RequestHeaders, ResponseHeaders
+from ..core.events import Action, BodyReply, Decide, ImmediateReply, Judge, Mutation, OwnReply, Reply, RequestHeaders, ResponseHeaders
 from ..core.exchange import Exchange, State
+from ..core.paths import Paths
 from ..core.steering import Steering
-from ..errors import LoraExtprocError
+from ..errors import LoraExtprocError, NoEndpoint, StageDeadline
 from ..metrics import RouterMetrics
 from . import wire
-from .catalog import Catalog
-from .holding import Holding
-from .http2 import Message, Sender
+from .account import Account
+from .admission import Admission
+from .http2.calls import Message, Sender
+from .judging import Judges
 from .membership import Membership
+from .models import Models
+from .residency import Reply as WarmReply
 from .staging import Placed, Staging
 from .tracing import Tracing
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+SENT_PER_TURN_BYTES = 2**20  # of one body; then the event loop is others'
+LEAST_MEASURED_BYTES = 16 * 1024  # reading a smaller body takes microseconds, which say nothing
+ASKED_AGAIN_S = 0.5  # stagers of which nothing new was heard, for a request that none of them answered
+MAX_NOTED_KEY_CHARS = 256  # of a key in the access log: a header that is hashed may have 60 KB
+BASE_MUTATIONS = 1024  # of base models: pools, times the endpoints that can be first
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
-class Processor:
+class Services:
     """What all streams share."""
 
     membership: Membership
     staging: Staging
-    catalog: Catalog
+    models: Models
+    judges: Judges
+    admission: Admission
+    watchdog: Watchdog
     steering: Steering
     policy: Policy
+    paths: Paths
     metrics: RouterMetrics
-    holding: Holding
     max_body_bytes: int
+    no_endpoint_wait_s: float
+    cors_allow_origins: Sequence[str] = ()
     tracing: Tracing | None = None
+    clock: Callable[[], float] = time.perf_counter  # seconds; what waits and spans are measured by
 
 
-class Conversation:
+class Processor:
     """One stream, as the transport drives it: a message in, at once or later messages out. A warm request is served without a task.
 
     When the gateway goes away, the wait of its request ends; the fetch that it waits for does not.
     """
 
-    __slots__ = (
-        "_destination",
-        "_exchange",
-        "_forward",
-        "_half_closed",
-        "_headers",
-        "_held_bytes",
-        "_model",
-        "_outcome",
-        "_over",
-        "_p",
-        "_placed",
-        "_reason",
-        "_sender",
-        "_wait",
-        "_waits_since",
-    )
+    __slots__ = ("_account", "_exchange", "_first", "_half_closed", "_outbox", "_placed", "_s", "_sender", "_sends_later", "_tasks")
 
-    def __init__(self, processor: Processor, sender: Sender) -> None:
-        self._p = processor
+    def __init__(self, services: Services, sender: Sender) -> None:
+        self._s = services
         self._sender = sender
-        policy = processor.policy
-        self._exchange = Exchange(max_body_bytes=processor.max_body_bytes, model_header=policy.model_header, forbidden_paths=policy.forbidden_paths)
-        self._forward: Forward | None = None
-        self._wait: asyncio.Task[Any] | None = None  # staging, while the body still arrives or after it; or for the list of models
-        self._destination: tuple[Endpoint, ...] = ()  # best first
-        self._placed: Placed | None = None  # what the wait gave, which may have been over before the body was
-        self._headers: Mapping[str, str] = {}
-        self._waits_since = 0.0
-        self._model = ""
-        self._held_bytes = 0
-        self._outcome, self._reason = "abandoned", ""  # what the request is counted as when the stream ends
+        self._account = Account(services.admission, services.metrics, services.tracing, self._refuse)
+        self._exchange = Exchange(max_body_bytes=services.max_body_bytes, model_header=services.policy.model_header, allowed=services.paths)
+        self._tasks: set[asyncio.Task[Any]] = set()  # what the request waits for: a verdict, an endpoint, a stager, the list of models
+        self._placed: Placed | None = None  # what an earlier wait gave, which may have been over before the body was
+        self._first: Endpoint | None = None  # that was told
+        self._outbox: deque[Reply] = deque()  # the rest of a large body, and what comes after it
+        self._sends_later = False
         self._half_closed = False
-        self._over = False
-        processor.metrics.open_streams += 1
 
     # -- the transport's side
 
     def receive(self, message: Message) -> None:
         """The next ProcessingRequest."""
+        account, exchange = self._account, self._exchange
         try:
             event = wire.decode(message)
-            began = time.perf_counter()
-            was = self._exchange.state
-            actions = self._exchange.receive(event)
-            if isinstance(event, RequestHeaders) and not self._headers:
-                self._headers = event.headers
-            if was is State.BODY and self._exchange.state is not State.BODY:
-                took = time.perf_counter() - began
-                self._p.metrics.scan.observe(took)
-                self._trace("scan", took, {})
-            if isinstance(event, ResponseHeaders) and event.served and self._destination:
-                self._p.metrics.served.labels(str(self._destination[0].address == event.served).lower()).inc()
+            if isinstance(event, RequestHeaders) and not account.headers:
+                account.headers = event.headers
+            self._s.watchdog.handles(account.request_id)
+            began, was = self._s.clock(), exchange.state
+            actions = exchange.receive(event)
+            if was is State.BODY and exchange.state not in (State.BODY, State.JUDGING):
+                self._judged_within(self._s.clock() - began, exchange.held_bytes)
+            if isinstance(event, ResponseHeaders) and event.served and self._first is not None:
+                self._s.metrics.served.labels(str(self._first.address == event.served).lower()).inc()
             self._carry_out(actions)
-            self._count_bytes()
+            self._settle_account()
         except Exception:
             log.exception("a request failed in the router itself")
-            self._carry_out(self._exchange.failed(LoraExtprocError("the router failed; its log says why")))
+            self._failed_inside()
+
+    def holds(self, size: int) -> None:
+        """`size` bytes of the next message have arrived."""
+        if self._account.is_closed:
+            return
+        self._account.transport_holds(size, self._exchange.held_bytes)
+        if self._exchange.is_arriving and size:
+            self._account.arrives()
 
     def half_close(self) -> None:
         """The gateway sends no more. What it waits for is still answered."""
         self._half_closed = True
-        if self._wait is None:
-            self._sender.finish()
-            self._end()
+        if not self._tasks and not self._outbox:
+            self._finish()
 
     def abandon(self) -> None:
         """The gateway has gone."""
-        if self._wait is not None:
-            self._wait.cancel()
         self._end()
 
-    # -- the walk of one request: receive, decide, wait, answer
+    def drain(self) -> None:
+        """The router stops: a request that still waits is answered, so that its client can ask again, and another router."""
+        if self._exchange.state not in (State.ANSWERED, State.ENDED):
+            self._carry_out(self._exchange.failed(StageDeadline("the router that held this request is stopping; ask again")))
+        while self._outbox:
+            self._send()
+        self._finish()
 
-    def _carry_out(self, actions: list[Action]) -> None:
+    # -- the walk of one request: receive, judge, decide, wait, answer
+
+    def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            if isinstance(action, Decide):
-                self._carry_out(self._decide(action.facts))
-                continue
-            if isinstance(action, ImmediateReply):
-                self._outcome, self._reason = "rejected", action.error.reason
-                if self._wait is not None:
-                    self._wait.cancel()
-                action.notes = self._rejection_notes()
-            elif isinstance(action, OwnReply):
-                self._outcome, action.notes = "listed", {"outcome": "listed"}
-            self._sender.send(wire.encode(action))
+            match action:
+                case Decide(facts):
+                    self._carry_out(self._decide(facts))
+                case Judge() as question:
+                    self._wait(self._s.judges.judge(question.content, question.pieces), "judge", self._verdict)
+                case ImmediateReply(error):
+                    self._account.outcome, self._account.reason = "rejected", error.reason
+                    self._cancel_waits()
+                    action.notes, action.headers = self._account.rejection_notes(self._s.clock()), self._cors_headers()
+                    self._outbox.append(action)
+                case OwnReply():
+                    self._account.outcome, action.notes, action.headers = "listed", {"outcome": "listed"}, self._cors_headers()
+                    self._outbox.append(action)
+                case _:
+                    self._outbox.append(action)
+        self._send()
 
-    def _decide(self, facts: Facts) -> list[Action]:
-        self._model = facts.model or ""
-        began = time.perf_counter()
-        decision = decide(facts, self._p.membership.snapshot, self._p.policy)
-        self._trace("decide", time.perf_counter() - began, {"model": facts.model or ""})
+    def _send(self) -> None:
+        """Send what there is, of a large body a part per turn of the event loop, however often this is called in one."""
+        if self._sends_later:
+            return
+        left = SENT_PER_TURN_BYTES
+        while self._outbox:
+            if left <= 0:
+                self._sends_later = True
+                asyncio.get_running_loop().call_soon(self._send_more)
+                return
+            reply = self._outbox.popleft()
+            if isinstance(reply, BodyReply) and reply.chunk is not None:
+                left -= len(reply.chunk) if not isinstance(reply.chunk, tuple) else sum(map(len, reply.chunk))
+            self._sender.send(wire.encode(reply))
+
+    def _send_more(self) -> None:
+        self._sends_later = False
+        if not self._account.is_closed:
+            self._send()
+            self._close_if_done()
+
+    def _verdict(self, judging: "asyncio.Task[Any]", took_s: float) -> Sequence[Action]:
+        self._judged_within(took_s, LEAST_MEASURED_BYTES)
+        return self._exchange.judged(judging.result())
+
+    def _decide(self, facts: Facts) -> Sequence[Action]:
+        self._account.model = facts.model or ""
+        began = self._s.clock()
+        decision = decide(facts, self._s.membership.snapshot, self._s.policy)
+        self._account.trace("decide", self._s.clock() - began, {"model": facts.model or ""})
+        return self._follow(facts, decision)
+
+    def _follow(self, facts: Facts, decision: Decision) -> Sequence[Action]:
         match decision:
             case Reject(error):
                 return self._exchange.failed(error)
-            case ListModels():
-                self._wait = asyncio.create_task(self._p.catalog.body(), name="models")
-                self._wait.add_done_callback(self._listed)
+            case NobodyReady(error):
+                return self._wait_for_an_endpoint(facts, error, decision.wait_s)
+            case ListModels(model):
+                listing = self._s.models.card(model) if model else self._s.models.list()
+                self._wait(listing, "models", lambda task, _: self._exchange.answered(task.result()))
                 return []
             case PassThrough(pool, key, candidates):
-                order = candidates if key else self._p.membership.least_loaded(candidates)
-                return self._exchange.decided(self._mutation(pool.name, order, "pass", model=facts.model or "", key=key or ""))
+                order = candidates if key else self._s.membership.in_turn(candidates)
+                self._told(order[0], "pass")
+                return self._exchange.decided(
+                    _base_mutation(self._s.steering, pool.name, order[: self._s.steering.max_endpoints], facts.model or "", (key or "")[:MAX_NOTED_KEY_CHARS])
+                )
             case Forward() as forward:
-                self._forward = forward
-                placed = self._placed and self._p.staging.again(forward, self._placed)
-                placed = placed or self._p.staging.now(forward)
+                self._account.adapter = forward.adapter
+                placed = self._placed and self._s.staging.again(forward, self._placed)
+                placed = placed or self._s.staging.now(forward)
                 if placed is not None:
                     return self._exchange.decided(self._place(forward, placed))
-                self._waits_since = time.perf_counter()
-                self._wait = asyncio.create_task(self._p.staging.wait(forward), name=f"wait {forward.adapter}")
-                self._wait.add_done_callback(self._settled)
+                if not forward.stageable:
+                    error = NoEndpoint(f"{forward.adapter} is nowhere yet, and no endpoint of pool {forward.pool.name} can be given it now")
+                    return self._wait_for_an_endpoint(facts, error, forward.wait_s)
+                self._waits()
+                self._wait(self._s.staging.wait(forward), f"wait {forward.adapter}", lambda task, took_s: self._staged(facts, forward, task, took_s))
                 return []
 
-    def _listed(self, wait: asyncio.Task[bytes]) -> None:
-        """The list of models is there."""
-        self._wait = None
-        if self._over:
+    def _staged(self, facts: Facts, forward: Forward, wait: "asyncio.Task[Placed]", took_s: float) -> Sequence[Action]:
+        error = wait.exception()
+        self._account.trace("stage", took_s, {"adapter": forward.adapter}, "" if error is None else getattr(error, "reason", "internal"))
+        if isinstance(error, NoEndpoint):  # every stager is gone, which the router may not have noticed yet
+            return self._wait_for_an_endpoint(facts, error.bare(), forward.wait_s)
+        self._placed = wait.result()
+        return self._exchange.decided(self._place(forward, self._placed))
+
+    def _wait_for_an_endpoint(self, facts: Facts, error: NoEndpoint, wait_s: float) -> Sequence[Action]:
+        """Hold the request until somebody can serve it, as at a start, or answer with `error` when it was held for long enough."""
+        self._waits()
+        left_s = min(wait_s, self._s.no_endpoint_wait_s) - (self._s.clock() - self._account.waits_since)
+        if left_s <= 0:
+            return self._exchange.failed(error)
+        self._wait(self._until_somebody_can(facts, error, left_s), "endpoint", lambda task, _: self._follow(facts, task.result()))
+        return []
+
+    async def _until_somebody_can(self, facts: Facts, error: NoEndpoint, wait_s: float) -> Decision:
+        with self._s.admission.waiting(""):
+            try:
+                async with asyncio.timeout(wait_s):
+                    while True:
+                        await self._s.membership.changed(ASKED_AGAIN_S)
+                        decision = decide(facts, self._s.membership.snapshot, self._s.policy)
+                        if self._can_go_on(decision):
+                            return decision
+            except TimeoutError:
+                return Reject(error)
+
+    def _can_go_on(self, decision: Decision) -> bool:
+        if isinstance(decision, Forward):
+            return bool(decision.stageable) or self._s.staging.now(decision) is not None
+        return not isinstance(decision, NobodyReady)
+
+    def _waits(self) -> None:
+        self._account.waits_since = self._account.waits_since or self._s.clock()
+
+    # -- waiting
+
+    def _wait(self, work: Coroutine[Any, Any, T], name: str, then: "Callable[[asyncio.Task[T], float], Sequence[Action]]") -> None:
+        """Do `work` in a task; `then` makes of it what is to be sent. Its errors are answers, too."""
+        task = asyncio.create_task(work, name=name)
+        began = self._s.clock()
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._waited(done, self._s.clock() - began, then))
+
+    def _waited(self, task: "asyncio.Task[T]", took_s: float, then: "Callable[[asyncio.Task[T], float], Sequence[Action]]") -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or self._account.is_closed:
             return
-        if not wait.cancelled():
-            error = wait.exception()
-            if error is not None:
-                log.error("the list of models failed in the router itself", exc_info=error)
-            failed = LoraExtprocError("the router failed; its log says why")
-            self._carry_out(self._exchange.answered(wait.result()) if error is None else self._exchange.failed(failed))
-        if self._half_closed:
-            self.half_close()
+        try:
+            self._carry_out(then(task, took_s))
+        except LoraExtprocError as error:
+            self._carry_out(self._exchange.failed(error))
+        except Exception:
+            log.exception("a wait failed in the router itself")
+            self._failed_inside()
+        self._settle_account()
+        self._close_if_done()
 
-    def _settled(self, wait: asyncio.Task[Placed]) -> None:
-        """The end of the wait, as the exchange's next step."""
-        self._wait = None
-        if self._over:
-            return
-        if not wait.cancelled():
-            error = wait.exception()
-            failed = "" if error is None else getattr(error, "reason", "internal")
-            self._trace("stage", time.perf_counter() - self._waits_since, {"adapter": self._forward.adapter if self._forward else ""}, failed)
-            if error is None:
-                assert self._forward is not None
-                self._placed = wait.result()
-                self._carry_out(self._exchange.decided(self._place(self._forward, wait.result())))
-            elif isinstance(error, LoraExtprocError):
-                self._carry_out(self._exchange.failed(error))
-            else:
-                log.error("a wait failed in the router itself", exc_info=error)
-                self._carry_out(self._exchange.failed(LoraExtprocError("the router failed; its log says why")))
-        self._count_bytes()
-        if self._half_closed:
-            self.half_close()
+    def _cancel_waits(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks.clear()
 
-    def _rejection_notes(self) -> Mapping[str, str | float]:
-        if self._waits_since:
-            return {"model": self._model, "waited_ms": round((time.perf_counter() - self._waits_since) * 1000, 1)}
-        return {"model": self._model} if self._model else {}
-
-    def _count_bytes(self) -> None:
-        held = self._exchange.held_bytes
-        if held != self._held_bytes:
-            fits = self._p.holding.change_bytes(held - self._held_bytes)
-            self._held_bytes = held
-            if not fits:
-                self._carry_out(self._exchange.failed(self._p.holding.too_many_bytes()))
-                self._count_bytes()
+    # -- answering
 
     def _place(self, forward: Forward, placed: Placed) -> Mutation:
-        waited_ms = round(placed.waited_s * 1000, 1)
-        notes: dict[str, str | float] = {"model": forward.adapter, "key": forward.key, "origin": placed.origin, "waited_ms": waited_ms}
+        self._told(placed.endpoints[0], placed.outcome)
+        lease = placed.lease
+        if lease is None:
+            return self._mutation(forward, placed)
+        reply = lease.reply
+        if reply is None or reply.key != forward.key or reply.endpoints != placed.endpoints:
+            reply = lease.reply = WarmReply(placed.endpoints, forward.key, self._mutation(forward, placed))
+        return reply.mutation
+
+    def _mutation(self, forward: Forward, placed: Placed) -> Mutation:
+        notes: dict[str, str | float] = {
+            "owner": placed.endpoints[0].node,
+            "outcome": placed.outcome,
+            "model": forward.adapter,
+            "key": forward.key[:MAX_NOTED_KEY_CHARS],
+        }
+        notes |= {"origin": placed.origin, "waited_ms": round(placed.waited_s * 1000, 1)}
         if placed.model:
             notes["engine_model"] = placed.model
-        return self._mutation(forward.pool.name, placed.endpoints, placed.outcome, placed.model, **notes)
+        return self._s.steering.mutation(forward.pool.name, placed.endpoints, notes, placed.model)
 
-    def _mutation(self, pool: str, endpoints: tuple[Endpoint, ...], outcome: str, engine_model: str = "", /, **notes: str | float) -> Mutation:
-        self._outcome = outcome
-        if self._destination:  # chosen while the body was arriving
-            self._p.membership.end(self._destination[0])
-        self._destination = endpoints
-        self._p.membership.begin(endpoints[0])
-        return self._p.steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": outcome, **notes}, engine_model)
+    def _told(self, first: Endpoint, outcome: str) -> None:
+        self._first = first
+        self._account.outcome, self._account.destination = outcome, first.address
 
-    def _trace(self, name: str, took_s: float, notes: Mapping[str, str | float], failed: str = "") -> None:
-        if self._p.tracing is not None:
-            self._p.tracing.record(f"lora_extproc.{name}", self._headers, took_s, notes, failed)
+    def _cors_headers(self) -> dict[str, str]:
+        return dict(cors.answer_headers(self._account.headers.get("origin"), self._s.cors_allow_origins))
 
-    def _log(self) -> None:
-        """One line per exchange, with the words of the metrics' labels."""
-        if log.isEnabledFor(logging.DEBUG):
-            forward = self._forward
-            owner = self._destination[0].address if self._destination else ""
-            notes = {"request_id": self._headers.get("x-request-id", ""), "adapter": forward.adapter if forward else "", "owner": owner}
-            notes |= {"outcome": self._outcome, "reason": self._reason}
-            log.debug("exchange %s", " ".join(f"{name}={value}" for name, value in notes.items() if value), extra={"notes": notes})
+    def _refuse(self, error: LoraExtprocError) -> None:
+        self._carry_out(self._exchange.failed(error))
+        if self._account.transport_bytes:  # the rest of that message need not come
+            self._finish()
+            return
+        self._settle_account()
+        self._close_if_done()
+
+    def _failed_inside(self) -> None:
+        self._refuse(LoraExtprocError("the router failed; its log says why"))
+
+    # -- the account
+
+    def _judged_within(self, took_s: float, size: int) -> None:
+        if size >= LEAST_MEASURED_BYTES:
+            self._s.metrics.scan.observe(took_s)
+        self._account.trace("scan", took_s, {})
+
+    def _settle_account(self) -> None:
+        self._account.count(self._exchange.held_bytes)
+        if self._exchange.is_arriving:
+            self._account.arrives()
+        else:
+            self._account.arrived()
+
+    def _close_if_done(self) -> None:
+        if self._half_closed:
+            self.half_close()
+
+    def _finish(self) -> None:
+        self._sender.finish()
+        self._end()
 
     def _end(self) -> None:
-        if self._over:
-            return
-        self._over = True
-        self._p.metrics.open_streams -= 1
-        if self._destination:
-            self._p.membership.end(self._destination[0])
-        self._p.holding.change_bytes(-self._held_bytes)
-        self._held_bytes = 0
-        if self._exchange.state is not State.START:
-            self._p.metrics.requests.labels(self._outcome, self._reason).inc()
-            self._log()
+        self._cancel_waits()
+        self._outbox.clear()
+        self._account.close(has_begun=self._exchange.state is not State.START)
+
+
+@lru_cache(maxsize=BASE_MUTATIONS)
+def _base_mutation(steering: Steering, pool: str, endpoints: tuple[Endpoint, ...], model: str, key: str) -> Mutation:
+    """What sends a base model's request to `endpoints`: the same for all of them, so it is encoded once."""
+    return steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": "pass", "model": model, "key": key})

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..client import Demand, Loading, Staged, StagerClient
+from ..client import Claimed, Demand, Loading, Staged, StagerClient
 from ..core.endpoint import Endpoint
+from ..core.events import Mutation
 from ..errors import LoraExtprocError, StagerUnavailable
 from ..flight import SingleFlight
 from ..metrics import RouterMetrics
@@ -17,9 +18,14 @@ log = logging.getLogger(__name__)
 
 SAFETY_S = 1.0  # a lease is not used in its last second: the engine still has to open the files
 RENEW_AT = 0.5  # a lease in use is renewed in the background after this part of its time
+RENEW_AGAIN_S = 5.0  # after a renewal that failed: its stager may be back by then
+PREPARE_AGAIN_S = 10.0  # after a preparation that failed; somebody is served elsewhere meanwhile
+MAX_PREPARATIONS = 4  # at once per stager: each is a load, which stalls what the engine generates
+CLAIM_S = 3.0  # less than a new instance waits before it removes anything
 RELEASE_S = 1.0  # at the end of the process, for every stager at once
 IN_TRANSIT_S = 5.0  # what was sent to a version that has been replaced has reached its engine by then
 SWEEP_ABOVE = 1024  # leases that ended are dropped when the table has doubled since the last sweep, and not below this
+GAP_WEIGHT = 0.2  # of the newest flight in what is usual
 
 
 @dataclass(slots=True)
@@ -30,9 +36,28 @@ class Lease:
     until: float
     renew_after: float
     model: str = ""  # what a request's `model` must be there; "": the adapter's name
+    reply: "Reply | None" = None  # the last one that relied on it
+
+
+@dataclass(slots=True)
+class Reply:
+    """The mutation for a warm request, and what it was made of: as long as that is the same, so is the mutation, which keeps its encoded form."""
+
+    endpoints: tuple[Endpoint, ...]
+    key: str
+    mutation: Mutation
 
 
 Key = tuple[str, str, bool]  # stager, adapter, and whether its engine must know it by the adapter's own name
+
+
+@dataclass(slots=True)
+class _Call:
+    """One Ensure in flight."""
+
+    moved_at: float  # when it last told that it got further
+    longest_gap_s: float = 0.0
+    is_believed: bool = True  # whether what it will answer can still be true
 
 
 class Residency:
@@ -43,11 +68,16 @@ class Residency:
         self._metrics = metrics
         self._clock = clock
         self._leases: dict[Key, Lease] = {}
-        self._asked: dict[Key, bool] = {}  # calls under way -> whether what they will answer can still be believed
+        self._calls: dict[Key, _Call] = {}
         self._flights: SingleFlight[Key, Staged] = SingleFlight()
+        self._preparing: dict[str, set[Key]] = {}  # by stager
+        self._not_before: dict[Key, float] = {}  # when a preparation that failed may be tried again
+        self._usual_gap_s: dict[str, float] = {}  # by stager: for how long a flight tells nothing, usually
         self._demand: dict[str, Demand] = {}  # by stager
         self._releases: set[asyncio.Task[None]] = set()
         self._sweep_at = SWEEP_ABOVE
+
+    # -- what is there
 
     def lease(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> Lease | None:
         """The lease, if `adapter` is certainly on the endpoint's disk now and known to its engine. Renews one that is past its half, without waiting."""
@@ -59,23 +89,45 @@ class Residency:
         if now >= lease.until:
             return None
         if now >= lease.renew_after and key not in self._flights:
-            lease.renew_after = lease.until  # one attempt; if it fails, the next request after the end asks anew
+            lease.renew_after = now + RENEW_AGAIN_S
             self._flights.start(key, lambda: self._ask(key))
         return lease
+
+    def is_full(self, endpoint: Endpoint) -> bool:
+        """Whether as many adapters are in demand on the node as its engine keeps in memory."""
+        demand = self._demand.get(endpoint.stager)
+        return demand is not None and 0 < demand.cpu_slots <= demand.adapters
+
+    # -- asking
 
     async def ensure(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> Staged:
         """Ask the endpoint's stager and wait. Cancelling ends this wait only."""
         key = (endpoint.stager, adapter, plain)
         return await self._flights.join(key, lambda: self._ask(key))
 
+    def prepare(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> None:
+        """Ask the endpoint's stager in the background, while the adapter is served elsewhere. Nothing if that many are asked for already."""
+        key = (endpoint.stager, adapter, plain)
+        preparing = self._preparing.setdefault(endpoint.stager, set())
+        if key in self._flights or len(preparing) >= MAX_PREPARATIONS or self._clock() < self._not_before.get(key, 0.0):
+            return
+        preparing.add(key)
+        self._flights.start(key, lambda: self._prepare(key))
+
+    def stuck_s(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> float:
+        """For how many seconds the call in flight has told nothing new; 0 without one."""
+        call = self._calls.get((endpoint.stager, adapter, plain))
+        return 0.0 if call is None else self._clock() - call.moved_at
+
+    def usual_gap_s(self, endpoint: Endpoint) -> float:
+        """For how many seconds a call to that stager tells nothing new, usually; 0 if none has ended."""
+        return self._usual_gap_s.get(endpoint.stager, 0.0)
+
     def waiting(self, endpoint: Endpoint, adapter: str) -> int:
         """How many callers wait for `adapter` at that endpoint."""
         return sum(self._flights.waiters((endpoint.stager, adapter, plain)) for plain in (False, True))
 
-    def is_full(self, endpoint: Endpoint) -> bool:
-        """Whether as many adapters are in demand on the node as its engine keeps in memory."""
-        demand = self._demand.get(endpoint.stager)
-        return demand is not None and 0 < demand.cpu_slots <= demand.adapters
+    # -- what stagers say
 
     def learn_demand(self, stager: str, demand: Demand) -> None:
         """What the stager says."""
@@ -98,17 +150,50 @@ class Residency:
             self._releases.add(task)
             task.add_done_callback(self._releases.discard)
 
+    async def claim(self, stager: str) -> None:
+        """A new instance of the stager is there, and knows of no lease: tell it what is relied on, and forget what it does not honour.
+
+        Until it has answered the leases count, since a new instance removes nothing before it has heard what routers rely on. An answer to what the
+        instance before it was asked is not believed.
+        """
+        for key, call in self._calls.items():
+            if key[0] == stager:
+                call.is_believed = False
+        self._demand.pop(stager, None)  # it says so anew, if it knows
+        now = self._clock()
+        relied = {key: lease for key, lease in self._leases.items() if key[0] == stager and lease.until > now}
+        claims = [
+            Claimed(adapter, lease.digest, _loading(plain=plain), lease.model or adapter, lease.until - now) for (_, adapter, plain), lease in relied.items()
+        ]
+        try:
+            async with asyncio.timeout(CLAIM_S):
+                granted = await self._clients[stager].claim(claims) if claims else ()
+        except (LoraExtprocError, TimeoutError) as error:
+            log.warning("stager %s: %d leases are given up, since its new instance cannot be told of them: %s", stager, len(claims), error)
+            granted = tuple(0.0 for _ in claims)
+        for (key, lease), lease_s in zip(relied.items(), granted, strict=True):
+            if self._leases.get(key) is not lease:
+                continue  # another has taken its place meanwhile
+            if lease_s <= SAFETY_S:
+                self._forget([key])
+            else:
+                lease.until, lease.renew_after = now + lease_s - SAFETY_S, now + lease_s * RENEW_AT
+        if claims:
+            honoured = sum(lease_s > SAFETY_S for lease_s in granted)
+            log.info("stager %s: its new instance honours %d of %d leases", stager, honoured, len(claims))
+
     def forget_stager(self, stager: str) -> None:
-        """Nothing is known of that node any more."""
-        self._forget([key for key in (*self._leases, *self._asked) if key[0] == stager])
-        self._demand.pop(stager, None)
+        """Its engine has gone, and will know no adapter when it comes back."""
+        self._forget([key for key in (*self._leases, *self._calls) if key[0] == stager])
 
     def _forget(self, keys: Sequence[Key]) -> None:
         for key in keys:
             self._leases.pop(key, None)
-            if key in self._asked:
-                self._asked[key] = False
+            if key in self._calls:
+                self._calls[key].is_believed = False
         self._metrics.leases.set(len(self._leases))
+
+    # -- the end
 
     async def close(self) -> None:
         for task in self._releases:
@@ -135,24 +220,41 @@ class Residency:
         with contextlib.suppress(LoraExtprocError):  # then it ends by itself
             await self._clients[stager].release(adapter, digest)
 
+    # -- one call
+
+    async def _prepare(self, key: Key) -> Staged:
+        try:
+            return await self._ask(key)
+        except LoraExtprocError:
+            if len(self._not_before) >= SWEEP_ABOVE:
+                now = self._clock()
+                self._not_before = {key: at for key, at in self._not_before.items() if at > now}
+            self._not_before[key] = self._clock() + PREPARE_AGAIN_S
+            raise
+        finally:
+            self._preparing[key[0]].discard(key)
+
     async def _ask(self, key: Key) -> Staged:
         stager, adapter, plain = key
         client = self._clients.get(stager)
         if client is None:
             raise StagerUnavailable("the endpoint has no stager")
         asked = self._clock()
-        self._asked[key] = True
+        call = self._calls[key] = _Call(asked)
         try:
-            staged = await client.ensure(adapter, loading=Loading.PLAIN if plain else Loading.VERSIONED)
+            staged = await client.ensure(adapter, loading=_loading(plain=plain), on_progress=lambda _: self._moved(call))
         except LoraExtprocError as error:
             log.info("%s on %s: %s: %s", adapter, stager, error.reason, error.message)
             raise
         finally:
-            is_believed = self._asked.pop(key)
+            del self._calls[key]
         answered = self._clock()
         if staged.staged:
             log.info("%s on %s: staged from %s in %.3f s, %d bytes", adapter, stager, staged.origin, answered - asked, staged.bytes)
-        if not is_believed:
+            self._moved(call)
+            usual = self._usual_gap_s.get(stager, call.longest_gap_s)
+            self._usual_gap_s[stager] = usual + GAP_WEIGHT * (call.longest_gap_s - usual)
+        if not call.is_believed:
             return staged
         granted = min(answered, asked + staged.waited_s)  # the answer may have been late: the lease runs since the stager gave it
         model = "" if staged.model == adapter else staged.model
@@ -162,7 +264,17 @@ class Residency:
         self._metrics.leases.set(len(self._leases))
         return staged
 
+    def _moved(self, call: _Call) -> None:
+        """The call has told that it got further."""
+        now = self._clock()
+        call.longest_gap_s = max(call.longest_gap_s, now - call.moved_at)
+        call.moved_at = now
+
     def _sweep(self, now: float) -> None:
         for key in [key for key, lease in self._leases.items() if lease.until <= now]:
             del self._leases[key]
         self._sweep_at = max(SWEEP_ABOVE, 2 * len(self._leases))
+
+
+def _loading(*, plain: bool) -> Loading:
+    return Loading.PLAIN if plain else Loading.VERSIONED

@@ -6,26 +6,30 @@ import secrets
 
 from ..client import StagerClient
 from ..config import Settings, build_pools
-from ..core.decision import Policy
+from ..core.paths import Paths
 from ..core.steering import Steering
 from ..metrics import RouterMetrics
-from ..process import HttpServer
-from .catalog import Catalog
+from ..process.http import HttpServer
+from .admission import Admission
 from .control import router_app
 from .health import EXT_PROC_SERVICE, Health
-from .holding import Holding
-from .http2 import Methods
-from .listener import Listener
+from .http2.calls import Methods
+from .judging import Judges
 from .membership import Membership
-from .processor import Conversation, Processor
+from .models import Models
+from .probe import Probe
+from .processor import Processor, Services
 from .residency import Residency
 from .staging import Staging
 from .tls import Certificate
 from .tracing import Tracing
+from .transport import Listener
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 CERTIFICATE_CHECK_S = 10.0  # a renewed one is in use this soon; the old one is valid for days yet
+MESSAGE_OVERHEAD_BYTES = 2**20  # of a message beside the body: headers, metadata; a body that is over its limit by less is answered 413
 PROCESS_METHOD = f"/{EXT_PROC_SERVICE}/Process"
 
 
@@ -33,44 +37,42 @@ class Server:
     """One router. `start` returns when it serves; `stop` drains."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings.router
+        router = self._settings = settings.router
         self.metrics = RouterMetrics()
         pools = build_pools(settings)
         stagers = sorted({e.stager for pool in pools for e in pool.table.endpoints if e.stager})
         holder = f"router {secrets.token_hex(4)}"
         self._clients = {address: StagerClient(address, settings.rpc, holder) for address in stagers}
         self._residency = Residency(self._clients, self.metrics)
-        self._catalog = Catalog(pools, self._clients)
-        self.membership = Membership(pools, self._residency, self._catalog, self.metrics)
-        policy = Policy(
-            hash_on=self._settings.parsed_hash_on(),
-            model_header=self._settings.model_header.lower(),
-            forbidden_paths=self._settings.forbidden_paths,
-            timeout_header=self._settings.timeout_header.lower(),
-            stage_deadline_s=self._settings.stage_deadline_s,
-            max_stage_deadline_s=self._settings.max_stage_deadline_s,
-            lists_models=self._settings.lists_models,
-        )
-        holding = Holding(
+        self._models = Models(pools, self._clients, shows_paths=router.shows_paths)
+        self.membership = Membership(pools, self._residency, self._models, self.metrics, Probe(), router.heartbeat_s)
+        self._admission = Admission(
             self.metrics,
-            max_waiting=self._settings.max_waiting,
-            max_waiting_per_adapter=self._settings.max_waiting_per_adapter,
-            max_bytes=self._settings.max_held_bytes,
+            max_waiting=router.max_waiting,
+            max_waiting_per_adapter=router.max_waiting_per_adapter,
+            max_bytes=router.max_held_bytes,
+            body_deadline_s=router.body_deadline_s,
         )
         for pool in pools:
             for address, slots in pool.table.slots_per_endpoint().items():
                 self.metrics.share.labels(address).set(slots / pool.table.size)
-        cluster_header = self._settings.cluster_header if self._settings.steering == "cluster" else None
-        self.processor = Processor(
+        self._judges = Judges(router.judges, router.max_body_bytes)
+        self._watchdog = Watchdog(self.metrics)
+        self.services = Services(
             membership=self.membership,
-            catalog=self._catalog,
-            staging=Staging(self._residency, holding, self.metrics, self._settings.no_space_wait_s),
-            steering=Steering(cluster_header, self._settings.max_retry_endpoints),
-            policy=policy,
+            models=self._models,
+            staging=Staging(self._residency, self._admission, self.metrics, no_space_wait_s=router.no_space_wait_s, hedge_s=router.hedge_s),
+            judges=self._judges,
+            admission=self._admission,
+            watchdog=self._watchdog,
+            steering=Steering(router.cluster_header if router.steering == "cluster" else None, router.max_retry_endpoints),
+            policy=router.policy(),
+            paths=Paths(router.paths),
             metrics=self.metrics,
-            holding=holding,
-            max_body_bytes=self._settings.max_body_bytes,
-            tracing=Tracing() if self._settings.tracing else None,
+            max_body_bytes=router.max_body_bytes,
+            no_endpoint_wait_s=router.no_endpoint_wait_s,
+            cors_allow_origins=router.cors_allow_origins,
+            tracing=Tracing() if router.tracing else None,
         )
         self._health = Health()
         self._listeners: list[Listener] = []
@@ -82,22 +84,26 @@ class Server:
     async def start(self) -> None:
         """Bind everything, then say SERVING. Raises StartError for an address that cannot be had."""
         if self._settings.http_listen:
-            app = router_app(self.metrics, self.membership, self.processor.policy, self._why_not_ready)
+            app = router_app(self.services, self._why_not_ready)
             self._http = HttpServer(app, self._settings.http_listen)
-        methods: Methods = {PROCESS_METHOD: lambda sender: Conversation(self.processor, sender), **self._health.methods()}
-        tls = None
-        if self._settings.tls.mode != "off":
-            certificate = Certificate(self._settings.tls)
-            tls = certificate.context
-            self._reloading = asyncio.create_task(_keep_current(certificate), name="certificate")
-        self._listeners.append(Listener(self._settings.listen, methods, self._settings.max_streams, tls))
+        methods: Methods = {PROCESS_METHOD: lambda sender: Processor(self.services, sender), **self._health.methods()}
+        certificate = None if self._settings.tls.mode == "off" else Certificate(self._settings.tls)
+        max_message_bytes = self._settings.max_body_bytes + MESSAGE_OVERHEAD_BYTES
+        tls = certificate.context if certificate is not None else None
+        self._listeners.append(Listener(self._settings.listen, methods, self._settings.max_streams, tls, max_message_bytes=max_message_bytes))
         if self._settings.health_listen:
-            self._listeners.append(Listener(self._settings.health_listen, self._health.methods(), self._settings.max_streams))
+            health = self._health.methods()
+            self._listeners.append(Listener(self._settings.health_listen, health, self._settings.max_streams, max_message_bytes=MESSAGE_OVERHEAD_BYTES))
         for listener in self._listeners:
             await listener.start()
+        if certificate is not None:
+            self._reloading = asyncio.create_task(_keep_current(certificate, self._listeners[0]), name="certificate")
         if self._http is not None:
             self._http.start()
         self.membership.start(self._clients)
+        self._admission.start()
+        self._judges.start()
+        self._watchdog.start()
         self._health.set_serving(True)
         self._served = True
         log.info("router serves ext_proc on %s", self._settings.listen)
@@ -110,25 +116,30 @@ class Server:
             await asyncio.sleep(self._settings.lameduck_s)
         if self._reloading is not None:
             self._reloading.cancel()
+        self._health.drain()
         await asyncio.gather(*(listener.stop(self._settings.drain_s) for listener in self._listeners))
+        self._watchdog.stop()
+        await self._admission.stop()
+        await self._judges.stop()
         await self.membership.stop()
-        await self._catalog.close()
+        await self._models.close()
         await self._residency.close()
         await self._residency.release_all()
         await asyncio.gather(*(client.close() for client in self._clients.values()))
         if self._http is not None:
             await self._http.stop()
-        if self.processor.tracing is not None:
-            await asyncio.to_thread(self.processor.tracing.close)
+        if self.services.tracing is not None:
+            await asyncio.to_thread(self.services.tracing.close)
 
     def _why_not_ready(self) -> str | None:
         return "draining" if self._draining else None
 
 
-async def _keep_current(certificate: Certificate) -> None:
+async def _keep_current(certificate: Certificate, listener: Listener) -> None:
     while True:
         await asyncio.sleep(CERTIFICATE_CHECK_S)
-        certificate.reload_if_changed()
+        if await asyncio.to_thread(certificate.reload_if_changed):
+            await listener.use(certificate.context)
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:

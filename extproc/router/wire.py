@@ -26,14 +26,15 @@ from ..core.events import (
     TrailersReply,
     Unreadable,
 )
-from ..core.steering import LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE, REMEMBERED
+from ..core.steering import LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
-from .http2 import LARGE_BYTES, Buffer, Message, joined
+from .http2.calls import Buffer, Message, joined
+from .http2.streams import LARGE_BYTES
 
 _REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types
-
-_encoded: dict[int, tuple[Mutation, bytes]] = {}
+_NO_METADATA = b"\x42\x00"
+KEPT_IN_PIECES_BYTES = 64 * 1024  # a body up to this size is joined when it is read: one object is handled faster than several
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
@@ -73,22 +74,27 @@ def decode(message: Message) -> Event:
 
 
 def encode(reply: Reply) -> Message:
-    """One reply as a ProcessingResponse. A headers reply with a mutation that was encoded before is not encoded again; a body is not copied."""
-    if isinstance(reply, BodyReply) and reply.chunk is not None and reply.mutation is None:
-        return _encode_body(reply.direction, reply.chunk, reply.end_of_stream)
-    if isinstance(reply, HeadersReply) and reply.direction is Direction.REQUEST and reply.mutation is not None:
-        known = _encoded.get(id(reply.mutation))
-        if known is not None:
-            return known[1]
-        if len(_encoded) >= REMEMBERED:
-            _encoded.clear()
-        message = _encode(reply)
-        _encoded[id(reply.mutation)] = (reply.mutation, message)  # holding the object keeps its id from being another's
-        return message
-    return _encode(reply)
+    """One reply as a ProcessingResponse. A mutation that was encoded before is not encoded again; a body is not copied."""
+    match reply:
+        case BodyReply(chunk=chunk, mutation=None, replaces=False) if chunk is not None:
+            return _encode_body(reply.direction, chunk, reply.end_of_stream)
+        case BodyReply(replaces=True):
+            return _encode_replacement(reply)
+        case HeadersReply(Direction.REQUEST, Mutation() as mutation):
+            if not mutation.encoded:
+                mutation.encoded = _encode(reply)
+            return mutation.encoded
+        case OwnReply():
+            return _encode_own(reply)
+        case _:
+            return _encode(reply)
 
 
 def _encode(reply: Reply) -> bytes:
+    return _response(reply).SerializeToString()
+
+
+def _response(reply: Reply) -> pb.ProcessingResponse:
     response = pb.ProcessingResponse()
     match reply:
         case HeadersReply(direction, mutation):
@@ -96,26 +102,21 @@ def _encode(reply: Reply) -> bytes:
             headers.SetInParent()
             if mutation is not None:
                 _mutate(response, headers.response, mutation)
-        case BodyReply(direction, chunk, end_of_stream, mutation, replaces):
+        case BodyReply(direction, _, _, mutation):  # its bytes are written by the caller
             body = response.request_body if direction is Direction.REQUEST else response.response_body
             body.SetInParent()
-            if chunk is not None and replaces:
-                body.response.body_mutation.body = bytes(chunk)
-            elif chunk is not None:
-                streamed = body.response.body_mutation.streamed_response
-                streamed.body, streamed.end_of_stream = bytes(chunk), end_of_stream
             if mutation is not None:
                 _mutate(response, body.response, mutation)
         case TrailersReply(direction):
             (response.request_trailers if direction is Direction.REQUEST else response.response_trailers).SetInParent()
-        case ImmediateReply(error, notes):
-            _immediate(response, error, notes)
-        case OwnReply(text, notes):
+        case ImmediateReply(error, notes, headers):
+            _immediate(response, error, notes, headers)
+        case OwnReply(_, notes, headers):
             response.immediate_response.status.code = 200
-            _set_headers(response.immediate_response.headers, {"content-type": "application/json"})
-            response.immediate_response.body, response.immediate_response.details = text, OWN_ANSWER
+            _set_headers(response.immediate_response.headers, {"content-type": "application/json", **headers})
+            response.immediate_response.details = OWN_ANSWER
             _fill(response.dynamic_metadata.fields[OWN_NAMESPACE].struct_value, notes)
-    return response.SerializeToString()
+    return response
 
 
 # Bodies are most of the bytes, so their two messages are read and written by hand: through the generated code each would be copied four times.
@@ -123,7 +124,8 @@ def _encode(reply: Reply) -> bytes:
 
 
 def _decode_body(pieces: tuple[Buffer, ...]) -> RequestBody | ResponseBody | None:
-    """A ProcessingRequest that is `request_body` (field 4) or `response_body` (5) and nothing else, holding `body` and `end_of_stream` in order.
+    """A ProcessingRequest that is `request_body` (field 4) or `response_body` (5), holding `body` and `end_of_stream` in order, and nothing else but the
+    empty `metadata_context` (8) that Envoy 1.40 puts behind it.
 
     What stands before the body is in the first piece, what comes after it in the last; anything else is not worth a path of its own.
     """
@@ -131,6 +133,8 @@ def _decode_body(pieces: tuple[Buffer, ...]) -> RequestBody | ResponseBody | Non
     if len(first) < 2 or first[0] not in (_REQUEST_BODY, _RESPONSE_BODY):
         return None
     length, position = varint.decode(first, 1)
+    if size - position - length == len(_NO_METADATA) and last[-len(_NO_METADATA) :] == _NO_METADATA:
+        last, size = last[: -len(_NO_METADATA)], position + length
     if position + length != size:
         return None
     body_size = 0
@@ -142,17 +146,52 @@ def _decode_body(pieces: tuple[Buffer, ...]) -> RequestBody | ResponseBody | Non
     end_of_stream = after == 2
     if end_of_stream and (last[-2] != _END_OF_STREAM or last[-1] != 1):
         return None
+    body: bytes | tuple[Buffer, ...]
     if len(pieces) == 1:
         body = bytes(first[position : position + body_size])
     else:
-        body = b"".join((memoryview(first)[position:], *pieces[1:-1], last[: len(last) - after]))
-    return RequestBody(body, end_of_stream) if first[0] == _REQUEST_BODY else ResponseBody(body, end_of_stream)
+        body = (memoryview(first)[position:], *pieces[1:-1], bytes(last[: len(last) - after]))  # the last is a view that the next read writes over
+        if body_size <= KEPT_IN_PIECES_BYTES:
+            body = b"".join(body)
+    if first[0] == _REQUEST_BODY:
+        return RequestBody(body, end_of_stream)
+    return ResponseBody(body if isinstance(body, bytes) else b"".join(body), end_of_stream)
 
 
-def _encode_body(direction: Direction, chunk: Buffer, end_of_stream: bool) -> Message:
+def _encode_body(direction: Direction, chunk: Buffer | tuple[Buffer, ...], end_of_stream: bool) -> Message:
     tail = b"\x10\x01" if end_of_stream else b""
+    if isinstance(chunk, tuple):
+        return (_head(direction, sum(map(len, chunk)), len(tail)), *chunk, tail)
     head = _head(direction, len(chunk), len(tail))
     return (head, chunk, tail) if len(chunk) >= LARGE_BYTES else head + chunk + tail
+
+
+def _encode_replacement(reply: BodyReply) -> Message:
+    """The whole body of a BUFFERED request, and what changes with it. The generated code writes everything but the body, which is put behind it:
+    `body` (1) in `body_mutation` (3) at the end of `response` (1) in `request_body` (3). No reader has to merge anything.
+    """
+    assert reply.chunk is not None
+    pieces = reply.chunk if isinstance(reply.chunk, tuple) else (reply.chunk,)
+    size = sum(map(len, pieces))
+    response = _response(reply)
+    common = response.request_body.response.SerializeToString()
+    response.ClearField("request_body")
+    head = _before(b"\x1a", _before(b"\x0a", b"", size), size)
+    return (response.SerializeToString() + _before(b"\x1a", _before(b"\x0a", common + head, size), size), *pieces)
+
+
+def _encode_own(reply: OwnReply) -> Message:
+    """An answer of our own: `body` (3) at the end of `immediate_response` (7), as above."""
+    size = sum(map(len, reply.body))
+    response = _response(reply)
+    immediate = response.immediate_response.SerializeToString()
+    response.ClearField("immediate_response")
+    return (response.SerializeToString() + _before(b"\x3a", immediate + _before(b"\x1a", b"", size), size), *reply.body)
+
+
+def _before(tag: bytes, head: bytes, after: int) -> bytes:
+    """A field that begins with `head` and goes on for `after` bytes."""
+    return tag + varint.encode(len(head) + after) + head
 
 
 @lru_cache(1024)
@@ -222,11 +261,11 @@ def _fill(struct: Struct, values: Mapping[str, str | float]) -> None:
             struct.fields[name].number_value = value
 
 
-def _immediate(response: pb.ProcessingResponse, error: LoraExtprocError, notes: Mapping[str, str | float]) -> None:
+def _immediate(response: pb.ProcessingResponse, error: LoraExtprocError, notes: Mapping[str, str | float], others: Mapping[str, str]) -> None:
     """Status, OpenAI-style JSON and the reason word, which Envoy prints as %RESPONSE_CODE_DETAILS%."""
     immediate = response.immediate_response
     immediate.status.code = error.status
-    headers = {"content-type": "application/json", "x-lora-extproc-reason": error.reason}
+    headers = {"content-type": "application/json", "x-lora-extproc-reason": error.reason, **others}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     _set_headers(immediate.headers, headers)

@@ -32,7 +32,7 @@ async def test_an_answer_from_before_the_eviction_makes_no_lease() -> None:
 
 
 async def test_an_answer_from_before_the_restart_makes_no_lease() -> None:
-    """What the first instance promised, the second does not know."""
+    """What the first instance promised, the second does not know, and was not told of either: there was no lease yet."""
     router = Router(1)
     owner = router.owner("a")
     stager = router.stager_of(owner)

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from extproc.client import Loading
 from extproc.errors import StagerUnavailable
 from tests.fakes.wait import VirtualLoop
 
@@ -68,17 +69,121 @@ async def test_a_thousand_waiters_are_one_call() -> None:
     assert router.stager_of(owner).asked == ["a"]
 
 
-async def test_forgetting_is_by_adapter_or_by_stager() -> None:
-    """Evicted: one name. Another instance: everything of that node, nothing of others."""
+async def test_forgetting_is_by_adapter() -> None:
+    """Evicted: one name on one node, under each name that its engine knows."""
     router = Router(2)
     one, two = router.pool.table.endpoints
     for endpoint in (one, two):
         for name in ("a", "b"):
             await router.residency.ensure(endpoint, name)
+    await router.residency.ensure(one, "a", plain=True)
     router.residency.forget(one.stager, "a")
-    assert [bool(router.residency.lease(one, n)) for n in "ab"] == [False, True]
-    router.residency.forget_stager(one.stager)
-    assert [bool(router.residency.lease(e, n)) for e in (one, two) for n in "ab"] == [False, False, True, True]
+    assert [bool(router.residency.lease(e, n)) for e in (one, two) for n in "ab"] == [False, True, True, True]
+    assert not router.residency.lease(one, "a", plain=True)
+
+
+# ---- a new instance of a stager
+
+
+async def test_a_new_instance_is_told_what_is_relied_on() -> None:
+    """Each lease that runs, with its version, the name its engine knows it by, and for how long it still counts; what ended is not claimed."""
+    router = Router(1)
+    (stager,) = router.stagers.values()
+    owner = router.owner("a")
+    stager.renames = True
+    stager.lease_s = 10.0
+    await router.residency.ensure(owner, "ended")
+    stager.lease_s = 100.0
+    await router.residency.ensure(owner, "a")
+    await router.residency.ensure(owner, "a", plain=True)
+    router.now = 39.0
+    await router.residency.claim(stager.address)
+    [claims] = stager.claims
+    assert [(claim.adapter, claim.digest, claim.loading, claim.model, claim.remaining_s) for claim in claims] == [
+        ("a", "d" * 64, Loading.VERSIONED, "a@sha256:dddddddddddd", 60.0),
+        ("a", "d" * 64, Loading.PLAIN, "a", 60.0),
+    ]
+
+
+async def test_what_a_new_instance_does_not_honour_is_forgotten() -> None:
+    """The rest counts for as long as it says, and not for longer; leases on other nodes are not concerned."""
+    router = Router(2)
+    endpoint, other = router.pool.table.endpoints
+    stager = router.stager_of(endpoint)
+    for name in "abc":
+        await router.residency.ensure(endpoint, name)
+        await router.residency.ensure(other, name)
+    stager.honours = lambda claim: {"a": 0.0, "b": 20.0, "c": 0.9}[claim.adapter]
+    router.now = 10.0
+    await router.residency.claim(stager.address)
+    stager.gate.clear()
+    assert [bool(router.residency.lease(endpoint, name)) for name in "abc"] == [False, True, False]
+    assert [bool(router.residency.lease(other, name)) for name in "abc"] == [True, True, True]
+    router.now = 28.9
+    assert router.residency.lease(endpoint, "b")
+    router.now = 29.0  # one second before its end: the engine still has to open the files
+    assert not router.residency.lease(endpoint, "b")
+    stager.gate.set()
+    await _settle()
+
+
+def test_a_claim_that_hangs_or_fails_forgets() -> None:
+    """After three seconds, less than a new instance waits before it removes anything: until then the leases count."""
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        for error in (None, StagerUnavailable("gone")):
+            router = Router(1)
+            (stager,) = router.stagers.values()
+            owner = router.owner("a")
+            await router.residency.ensure(owner, "a")
+            stager.gate.clear()
+            stager.error = error
+            began = loop.time()
+            claiming = asyncio.create_task(router.residency.claim(stager.address))
+            await asyncio.sleep(2.9)
+            assert router.residency.lease(owner, "a")
+            if error is not None:
+                stager.gate.set()
+            await claiming
+            assert loop.time() - began == pytest.approx(3.0 if error is None else 2.9)
+            assert not router.residency.lease(owner, "a")
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main(runner.get_loop()))
+
+
+async def test_a_claim_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """How many leases are given up, and why."""
+    router = Router(1)
+    (stager,) = router.stagers.values()
+    await router.residency.ensure(router.owner("a"), "a")
+    stager.error = StagerUnavailable("gone")
+    await router.residency.claim(stager.address)
+    assert f"stager {stager.address}: 1 leases are given up, since its new instance cannot be told of them: gone" in caplog.text
+
+
+async def test_a_lease_that_was_taken_anew_while_it_was_claimed_stays() -> None:
+    """The new one is the new instance's own word."""
+    router = Router(1)
+    (stager,) = router.stagers.values()
+    owner = router.owner("a")
+    await router.residency.ensure(owner, "a")
+    stager.claim_gate.clear()
+    stager.honours = lambda _: 0.0
+    claiming = asyncio.create_task(router.residency.claim(stager.address))
+    await _settle()
+    await router.residency.ensure(owner, "a")
+    stager.claim_gate.set()
+    await claiming
+    assert router.residency.lease(owner, "a")
+
+
+async def test_who_relies_on_nothing_claims_nothing() -> None:
+    """As at the router's own start."""
+    router = Router(1)
+    (stager,) = router.stagers.values()
+    await router.residency.claim(stager.address)
+    assert stager.claims == []
 
 
 async def test_leases_that_ended_are_swept() -> None:

@@ -13,11 +13,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from extproc.config import TlsSettings, parse
+from extproc.core.endpoint import Endpoint
+from extproc.core.standing import Standing
 from extproc.errors import StartError
 from extproc.router.health import NAMES
 from extproc.router.server import PROCESS_METHOD, Server
 from extproc.router.tls import Certificate, self_signed
 from extproc.up.processes import free_ports
+from tests.fakes.wait import until
 
 from .fakes import body, headers
 from .test_http2 import open_stream
@@ -94,13 +97,25 @@ async def test_the_http_side_says_how_things_are() -> None:
             "/healthz": '"ok"',
             "/readyz": '"ready"',
             "/metrics": 'lora_extproc_build_info{version="',
-            "/v1/owner/demo/sql": '"no_endpoint"',
+            "/v1/owner/demo/sql": '"model":"demo/sql"',
             "/v1/owner//x": '"invalid_request"',
-            "/v1/endpoints": '"pool":"models"',
+            "/v1/endpoints": '"standing":"',
             "/openapi.json": "/v1/owner/{model}",
         }.items():
             async with session.get(path) as response:
                 assert (response.status, part in await response.text()) == (200, True), path
+
+
+async def test_an_endpoint_that_is_gone_is_shown_with_its_reason() -> None:
+    """Its stager cannot be reached, and its engine does not answer either: nobody owns a key then."""
+    async with running() as (server, addresses), aiohttp.ClientSession(f"http://{addresses['http_listen']}") as session:
+        await until(lambda: server.membership.snapshot.standing(Endpoint("127.0.0.1:1")) is Standing.DOWN)
+        async with session.get("/v1/endpoints") as response:
+            [shown] = await response.json()
+        assert (shown["standing"], shown["down"]) == ("down", shown["why"])
+        assert shown["why"].endswith("its engine does not answer either")
+        async with session.get("/v1/owner/demo/sql") as response:
+            assert (await response.json())["error"] == "no_endpoint"
 
 
 async def test_a_busy_port_is_a_start_error() -> None:

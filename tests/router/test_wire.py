@@ -17,6 +17,7 @@ from extproc.core.events import (
     ImmediateReply,
     Mode,
     Mutation,
+    OwnReply,
     RequestBody,
     RequestHeaders,
     RequestTrailers,
@@ -27,8 +28,9 @@ from extproc.core.events import (
     Unreadable,
 )
 from extproc.errors import ModelNotFound, NoSpace
+from extproc.pb import ext_proc_pb2 as pb
 from extproc.router import wire
-from extproc.router.http2 import Message, joined
+from extproc.router.http2.calls import Message, joined
 
 BodySendMode = ext_proc_filter.ProcessingModeBodySendMode
 MUTATION = Mutation({"x-a": "1", "x-b": "é"}, ("x-c",), {"envoy.lb": {"x-a": "1"}, "lora_extproc": {"waited_ms": 1.5}}, clear_route_cache=True)
@@ -248,3 +250,85 @@ def test_what_is_not_retryable_has_no_retry_after() -> None:
     immediate = _response(wire.encode(ImmediateReply(ModelNotFound("no origin has x")))).immediate_response
     assert immediate is not None
     assert "retry-after" not in _set_headers(immediate.headers)
+
+
+def _both(message: Message) -> tuple[pb.ProcessingResponse, ext_proc.ProcessingResponse]:
+    """As protobuf reads it, and as the independent reader does, which is given what protobuf made of it too: both must mean the same."""
+    raw = joined(message)
+    read = pb.ProcessingResponse.FromString(raw)
+    independent = ext_proc.ProcessingResponse.parse(raw)
+    assert independent == ext_proc.ProcessingResponse.parse(read.SerializeToString())
+    return read, independent
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 100_000, 2_100_000])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_replaced_body_is_written_behind_what_changes_with_it(size: int, pieces: int) -> None:
+    """BUFFERED: one message that holds both, in a form that no reader has to merge; the body is not copied into it."""
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    cut = size // pieces
+    chunk = tuple(memoryview(data)[i * cut : (i + 1) * cut if i < pieces - 1 else size] for i in range(pieces))
+    message = wire.encode(BodyReply(Direction.REQUEST, chunk if pieces > 1 else data, mutation=MUTATION, replaces=True))
+    assert isinstance(message, tuple)
+    assert all(any(part is piece for part in message) for piece in (chunk if pieces > 1 else (data,)))
+    read, independent = _both(message)
+    common = read.request_body.response
+    assert common.body_mutation.WhichOneof("mutation") == "body"
+    assert common.body_mutation.body == data
+    assert common.clear_route_cache
+    assert {option.header.key: option.header.raw_value for option in common.header_mutation.set_headers} == {"x-a": b"1", "x-b": "é".encode()}
+    assert list(common.header_mutation.remove_headers) == ["x-c"]
+    assert read.dynamic_metadata.fields["envoy.lb"].struct_value.fields["x-a"].string_value == "1"
+    assert independent.request_body is not None
+    assert independent.request_body.response is not None
+    assert independent.request_body.response.body_mutation is not None
+    assert independent.request_body.response.body_mutation.body == data
+
+
+@pytest.mark.parametrize("body", [(), (b"",), (b'{"a":1}',), (b"x" * 128, b"y" * 70_000, memoryview(b"z"))])
+def test_an_own_answer_is_written_in_its_pieces(body: tuple[bytes, ...]) -> None:
+    """Status 200, JSON, the word that the access log shows, and who may read it."""
+    message = wire.encode(OwnReply(body, {"outcome": "listed"}, {"access-control-allow-origin": "*"}))
+    assert isinstance(message, tuple)
+    assert [id(part) for part in message[1:]] == [id(piece) for piece in body]
+    read, independent = _both(message)
+    immediate = read.immediate_response
+    assert (immediate.status.code, immediate.details, immediate.body) == (200, "models", b"".join(body))
+    headers = {option.header.key: option.header.raw_value for option in immediate.headers.set_headers}
+    assert headers == {"content-type": b"application/json", "access-control-allow-origin": b"*"}
+    assert read.dynamic_metadata.fields["lora_extproc"].struct_value.fields["outcome"].string_value == "listed"
+    assert independent.immediate_response is not None
+    assert independent.immediate_response.body == b"".join(body)
+
+
+def test_an_immediate_reply_carries_notes_and_the_headers_of_who_knows_them() -> None:
+    """Beside its own, which stay."""
+    reply = ImmediateReply(ModelNotFound("no origin has x"), {"model": "x", "waited_ms": 1.5}, {"access-control-allow-origin": "*"})
+    response = _response(wire.encode(reply))
+    assert response.immediate_response is not None
+    headers = _set_headers(response.immediate_response.headers)
+    assert headers == {"content-type": b"application/json", "x-lora-extproc-reason": b"model_not_found", "access-control-allow-origin": b"*"}
+    assert response.dynamic_metadata is not None
+    assert response.dynamic_metadata.to_dict() == {"lora_extproc": {"model": "x", "waited_ms": 1.5, "reason": "model_not_found"}}
+
+
+def test_a_mutation_is_encoded_once() -> None:
+    """And another one that is equal has bytes of its own."""
+    mutation = Mutation({"x-a": "1"})
+    first = wire.encode(HeadersReply(Direction.REQUEST, mutation))
+    assert wire.encode(HeadersReply(Direction.REQUEST, mutation)) is first
+    assert wire.encode(HeadersReply(Direction.REQUEST, Mutation({"x-a": "1"}))) == first
+    assert wire.encode(BodyReply(Direction.REQUEST, mutation=mutation)) != first
+
+
+def test_a_large_body_stays_in_its_pieces_and_a_small_one_is_joined() -> None:
+    """Which is what either is handled fastest as; the last piece is copied, since the next read writes over it."""
+    for size, kept in ((wire.KEPT_IN_PIECES_BYTES + 1, True), (wire.KEPT_IN_PIECES_BYTES - 100, False)):
+        message = bytes(ext_proc.ProcessingRequest(request_body=ext_proc.HttpBody(body=b"x" * size, end_of_stream=True)))
+        half = len(message) // 2
+        last = bytearray(message[half:])
+        event = wire.decode((message[:half], memoryview(last)))
+        last[:] = bytes(len(last))
+        assert isinstance(event, RequestBody)
+        assert isinstance(event.chunk, tuple) is kept
+        assert joined(event.chunk) == b"x" * size

@@ -1,0 +1,388 @@
+"""Where a cold request goes: the walk over its candidates, the one that is asked beside another, and the wait for room. In virtual time."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from extproc.core.decision import Forward
+from extproc.core.endpoint import Endpoint
+from extproc.errors import ModelNotFound, NoSpace, OriginDown, StageDeadline, StagerUnavailable
+from extproc.router.staging import MAX_CANDIDATES, Placed
+from tests.fakes.wait import VirtualLoop, turns
+
+from .fakes import Gateway, Router, ScriptedStager, chat, serve
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())
+
+
+def router_of(count: int = 3, **settings: Any) -> tuple[Router, list[Endpoint], list[ScriptedStager]]:
+    """A router on the loop's time, and the candidates of `a` with their stagers."""
+    router = Router(count, clock=now, **settings)
+    order = list(router.pool.candidates("a"))
+    return router, order, [router.stager_of(endpoint) for endpoint in order]
+
+
+def forward(router: Router, wait_s: float = 60.0) -> Forward:
+    order = router.pool.candidates("a")
+    return Forward("a", router.pool, "a", order, order, wait_s)  # type: ignore[arg-type]  # a name that is one
+
+
+# ---- the owner that is cold while another is warm
+
+
+async def test_an_owner_that_comes_back_cold_is_prepared_while_the_warm_copy_serves() -> None:
+    """Nobody waits for it, and it has its key again as soon as it is warm."""
+    router = Router()
+    owner, second, _ = router.pool.candidates("a")
+    await router.residency.ensure(second, "a")
+    router.stager_of(owner).gate.clear()
+    for _ in range(3):
+        assert (await serve(router, chat("a"))).first_destination() == second.address
+        await turns(5)
+    assert router.stager_of(owner).asked == ["a"]
+    router.stager_of(owner).gate.set()
+    await turns()
+    stream = await serve(router, chat("a"))
+    assert stream.destination() == f"{owner.address},{second.address}"
+    assert router.count("hit") == 4
+
+
+async def test_a_preparation_that_failed_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A node that lacks room would be asked with every request; ten seconds later it is."""
+    router = Router()
+    owner, second, _ = router.pool.candidates("a")
+    await router.residency.ensure(second, "a")
+    router.stager_of(owner).error = NoSpace("full")
+    for moment, asked in ((0.0, 1), (1.0, 1), (9.9, 1), (10.0, 2), (19.0, 2), (20.0, 3)):
+        router.now = moment
+        for _ in range(3):
+            assert (await serve(router, chat("a"))).first_destination() == second.address
+            await turns(5)
+        assert len(router.stager_of(owner).asked) == asked
+
+
+async def test_a_node_prepares_four_adapters_at_a_time() -> None:
+    """Each is a load, which stalls what its engine generates. The others' turn comes with their next request."""
+    router = Router(2)
+    cold, warm = router.pool.table.endpoints
+    names = [name for name in (f"a{i}" for i in range(60)) if router.owner(name) is cold][:10]
+    for name in names:
+        await router.residency.ensure(warm, name)
+    router.stager_of(cold).gate.clear()
+    for _ in range(2):
+        for name in names:
+            assert (await serve(router, chat(name))).first_destination() == warm.address
+        await turns()
+    assert router.stager_of(cold).asked == names[:4]
+    router.stager_of(cold).gate.set()
+    await turns()
+    for name in names:
+        await serve(router, chat(name))
+    await turns()
+    assert router.stager_of(cold).asked == names[:8]
+
+
+async def test_an_owner_that_is_full_drains_or_has_no_stager_is_not_prepared() -> None:
+    """There it would take another's place, or nothing new may come there."""
+    router = Router()
+    owner, second, _ = router.pool.candidates("a")
+    await router.residency.ensure(second, "a")
+    order = router.pool.candidates("a")
+    placed = router.staging.now(Forward("a", router.pool, "a", order, order[1:], 1.0))  # type: ignore[arg-type]
+    assert placed is not None
+    assert placed.endpoints == (second,)
+    bare = Endpoint("10.9.9.9:8000")
+    assert router.staging.now(Forward("a", router.pool, "a", (bare, *order[1:]), (bare, *order[1:]), 1.0))  # type: ignore[arg-type]
+    await turns()
+    assert router.stager_of(owner).asked == []
+
+
+# ---- a candidate that makes no progress
+
+
+def test_beside_a_candidate_without_progress_the_next_is_asked_and_the_first_answer_wins(caplog: pytest.LogCaptureFixture) -> None:
+    """After `hedge_s`, and after as long again a third. Who loses goes on for those who come."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(4, hedge_s=3.0)
+        for stager in stagers:
+            stager.gate.clear()
+        began = now()
+        held = Gateway(router, chat("a"))
+        asked_at: list[float] = []
+        while len(asked_at) < 3:
+            await asyncio.sleep(0.01)
+            asked_at += [round(now() - began, 1)] * (sum(len(stager.asked) for stager in stagers) - len(asked_at))
+        assert asked_at == [0.0, 3.0, 6.0]
+        await asyncio.sleep(20)
+        assert [len(stager.asked) for stager in stagers] == [1, 1, 1, 0]
+        assert held.written == []
+        stagers[1].gate.set()
+        await held.end()
+        assert held.first_destination() == order[1].address
+        assert router.value("lora_extproc_hedges_total") == 3  # the third was asked beside two
+        assert (stagers[0].cancelled, stagers[2].cancelled) == (0, 0)
+        stagers[0].gate.set()
+        await turns()
+        assert (await serve(router, chat("a"))).first_destination() == order[0].address
+        stagers[2].gate.set()
+        await turns()
+
+    in_virtual_time(main)
+    assert f"no progress for 3.0 s; {_second()} is asked too" in caplog.text
+
+
+def _second() -> str:
+    return Router(4).pool.candidates("a")[1].stager
+
+
+def test_a_candidate_that_moves_is_not_hedged() -> None:
+    """However long it takes: a large adapter comes in a minute, and says so."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(hedge_s=3.0)
+        stagers[0].gate.clear()
+        stagers[0].progress = [float(second) for second in range(1, 55, 2)]
+        held = Gateway(router, chat("a"))
+        await asyncio.sleep(55)
+        stagers[0].gate.set()
+        await held.end()
+        assert held.first_destination() == order[0].address
+        assert [len(stager.asked) for stager in stagers] == [1, 0, 0]
+
+    in_virtual_time(main)
+
+
+def test_silence_that_is_usual_is_none() -> None:
+    """A stager whose flights tell nothing for ten seconds is given three times that."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(hedge_s=3.0)
+        stagers[0].gate.clear()
+        for name in range(20):
+            staging = asyncio.create_task(router.residency.ensure(order[0], f"other{name}"))
+            await asyncio.sleep(10)
+            stagers[0].gate.set()
+            await staging
+            stagers[0].gate.clear()
+        usual = router.residency.usual_gap_s(order[0])
+        assert usual == pytest.approx(10, rel=0.05)
+        held = Gateway(router, chat("a"))
+        await asyncio.sleep(3 * usual - 0.1)
+        assert stagers[1].asked == []
+        await asyncio.sleep(0.2)
+        assert stagers[1].asked == ["a"]
+        await held.end()
+        assert held.first_destination() == order[1].address
+        stagers[0].gate.set()
+        await turns()
+
+    in_virtual_time(main)
+
+
+def test_who_comes_to_a_flight_that_is_stuck_already_does_not_wait_again() -> None:
+    """For how long it has told nothing counts, not for how long this request has waited."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(hedge_s=3.0)
+        stagers[0].gate.clear()
+        stuck = asyncio.create_task(router.residency.ensure(order[0], "a"))
+        await asyncio.sleep(30)
+        began = now()
+        assert (await serve(router, chat("a"))).first_destination() == order[1].address
+        assert now() == began
+        stagers[0].gate.set()
+        await stuck
+
+    in_virtual_time(main)
+
+
+def test_a_hedge_that_fails_leaves_the_first_to_answer() -> None:
+    """And one that fails for every node ends the wait."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(hedge_s=3.0)
+        stagers[0].gate.clear()
+        stagers[1].error = stagers[2].error = NoSpace("full")
+        held = Gateway(router, chat("a"))
+        await asyncio.sleep(10)
+        assert [len(stager.asked) for stager in stagers] == [1, 1, 1]
+        assert held.written == []
+        stagers[0].gate.set()
+        await held.end()
+        assert held.first_destination() == order[0].address
+        stagers[0].gate.clear()
+        stagers[1].error = ModelNotFound("no origin has b")
+        router, order, stagers = router_of(hedge_s=3.0)
+        stagers[0].gate.clear()
+        stagers[1].error = ModelNotFound("no origin has a")
+        refused = await serve(router, chat("a"))
+        assert refused.immediate().details == "model_not_found"
+        stagers[0].gate.set()
+        await turns()
+
+    in_virtual_time(main)
+
+
+@pytest.mark.parametrize("error", [ModelNotFound("no origin has it"), NoSpace("full")])
+def test_of_two_that_answer_in_the_same_moment_the_good_answer_counts(error: ModelNotFound | NoSpace, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever is looked at first; and the other's failure is nobody's complaint."""
+
+    async def main() -> None:
+        for good in (0, 1):
+            router, order, stagers = router_of(hedge_s=3.0)
+            for stager in stagers:
+                stager.gate.clear()
+            wait = asyncio.create_task(router.staging.wait(forward(router)))
+            await asyncio.sleep(5)
+            stagers[1 - good].error = error
+            for stager in stagers:
+                stager.gate.set()
+            placed = await wait
+            assert placed.endpoints[0] is order[good]
+            await turns()
+
+    in_virtual_time(main)
+    assert "never retrieved" not in caplog.text
+
+
+# ---- failures
+
+
+def test_a_failure_that_another_node_may_not_share_goes_on_and_the_last_is_the_answer() -> None:
+    """At most three nodes: a fault of three in a row is not theirs."""
+
+    async def main() -> None:
+        router, _, stagers = router_of(5)
+        for stager, error in zip(stagers, (OriginDown("an origin is down"), StagerUnavailable("gone"), NoSpace("full")), strict=False):
+            stager.error = error
+        with pytest.raises(NoSpace, match="full"):
+            await router.staging.wait(forward(router))
+        assert [len(stager.asked) for stager in stagers] == [1, 1, 1, 0, 0]
+        assert MAX_CANDIDATES == 3
+        assert router.value("lora_extproc_failovers_total") == 3
+
+    in_virtual_time(main)
+
+
+def test_the_deadline_is_kept_whatever_the_candidates_do() -> None:
+    """Stuck, failing or full."""
+
+    async def main() -> None:
+        router, _, stagers = router_of(no_space_wait_s=100.0)
+        stagers[0].gate.clear()
+        stagers[1].error = stagers[2].error = NoSpace("full")
+        began = now()
+        with pytest.raises(StageDeadline, match=r"a is still being fetched after 7\.5 s"):
+            await router.staging.wait(forward(router, 7.5))
+        assert now() - began == 7.5
+        stagers[0].gate.set()
+        stagers[0].error = NoSpace("full")
+        await turns()
+        began = now()
+        with pytest.raises(StageDeadline):
+            await router.staging.wait(forward(router, 7.5))
+        assert now() - began == 7.5
+
+    in_virtual_time(main)
+
+
+# ---- no room
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.25, 3.3, 10.0])
+def test_the_wait_for_room_is_kept_exactly(seconds: float) -> None:
+    """Nobody makes room: after `no_space_wait_s` the request is told so, not after the next walk."""
+
+    async def main() -> None:
+        router, _, stagers = router_of(2, no_space_wait_s=seconds)
+        for stager in stagers:
+            stager.error = NoSpace("full")
+        began = now()
+        refused = await serve(router, chat("a"))
+        assert (refused.immediate().details, refused.answer_headers()["retry-after"]) == ("no_space", "10")
+        assert now() - began == pytest.approx(seconds)
+
+    in_virtual_time(main)
+
+
+def test_the_wait_for_room_counts_what_the_first_walk_took() -> None:
+    """A stager that needs eight seconds to say that it is full leaves two of ten."""
+
+    async def main() -> None:
+        router, _, stagers = router_of(1, no_space_wait_s=10.0, hedge_s=60.0)
+        stagers[0].gate.clear()
+        stagers[0].error = NoSpace("full")
+        began = now()
+        held = Gateway(router, chat("a"))
+        await asyncio.sleep(8)
+        stagers[0].gate.set()
+        await held.end()
+        assert held.immediate().details == "no_space"
+        assert now() - began == pytest.approx(10.0)
+
+    in_virtual_time(main)
+
+
+def test_where_no_node_has_room_the_walk_is_repeated_for_a_while() -> None:
+    """A lease ends, and the request that was held gets its place; origins are not asked more often than every two seconds."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(2, no_space_wait_s=30.0)
+        for stager in stagers:
+            stager.error = NoSpace("full")
+        held = Gateway(router, chat("a"))
+        await asyncio.sleep(20)
+        assert not held.written
+        assert len(stagers[0].asked) <= 14
+        stagers[0].error = None
+        await held.end()
+        assert held.first_destination() == order[0].address
+
+    in_virtual_time(main)
+
+
+# ---- what was waited for while the body arrived
+
+
+async def test_a_place_that_was_waited_for_is_kept_while_it_is_one() -> None:
+    """Minutes may lie between the model and the body's end: by then its lease may be gone, or another version there."""
+    router = Router()
+    for stager in router.stagers.values():
+        stager.renames = True
+    placed = await router.staging.wait(forward(router))
+    again = router.staging.again(forward(router), placed)
+    assert again == Placed(placed.endpoints, "staged", "file", placed.waited_s, "a@sha256:dddddddddddd")
+    owner = placed.endpoints[0]
+    router.residency.forget(owner.stager, "a")
+    assert router.staging.again(forward(router), placed) is None
+    router.stager_of(owner).digest = "e" * 64
+    await router.residency.ensure(owner, "a")
+    again = router.staging.again(forward(router), placed)
+    assert again is not None
+    assert again.model == "a@sha256:eeeeeeeeeeee"
+
+
+def test_the_log_says_what_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """One line per candidate that is asked beside it."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(hedge_s=3.0)
+        stagers[0].gate.clear()
+        await serve(router, chat("a"))
+        stagers[0].gate.set()
+        await turns()
+        lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name == "extproc.router.staging"]
+        assert lines == [f"a on {order[0].stager}: no progress for 3.0 s; {order[1].stager} is asked too"]
+
+    in_virtual_time(main)
