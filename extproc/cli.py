@@ -115,7 +115,8 @@ def up(
 @app.command()
 def router(config: RequiredConfigFile) -> None:
     """Run the ext_proc service."""
-    from .process import run, set_up_logging
+    from .process.logs import set_up_logging
+    from .process.loop import run
     from .router.server import serve
 
     settings = load(config)
@@ -126,7 +127,8 @@ def router(config: RequiredConfigFile) -> None:
 @app.command()
 def stager(config: RequiredConfigFile) -> None:
     """Run the process that fills this node's directory."""
-    from .process import run, set_up_logging
+    from .process.logs import set_up_logging
+    from .process.loop import run
     from .stager.server import serve
 
     settings = load(config)
@@ -147,7 +149,8 @@ def sim(
     dev_mode: Annotated[bool, typer.Option("--dev-mode", help="As a vLLM with VLLM_SERVER_DEV_MODE=1.")] = False,
 ) -> None:
     """Run a simulated engine: vLLM's API, no model."""
-    from .process import run, set_up_logging
+    from .process.logs import set_up_logging
+    from .process.loop import run
     from .sim.adapters import Adapters
     from .sim.app import SimEngine, serve
 
@@ -166,23 +169,30 @@ def check_config(config: RequiredConfigFile) -> None:
 
 @app.command()
 def owner(
-    key: Annotated[str, typer.Argument(help="An adapter, or whatever router.hash_on makes of a request.")],
+    model: Annotated[str, typer.Argument(help="What a request's body names as its `model`.")],
     config: RequiredConfigFile,
+    header: Annotated[list[str] | None, typer.Option(help="A header of the request, `name: value`; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show who owns a key: the candidates in order, and why."""
+    """Show who owns a request's key: the candidates in order, and why."""
+    from .core.decision import Facts, Forward, PassThrough, Reject, decide
     from .core.maglev import key_hash
+    from .core.paths import Kind, Path
     from .core.placement import Snapshot
 
     settings = load(config)
-    snapshot = Snapshot(build_pools(settings))
-    pool = snapshot.base_pool(key) or snapshot.adapter_pool(key)
-    if pool is None:
-        raise ConfigError(f"no pool serves {key!r}")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in header or ())}
+    facts = Facts("POST", Path(Kind.INFERENCE, "/v1/chat/completions"), headers, model)
+    decision = decide(facts, Snapshot(build_pools(settings)), settings.router.policy())
+    if isinstance(decision, Reject):
+        raise ConfigError(decision.error.message)
+    assert isinstance(decision, Forward | PassThrough), "a POST is forwarded or passed, where every endpoint is ready"
+    pool = decision.pool
+    key = decision.key or model
     order = pool.candidates(key)
     hashed = key_hash(key)
     if as_json:
-        shown = {"key": key, "pool": pool.name, "hash": hashed, "slot": hashed % pool.table.size}
+        shown = {"model": model, "key": key, "pool": pool.name, "hash": hashed, "slot": hashed % pool.table.size}
         typer.echo(json.dumps(shown | {"candidates": [{"address": e.address, "node": e.node, "stager": e.stager} for e in order]}))
         return
     typer.echo(f"{key}: pool {pool.name}, hash {hashed:016x}, slot {hashed % pool.table.size} of {pool.table.size}")

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .core.decision import ENGINE_ADMIN_PATHS, HashOn
+from .core.decision import HashOn, Policy
 from .core.endpoint import Endpoint
 from .core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable, is_prime
+from .core.paths import CLIENT_PATHS, is_administration, is_path
 from .core.placement import Pool
 from .errors import ConfigError
 
@@ -41,11 +42,20 @@ def _addresses(value: str) -> str:
     return value
 
 
+def _path(value: str) -> str:
+    if not is_path(value):
+        raise ValueError("is no path; `{id}` may stand for a part of one, `{rest}` for all that follows")
+    if is_administration(value):
+        raise ValueError("is an engine's administration, which clients never reach")
+    return value
+
+
 Address = Annotated[str, AfterValidator(_address)]
 Addresses = Annotated[str, AfterValidator(_addresses)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
+MAX_BODY_BYTES = 2**30  # a gRPC message, which has a whole body in BUFFERED, states its length in four bytes; Envoy's buffers are the limit before that
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -69,6 +79,8 @@ class PoolSettings(Group):
     """Model names that are the base model itself: passed through, nothing is staged."""
     adapters: tuple[str, ...] = ("*",)
     """Shell patterns of the adapter names that run on this pool; the first pool that matches wins."""
+    paths: tuple[str, ...] = ()
+    """Shell patterns of paths whose requests come here where they name no model, as `GET /v1/responses/ID`. Those that match nowhere go to the first pool."""
     endpoints: tuple[EndpointSettings, ...] = ()
     """The model servers of this pool."""
 
@@ -105,19 +117,35 @@ class RouterSettings(Group):
     tenant_header: str = "x-tenant-id"
     """The header that names the tenant."""
     model_header: str = "x-gateway-model-name"
-    """The header that names the model where the processing mode shows no body (NONE). Ignored in the other modes: the body decides."""
+    """The header that names the model where the processing mode shows no body (NONE); a client sets it freely unless something before Envoy does. In the
+    other modes the body decides, and the header only chooses the pool of a request whose body names no model."""
+    pool_header: str = "x-lora-extproc-pool"
+    """The header by which a request that names no model chooses its pool."""
     lists_models: bool = True
     """Answer `GET /v1/models` here, with what the whole fleet serves. Off: an engine answers, with what it was asked for so far."""
-    forbidden_paths: tuple[str, ...] = ENGINE_ADMIN_PATHS
-    """Paths (and what is below them) that answer 403: the engines' own administration."""
+    shows_paths: bool = False
+    """Whether a model's `root` in that list is where its files are on the node, as an engine shows it. Off: the model's name."""
+    paths: tuple[Annotated[str, AfterValidator(_path)], ...] = tuple(CLIENT_PATHS)
+    """The paths that clients may ask for; others are answered 404, and an engine's administration 403. `{id}` stands for one part of a path, `{rest}` for
+    all that follows. The default has what vLLM 0.33 and SGLang 0.5 serve to clients; a path of your own is taken for inference with a `model`."""
+    cors_allow_origins: tuple[str, ...] = ("*",)
+    """Origins whose pages may read what the router answers itself (errors, the list of models); `*`: all, as SGLang does and vLLM did up to 0.31. Empty:
+    none, as vLLM does since. What an engine answers is the engine's to allow."""
     table_size: Annotated[int, AfterValidator(_prime)] = DEFAULT_TABLE_SIZE
     """Slots of the Maglev table; a prime of at least 100 times the endpoints. Equal on every replica."""
     stage_deadline_s: Seconds = 120.0
     """How long a request is held for its adapter before it is answered 503 `staging`; the fetch goes on."""
     timeout_header: str = "x-request-timeout"
-    """The header by which a client sets that time for itself: `30`, `30s`, `500ms`, `2m`."""
+    """The header by which a client sets that time for itself: `30`, `30s`, `500ms`, `2m`, `1h`."""
     max_stage_deadline_s: Seconds = 300.0
     """The longest time that a client can set. At most `envoy.hold_s`."""
+    hedge_s: Seconds = 3.0
+    """After so long without progress of one candidate (or three times the silence that is usual with it, if that is longer) the next is asked beside it."""
+    no_endpoint_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """How long a request is held while no endpoint can serve it, as at a start or while the only node restarts; then it is answered 503 `no_endpoint`."""
+    heartbeat_s: Seconds = 0.5
+    """How often a stager says something, though nothing happens. Silent for twice that: its engine is asked directly. Six times: the stager is lost.
+    With over 200 stagers each router stretches it, so that heartbeats take no more than a few percent of a core."""
     no_space_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """How long of that time a request is held while no candidate has room, in case a lease ends; then it is answered 503 `no_space`."""
     max_waiting: Annotated[int, Field(ge=1)] = 20_000
@@ -125,9 +153,13 @@ class RouterSettings(Group):
     max_waiting_per_adapter: Annotated[int, Field(ge=1)] = 5_000
     """The same for one adapter, so that one slow fetch does not take everybody's place."""
     max_held_bytes: Bytes = 2 * 2**30
-    """What the bodies held at once may take together; a request over it is answered 429 `overloaded`."""
-    max_body_bytes: Bytes = 10 * 2**20
-    """Larger bodies are answered 413."""
+    """What the bodies held at once may take together; over it the oldest that are not complete are answered 429 `overloaded`."""
+    max_body_bytes: Annotated[int, Field(gt=0, le=MAX_BODY_BYTES)] = 50 * 2**20
+    """Larger bodies are answered 413; decoded ones, too. The default takes audio of 25 MB and an inline image of 32 MB. At most 1 GiB."""
+    body_deadline_s: Seconds = 30.0
+    """A body of which nothing arrives for so long, or that arrives at less than 16 KiB per second after that time, is answered 408 `body_timeout`."""
+    judges: Annotated[int, Field(ge=1, le=64)] = 2
+    """Processes that read bodies over 256 KiB, compressed ones and forms, so that the event loop need not."""
     max_retry_endpoints: Annotated[int, Field(ge=1, le=16)] = 3
     """At most so many endpoints are named in the destination list. For an adapter, only those known to have it."""
     steering: Literal["endpoint", "cluster"] = "endpoint"
@@ -154,8 +186,17 @@ class RouterSettings(Group):
             raise ValueError(str(error).removeprefix(f"{value!r} ")) from None
         return value
 
-    def parsed_hash_on(self) -> HashOn:
-        return HashOn.parse(self.hash_on, self.tenant_header)
+    def policy(self) -> Policy:
+        """What decisions depend on."""
+        return Policy(
+            hash_on=HashOn.parse(self.hash_on, self.tenant_header),
+            model_header=self.model_header.lower(),
+            pool_header=self.pool_header.lower(),
+            timeout_header=self.timeout_header.lower(),
+            stage_deadline_s=self.stage_deadline_s,
+            max_stage_deadline_s=self.max_stage_deadline_s,
+            lists_models=self.lists_models,
+        )
 
 
 class OriginSettings(Group):
@@ -266,6 +307,8 @@ class EngineSettings(Group):
     """A file that holds it; read anew for each call, so that it may be rotated."""
     timeout_s: Seconds = 10.0
     """How long one call to the engine may take."""
+    health_timeout_s: Seconds = 1.0
+    """How long its `/health` may take, which is asked every second. After that the node is not ready: one that hangs would hold all its requests."""
     load_timeout_s: Seconds = 60.0
     """How long one load may take."""
     quiet_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
@@ -301,6 +344,8 @@ class StagerSettings(Group):
     """Reserved for a file whose origin does not say its size, and the most that it may then have."""
     lease_s: Seconds = 300.0
     """How long a router may rely on an answer without asking again. Within it the adapter is not evicted."""
+    claim_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """After its start nothing that was on disk before is removed or unloaded for so long: routers say meanwhile what they rely on. 0: not at all."""
     negative_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """How long \"no origin has it\" and \"the origin forbids it\" are remembered. 0: not at all."""
     revalidate_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
@@ -343,9 +388,11 @@ class RpcSettings(Group):
     token_env: str = ""
     """The environment variable that holds the token all of them share."""
     token_file: str = ""
-    """A file that holds it."""
+    """A file that holds it; read again when it changes."""
+    token_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    """How long after a change of `token_file` stagers still accept the token before."""
     cert_file: str = ""
-    """Mutual TLS: this process's certificate chain, PEM. Stagers read it again when it changes."""
+    """Mutual TLS: this process's certificate chain, PEM. All three files are read again when they change."""
     key_file: str = ""
     """Mutual TLS: its key, PEM."""
     ca_file: str = ""
@@ -376,6 +423,8 @@ class EnvoySettings(Group):
     """How Envoy shows bodies. FULL_DUPLEX_STREAMED holds without a timer and without a limit of Envoy's own; BUFFERED and NONE have both."""
     hold_s: Seconds = 300.0
     """The longest a request may be held; Envoy's timers are set above it. At least `router.max_stage_deadline_s`."""
+    silence_s: Seconds = 900.0
+    """The longest that an engine may say nothing while it generates: the whole of an answer that is not streamed. Then Envoy answers 504."""
     health_interval_s: Seconds = 2.0
     """How often Envoy asks each model server's `/health`."""
     connect_timeout_s: Seconds = 1.0
@@ -454,7 +503,7 @@ def _complaint(error: Any, source: str) -> str:
 def build_pools(settings: Settings) -> tuple[Pool, ...]:
     """The pools with their tables filled."""
     size = settings.router.table_size
-    return tuple(Pool(p.name, frozenset(p.base_models), p.adapters, LookupTable(p.members(), size)) for p in settings.pools)
+    return tuple(Pool(p.name, frozenset(p.base_models), p.adapters, LookupTable(p.members(), size), p.paths) for p in settings.pools)
 
 
 def settings_table() -> str:

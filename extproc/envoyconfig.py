@@ -11,6 +11,7 @@ What the configuration has to get right was measured on Envoy 1.36.4 and 1.40.0:
 Importing this module takes a second: import it where it is used.
 """
 
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from ipaddress import ip_address
@@ -38,10 +39,12 @@ from envoy_data_plane.envoy.extensions.retry.host.previous_hosts import v3 as pr
 from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as tls
 from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstream_http
 from envoy_data_plane.envoy.type import v3 as envoy_type
+from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.envoy.type.metadata import v3 as metadata
 from envoy_data_plane.google.protobuf import Any, Struct
 
 from .config import PoolSettings, Settings
+from .core import cors
 from .core.exchange import NO_RETRY_HEADER
 from .core.steering import DESTINATION_HEADER, LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE
 from .errors import BY_NAME, ConfigError
@@ -52,11 +55,14 @@ ROUTER_CLUSTER = "lora_extproc_router"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 UNLIMITED = 1_000_000  # for Envoy's circuit breakers; admission is the router's
 MAX_MESSAGE_TIMEOUT_S = 3600.0  # Envoy refuses more
+TCP_USER_TIMEOUT = 18  # linux/tcp.h; the standard library names it on Linux only
 UPSTREAM_IDLE_S = 3.0  # below uvicorn's keep-alive of 5 s: never reuse a connection that the engine is closing
 HOLD_MARGIN_S = 60.0  # the router's own deadline must be first to fire
 CONNECT_FAILURES = "connect-failure,refused-stream,reset-before-request"  # never after the engine has read the request: it may have run
 RETRY_BACK_OFF_S = 0.005  # the next endpoint is another machine: nothing to wait for
-ROUTER_RETRIES = 3
+ROUTER_RETRIES = 3  # with one, the second choice was the dead router again for a dozen of 400 requests, until the health check missed it
+PING_S, PING_ANSWER_S = 2.0, 1.0  # what a router that hangs holds goes to another within three seconds
+LOST_PACKETS_S = 2.0  # an engine's machine that acknowledges nothing for so long is gone; what it was sent fails, and may be sent again
 ROUTER_FAILURES = "connect-failure,refused-stream,reset"  # a router's answer is repeatable until one has come
 
 
@@ -106,12 +112,14 @@ def _connection_manager(s: Settings) -> hcm.HttpConnectionManager:
         stat_prefix="lora_extproc",
         codec_type=hcm.HttpConnectionManagerCodecType.AUTO,
         http2_protocol_options=core.Http2ProtocolOptions(max_concurrent_streams=1024),
-        stream_idle_timeout=_seconds(s.envoy.hold_s + HOLD_MARGIN_S),
-        normalize_path=True,  # forbidden paths are compared as the engine will read them
+        stream_idle_timeout=_seconds(_idle_s(s)),
+        http_protocol_options=core.Http1ProtocolOptions(accept_http_10=True, default_host_for_http_10="lora-extproc"),  # nginx' default, ab
+        upgrade_configs=_upgrades(s),
+        normalize_path=True,  # paths are compared as the engine will read them
         merge_slashes=True,
         early_header_mutation_extensions=[_strip_client_headers(s)],
         access_log=[_access_log()],
-        local_reply_config=_local_replies(),
+        local_reply_config=_local_replies(s),
         http_filters=[
             hcm.HttpFilter(name="envoy.filters.http.ext_proc", typed_config=Any.pack(_ext_proc(s))),
             hcm.HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(router_filter.Router())),
@@ -128,6 +136,16 @@ def _connection_manager(s: Settings) -> hcm.HttpConnectionManager:
             ],
         ),
     )
+
+
+def _idle_s(s: Settings) -> float:
+    """A stream is silent while its request is held, and while its answer is generated; the router and the engine must have spoken by then."""
+    return max(s.envoy.hold_s, s.envoy.silence_s) + HOLD_MARGIN_S
+
+
+def _upgrades(s: Settings) -> list[hcm.HttpConnectionManagerUpgradeConfig]:
+    """WebSocket goes through where the router sees headers only; where it sees bodies, Envoy would wait for one that never ends (envoy #47161)."""
+    return [hcm.HttpConnectionManagerUpgradeConfig(upgrade_type="websocket")] if s.envoy.processing_mode == "NONE" else []
 
 
 def _strip_client_headers(s: Settings) -> core.TypedExtensionConfig:
@@ -150,7 +168,7 @@ def _route(s: Settings, *, retries: bool) -> route.Route:
             cluster=None if by_header else s.pools[0].name,
             cluster_header=s.router.cluster_header if by_header else None,
             timeout=timedelta(0),  # a generation has no upper bound; the idle timeout still ends dead streams
-            idle_timeout=_seconds(s.envoy.hold_s + HOLD_MARGIN_S),
+            idle_timeout=_seconds(_idle_s(s)),
             retry_policy=_retries(s) if retries else None,
         ),
     )
@@ -184,8 +202,19 @@ def _ext_proc(s: Settings) -> ext_proc.ExternalProcessor:
             request_trailer_mode=send if duplex else skip,
             response_trailer_mode=skip,
         ),
+        forward_rules=ext_proc.HeaderForwardingRules(allowed_headers=_headers_that_are_read(s)),
         metadata_options=ext_proc.MetadataOptions(receiving_namespaces=ext_proc.MetadataOptionsMetadataNamespaces(untyped=[LB_NAMESPACE, OWN_NAMESPACE])),
     )
+
+
+def _headers_that_are_read(s: Settings) -> matcher.ListStringMatcher:
+    """What the router reads, and nothing else: a client's Authorization and cookies stay in Envoy."""
+    names = [":method", ":path", "content-type", "content-encoding", "content-length", "origin", "x-request-id"]
+    names += [s.router.timeout_header, s.router.model_header, s.router.pool_header]
+    hashed = s.router.policy().hash_on.header
+    names += [hashed] if hashed else []
+    names += ["traceparent", "tracestate"] if s.router.tracing else []
+    return matcher.ListStringMatcher(patterns=[matcher.StringMatcher(exact=name.lower()) for name in dict.fromkeys(names)])
 
 
 def _router_retries() -> core.RetryPolicy:
@@ -226,26 +255,41 @@ def _access_log() -> accesslog.AccessLog:
     return accesslog.AccessLog(name="envoy.access_loggers.stdout", typed_config=Any.pack(stream_log.StdoutAccessLog(log_format=text)))
 
 
-def _local_replies() -> hcm.LocalReplyConfig:
+def _local_replies(s: Settings) -> hcm.LocalReplyConfig:
     """Envoy's own errors worded like the router's. The router's are recognised by their reason word and left as they are."""
     reasons = ", ".join(f"'{reason}'" for reason in sorted({OWN_ANSWER, *(error.reason for error in BY_NAME.values())}))
-    not_ours = cel.ExpressionFilter(expression=f"!(response.code_details in [{reasons}])")
-    error = {"message": "the gateway could not forward the request: %RESPONSE_CODE_DETAILS%", "type": "server_error", "param": None, "code": "gateway"}
-    return hcm.LocalReplyConfig(
-        mappers=[
-            hcm.ResponseMapper(
-                filter=accesslog.AccessLogFilter(
-                    extension_filter=accesslog.ExtensionFilter(name="envoy.access_loggers.extension_filters.cel", typed_config=Any.pack(not_ours))
-                ),
-                body_format_override=core.SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
+    size = f"the body is larger than {s.router.max_body_bytes} bytes, the limit"
+    said = "%RESPONSE_CODE_DETAILS%"
+    cases = [
+        ("response.code_details == 'upgrade_failed'", f"WebSocket is not forwarded in processing mode {s.envoy.processing_mode}; it is in NONE"),
+        ("response.code_details.startsWith('ext_proc_error')", "no router could be asked where this request goes; it may be sent again"),
+        ("response.code == 413", size),
+        ("response.code >= 400 && response.code < 500", f"the gateway refused the request: {said}"),
+        ("true", f"the gateway could not forward the request: {said}"),
+    ]
+    return hcm.LocalReplyConfig(mappers=[_worded(s, f"!(response.code_details in [{reasons}]) && {when}", text) for when, text in cases])
+
+
+def _worded(s: Settings, when: str, text: str) -> hcm.ResponseMapper:
+    kind = "server_error" if "could" in text else "invalid_request_error"
+    error = {"message": text, "type": kind, "param": None, "code": "gateway"}
+    everybody = core.HeaderValueOption(
+        header=core.HeaderValue(key="access-control-allow-origin", value=cors.ANY), append_action=core.HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
+    )
+    return hcm.ResponseMapper(
+        filter=accesslog.AccessLogFilter(
+            extension_filter=accesslog.ExtensionFilter(
+                name="envoy.access_loggers.extension_filters.cel", typed_config=Any.pack(cel.ExpressionFilter(expression=when))
             )
-        ]
+        ),
+        headers_to_add=[everybody] if cors.ANY in s.router.cors_allow_origins else [],
+        body_format_override=core.SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
     )
 
 
 def _router_cluster(s: Settings) -> cluster.Cluster:
-    # A dead router connection is noticed although every stream on it is held.
-    http2 = core.Http2ProtocolOptions(connection_keepalive=core.KeepaliveSettings(interval=_seconds(10), timeout=_seconds(5)))
+    # A router that hangs or is cut off is noticed although every stream on its connection is held.
+    http2 = core.Http2ProtocolOptions(connection_keepalive=core.KeepaliveSettings(interval=_seconds(PING_S), timeout=_seconds(PING_ANSWER_S)))
     options = upstream_http.HttpProtocolOptions(explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
     addresses = [address.strip() for address in s.envoy.router.split(",")]
     is_ip = all(_is_ip(address.rpartition(":")[0].strip("[]")) for address in addresses)
@@ -293,12 +337,25 @@ def _pool(s: Settings, pool: PoolSettings) -> cluster.Cluster:
         type=cluster.ClusterDiscoveryType.STATIC,
         connect_timeout=_seconds(s.envoy.connect_timeout_s),
         per_connection_buffer_limit_bytes=s.router.max_body_bytes,
+        upstream_connection_options=cluster.UpstreamConnectionOptions(
+            tcp_keepalive=core.TcpKeepalive(keepalive_time=int(LOST_PACKETS_S), keepalive_interval=1, keepalive_probes=2)
+        ),
+        upstream_bind_config=_noticing_lost_packets(),
         circuit_breakers=_no_limits(),
         health_checks=[_health_check(s)],
         load_assignment=_assignment(pool.name, [e.address for e in pool.endpoints]),
         load_balancing_policy=_policy("envoy.load_balancing_policies.override_host", _override_host()),
         typed_extension_protocol_options={HTTP_OPTIONS: Any.pack(options)},
     )
+
+
+def _noticing_lost_packets() -> core.BindConfig:
+    """TCP retransmits for a quarter of an hour before it gives up, while a client waits."""
+    timeout_ms = int(LOST_PACKETS_S * 1000)
+    option = core.SocketOption(
+        description="TCP_USER_TIMEOUT", level=socket.IPPROTO_TCP, name=TCP_USER_TIMEOUT, int_value=timeout_ms, state=core.SocketOptionSocketState.STATE_PREBIND
+    )
+    return core.BindConfig(socket_options=[option])
 
 
 def _override_host() -> override_host.OverrideHost:

@@ -59,7 +59,7 @@ def test_a_full_file_is_read(tmp_path: Path) -> None:
     settings = load(file)
     assert settings.pools[0].members() == (Endpoint("10.0.0.1:8000"), Endpoint("[2001:db8::1]:8000"))
     assert [(e.node, e.stager) for e in settings.pools[0].members()] == [("one", "10.0.0.1:9102"), ("[2001:db8::1]:8000", "")]
-    assert settings.router.parsed_hash_on() == HashOn("x-session", with_model=True)
+    assert settings.router.policy().hash_on == HashOn("x-session", with_model=True)
     assert [origin.type for origin in settings.stager.origins] == ["file", "s3", "http", "huggingface"]
     assert settings.envoy.processing_mode == "BUFFERED"
     assert settings.log.level == "debug"

@@ -304,7 +304,7 @@ def envoy_binary() -> Path:
 
 async def _sees_everybody(session: aiohttp.ClientSession, router: Router) -> bool:
     async with session.get(f"http://{router.http}/v1/endpoints") as response:
-        return all(endpoint["down"] is None for endpoint in await response.json())
+        return all(endpoint["standing"] == "ready" for endpoint in await response.json())
 
 
 async def _answers(session: aiohttp.ClientSession, url: str) -> bool:

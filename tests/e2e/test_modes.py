@@ -126,7 +126,7 @@ async def test_a_body_over_the_limit_is_413(served: Served) -> None:
     """And the next request is served."""
     if served.mode == "NONE":
         return  # no body is shown
-    answer = await served.client.chat("team/a", padding=11 * 2**20)
+    answer = await served.client.chat("team/a", padding=51 * 2**20)
     assert answer.status == 413
     assert (await served.client.chat("team/a")).status == 200
 

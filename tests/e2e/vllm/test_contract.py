@@ -183,4 +183,4 @@ async def test_files_that_go_without_an_unload_kill_it(served: Served) -> None:
     async with asyncio.timeout(30):
         await served.child.process.wait()
         await hung_up
-    assert await served.engine.why_not_ready() == "the engine is not healthy"
+    assert await served.engine.why_not_ready() == "the engine refused the connection"

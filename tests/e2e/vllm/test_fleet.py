@@ -133,13 +133,13 @@ async def test_the_list_of_models_is_the_same_wherever_it_is_asked(engines: Engi
     async with engines.session.get(f"http://{engines.stack.address}/v1/models") as response:
         listed = (await response.json())["data"]
     base, *adapters = listed
-    assert (base["id"], base["root"], base["parent"], base["max_model_len"]) == ("tiny", engines.base, None, 256)
+    assert (base["id"], base["root"], base["parent"], base["max_model_len"]) == ("tiny", "tiny", None, 256)  # where it lies on the node is not shown
     on_disk = set()
     for node in engines.stack.nodes:
         async with StagerClient(node.stager) as client:
             on_disk |= {adapter.name for adapter in (await client.list()).adapters}
     assert [model["id"] for model in adapters] == sorted(on_disk)
-    assert all(model["parent"] == "tiny" and (Path(model["root"]) / "adapter_config.json").exists() for model in adapters)
+    assert all((model["parent"], model["root"]) == ("tiny", model["id"]) for model in adapters)
 
 
 BROKEN = {
@@ -172,7 +172,7 @@ async def test_a_broken_adapter_is_a_422_with_a_reason(engines: Engines, kind: s
     assert (said.status, error["code"]) == (422, "invalid_adapter")
     assert BROKEN[kind] in error["message"], error["message"]
     asked = await metric(engines, "lora_extproc_engine_loads_total") - before
-    assert asked == (1 if kind == "badmodule" else 0)
+    assert 1 <= asked <= 2 if kind == "badmodule" else asked == 0  # an engine that takes seconds to refuse has the other asked beside it
     assert engines.engines_alive()
     assert (await engines.ask("tiny")).status == 200
 
