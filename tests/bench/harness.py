@@ -12,7 +12,7 @@ import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,10 @@ def chat_body(size: int, *, model_first: bool = False) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def arrangements(raw: dict[str, Any] | None = None) -> AsyncIterator[tuple[Arrangement, Arrangement]]:
-    """Envoy alone, and the same Envoy configuration with its router."""
+async def arrangements(
+    raw: dict[str, Any] | None = None, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda bootstrap: bootstrap
+) -> AsyncIterator[tuple[Arrangement, Arrangement]]:
+    """Envoy alone, and the same Envoy configuration with its router, which `change` may change."""
     with tempfile.TemporaryDirectory(prefix="lora-extproc-bench-") as temporary:
         directory = Path(temporary)
         upstream, alone, beside, router, stager, http = (f"127.0.0.1:{port}" for port in free_ports(6))
@@ -97,7 +99,7 @@ async def arrangements(raw: dict[str, Any] | None = None) -> AsyncIterator[tuple
         rendered = yaml.safe_load(render(parse(raw, source="bench")))
         files = {
             "settings": yaml.safe_dump(raw),
-            "with": yaml.safe_dump(without_access_log(rendered)),
+            "with": yaml.safe_dump(change(without_access_log(rendered))),
             "alone": yaml.safe_dump(without_router(rendered, alone)),
             "upstream": yaml.safe_dump(instant_upstream(upstream)),
         }
@@ -121,7 +123,7 @@ async def arrangements(raw: dict[str, Any] | None = None) -> AsyncIterator[tuple
                 Arrangement("Envoy + router", beside, await start("with", envoy("with")), router_child),
             )
             for arrangement in pair:
-                await _until_it_serves(arrangement.address, children)
+                await until_it_serves(arrangement.address, children)
             yield pair
         finally:
             await stop(children, 2.0)
@@ -251,7 +253,7 @@ def rss_mib(child: Child) -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
 
 
-async def _until_it_serves(address: str, children: Sequence[Child]) -> None:
+async def until_it_serves(address: str, children: Sequence[Child]) -> None:
     async with aiohttp.ClientSession() as session:
         for _ in range(600):
             for child in children:

@@ -16,7 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from extproc.core.scanner import judge
+from extproc.core.verdict import judge
 
 from .harness import Arrangement, Load, Measured, arrangements, chat_body, machine, measure, median, need_h2load
 

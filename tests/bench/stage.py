@@ -28,7 +28,7 @@ from extproc.client import StagerClient
 from extproc.config import EngineSettings, OriginSettings, PeerSettings, StagerSettings
 from extproc.core.artifact import adapter_name
 from extproc.metrics import StagerMetrics
-from extproc.process import run
+from extproc.process.loop import run
 from extproc.stager.engine import Engine
 from extproc.stager.origins import build_origin
 from extproc.stager.peers import Peers
