@@ -26,10 +26,11 @@ from ..core.events import (
     TrailersReply,
     Unreadable,
 )
+from ..core.pieces import Buffer
 from ..core.steering import LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE
 from ..errors import LoraExtprocError
 from ..pb import ext_proc_pb2 as pb
-from .http2.calls import Buffer, Message, joined
+from .http2.calls import Message, joined
 from .http2.streams import LARGE_BYTES
 
 _REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types

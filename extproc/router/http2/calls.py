@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from ...core.pieces import Pieces
+
 # gRPC status codes (grpc/status.h) that the transport answers with itself
 OK, UNIMPLEMENTED, RESOURCE_EXHAUSTED, UNAVAILABLE = 0, 12, 8, 14
 
-Buffer = bytes | memoryview
-Message = Buffer | tuple[Buffer, ...]  # a large one may be in pieces, so that its body is not copied into it or out of it
+Message = Pieces  # a large one may be in pieces, so that its body is not copied into it or out of it
 
 
 def joined(message: Message) -> bytes:

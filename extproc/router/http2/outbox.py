@@ -11,7 +11,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
-from .calls import Buffer, Message
+from ...core.pieces import Buffer
+from .calls import Message
 from .frames import DATA, DEFAULT_WINDOW, END_HEADERS, END_STREAM, FLOW_CONTROL_ERROR, HEAD, HEADERS, MAX_WINDOW, MIN_MAX_FRAME, ConnectionFault
 from .streams import LARGE_BYTES, PREFIX, Stream
 

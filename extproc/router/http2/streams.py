@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import Protocol
 
-from .calls import OK, RESOURCE_EXHAUSTED, UNIMPLEMENTED, Buffer, Call, Message
+from ...core.pieces import Buffer
+from .calls import OK, RESOURCE_EXHAUSTED, UNIMPLEMENTED, Call, Message
 from .frames import (
     CONTINUATION,
     DATA,
