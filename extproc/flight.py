@@ -59,14 +59,23 @@ class SingleFlight(Generic[K, T]):
 
     async def join(self, key: K, fly: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Wait for the flight of `key`. Cancelling the wait leaves the flight alone; its error is raised in every waiter."""
-        task = self.start(key, fly)
-        self._waiters[key] = self._waiters.get(key, 0) + 1
+        task = self.enter(key, fly)
         try:
             return await asyncio.shield(task)
         finally:
-            self._waiters[key] -= 1
-            if not self._waiters[key]:
-                del self._waiters[key]
+            self.leave(key)
+
+    def enter(self, key: K, fly: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        """The flight of `key`, which counts its caller as a waiter until `leave`: for who waits for several at once. Cancelling it cancels it for all."""
+        task = self.start(key, fly)
+        self._waiters[key] = self._waiters.get(key, 0) + 1
+        return task
+
+    def leave(self, key: K) -> None:
+        """What follows each `enter`, however the wait ended."""
+        self._waiters[key] -= 1
+        if not self._waiters[key]:
+            del self._waiters[key]
 
     async def close(self) -> None:
         """Cancel what is in flight and wait until it has cleaned up."""

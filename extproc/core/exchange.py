@@ -49,7 +49,7 @@ from .pieces import Buffer
 NO_RETRY_HEADER = "x-lora-extproc-no-retry"
 EARLY_SCAN_BYTES = 16 * 1024  # a body this small is complete before a fetch could have begun: it is only judged
 LATE_SCAN_BYTES = 512 * 1024  # nor is anything scanned behind this: escapes cost 30 ns a byte, and such a body is nearly here
-JUDGED_HERE_BYTES = 256 * 1024  # plain JSON up to this size is judged within 2 ms, whatever is in it; the rest is the caller's to put elsewhere
+JUDGED_HERE_BYTES = 1024 * 1024  # plain JSON up to this size is judged within 4 ms, whatever is in it; the rest is the caller's to put elsewhere
 BODY_CHUNK_BYTES = 62_000  # below the 64 KiB that gateways accept in one streamed body message
 WITHOUT_MODEL = ("GET", "HEAD", "OPTIONS", "DELETE")  # RFC 9110, 9.3: content of such a request has no meaning
 

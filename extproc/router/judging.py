@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_PENDING = 256  # bodies that wait for a judge
 JUDGE_S = 5.0  # twenty times what the worst body takes on an idle core
+START_S = 60.0  # on a disk that has to be read first
 MAX_WRITE_PIECES = 512  # below IOV_MAX
 MEMORY_PER_BODY_BYTE = 8  # address space of a judge, beside what it needs by itself
 OWN_MEMORY_BYTES = 2**30
@@ -96,7 +97,11 @@ class Judges:
     def _warm_up(self) -> None:
         judges = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
         for judge in judges:
-            judge.start()
+            try:
+                judge.start()
+            except (OSError, EOFError) as error:  # the first body will try again, and say what is wrong
+                log.error("a judge of bodies does not start: %s", type(error).__name__)
+                judge.stop()
             self._idle.put(judge)
 
 
@@ -109,7 +114,7 @@ class _Judge:
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
-        """Start the process, unless it runs."""
+        """Start the process, unless it runs. Raises OSError or EOFError when it does not come up."""
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
@@ -117,8 +122,10 @@ class _Judge:
         with theirs:
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(self._max_body_bytes)]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603  # our own module
-        ours.settimeout(JUDGE_S)
         self._socket = ours
+        ours.settimeout(START_S)
+        _receive(ours)  # it is ready: what its start takes is not counted against a body
+        ours.settimeout(JUDGE_S)
 
     def stop(self) -> None:
         if self._socket is not None:
@@ -131,13 +138,13 @@ class _Judge:
 
     def ask(self, content: Content, pieces: Sequence[Buffer]) -> Reading:
         """Have the body judged. Raises what the verdict raises; Overloaded if the judge takes too long or has died."""
-        self.start()
-        assert self._socket is not None
         size = sum(map(len, pieces))
         body = os.memfd_create("body")
         try:
             _write(body, pieces)
             try:
+                self.start()
+                assert self._socket is not None
                 _send(self._socket, content, [body])
                 answer, fds = _receive(self._socket)
             except (OSError, EOFError) as error:  # a time-out is one
@@ -210,6 +217,7 @@ def main(descriptor: int, max_body_bytes: int) -> None:
     keep_freed_memory()
     os.nice(5)  # a burst of large bodies leaves the cores to the requests that are answered at once
     source = socket.socket(fileno=descriptor)
+    _send(source, "ready")
     while True:
         try:
             content, [file] = _receive(source)

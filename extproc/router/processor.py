@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,10 +74,10 @@ class Processor:
         self._sender = sender
         self._account = Account(services.admission, services.metrics, services.tracing, self._refuse)
         self._exchange = Exchange(max_body_bytes=services.max_body_bytes, model_header=services.policy.model_header, allowed=services.paths)
-        self._tasks: set[asyncio.Task[Any]] = set()  # what the request waits for: a verdict, an endpoint, a stager, the list of models
+        self._tasks: list[asyncio.Task[Any]] = []  # what the request waits for: a verdict, an endpoint, a stager, the list of models
         self._placed: Placed | None = None  # what an earlier wait gave, which may have been over before the body was
         self._first: Endpoint | None = None  # that was told
-        self._outbox: deque[Reply] = deque()  # the rest of a large body, and what comes after it
+        self._outbox: list[Reply] = []  # the rest of a large body, and what comes after it; an empty deque would take 760 bytes of every held request
         self._sends_later = False
         self._half_closed = False
 
@@ -161,7 +160,7 @@ class Processor:
                 self._sends_later = True
                 asyncio.get_running_loop().call_soon(self._send_more)
                 return
-            reply = self._outbox.popleft()
+            reply = self._outbox.pop(0)
             if isinstance(reply, BodyReply) and reply.chunk is not None:
                 left -= len(reply.chunk) if not isinstance(reply.chunk, tuple) else sum(map(len, reply.chunk))
             self._sender.send(wire.encode(reply))
@@ -255,11 +254,12 @@ class Processor:
         """Do `work` in a task; `then` makes of it what is to be sent. Its errors are answers, too."""
         task = asyncio.create_task(work, name=name)
         began = self._s.clock()
-        self._tasks.add(task)
+        self._tasks.append(task)
         task.add_done_callback(lambda done: self._waited(done, self._s.clock() - began, then))
 
     def _waited(self, task: "asyncio.Task[T]", took_s: float, then: "Callable[[asyncio.Task[T], float], Sequence[Action]]") -> None:
-        self._tasks.discard(task)
+        if task in self._tasks:
+            self._tasks.remove(task)
         if task.cancelled() or self._account.is_closed:
             return
         try:

@@ -105,6 +105,15 @@ class Residency:
         key = (endpoint.stager, adapter, plain)
         return await self._flights.join(key, lambda: self._ask(key))
 
+    def ask(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> asyncio.Task[Staged]:
+        """As `ensure`, for who waits for several at once: the call, which belongs to all that wait for it. `leave` must follow."""
+        key = (endpoint.stager, adapter, plain)
+        return self._flights.enter(key, lambda: self._ask(key))
+
+    def leave(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> None:
+        """The wait for what was asked is over, whatever came of it."""
+        self._flights.leave((endpoint.stager, adapter, plain))
+
     def prepare(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> None:
         """Ask the endpoint's stager in the background, while the adapter is served elsewhere. Nothing if that many are asked for already."""
         key = (endpoint.stager, adapter, plain)

@@ -118,38 +118,40 @@ class Staging:
         candidates = self._with_room_first([e for e in forward.stageable if e.stager][:MAX_CANDIDATES])
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")
         asked: dict[asyncio.Task[Staged], Endpoint] = {}
-        left = list(candidates)
+        entered = 0
         try:
-            while asked or left:
-                if not asked or (left and self._is_stuck(forward, asked)):
-                    self._ask_next(forward, asked, left)
-                done, _ = await asyncio.wait(asked, timeout=self._until_stuck_s(forward, asked) if left else None, return_when=asyncio.FIRST_COMPLETED)
-                for task in sorted(done, key=lambda task: task.exception() is not None):  # of two in one moment, the good answer counts
-                    endpoint = asked.pop(task)
-                    error = task.exception()
+            while asked or entered < len(candidates):
+                if not asked or (entered < len(candidates) and self._is_stuck(forward, asked)):
+                    endpoint = candidates[entered]
+                    self._tell_of_hedge(forward, asked, endpoint)
+                    entered += 1
+                    asked.setdefault(self._residency.ask(endpoint, forward.adapter, plain=forward.plain), endpoint)  # endpoints of one stager share a call
+                hedge_in_s = self._until_stuck_s(forward, asked) if entered < len(candidates) else None
+                done, _ = await asyncio.wait(asked, timeout=hedge_in_s, return_when=asyncio.FIRST_COMPLETED)
+                for call in sorted(done, key=lambda call: call.exception() is not None):  # of two in one moment, the good answer counts
+                    endpoint = asked.pop(call)
+                    error = call.exception()
                     if error is None:
-                        return self._placed(forward, endpoint, task.result(), began)
+                        return self._placed(forward, endpoint, call.result(), began)
                     if not isinstance(error, LoraExtprocError) or error.shared:
                         raise error
                     self._metrics.failovers.inc()
                     failure = error.bare()
         finally:
-            for task in asked:
-                task.cancel()
+            for endpoint in candidates[:entered]:
+                self._residency.leave(endpoint, forward.adapter, plain=forward.plain)
         raise failure
 
-    def _ask_next(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint], left: list[Endpoint]) -> None:
-        endpoint = left.pop(0)
-        for other in asked.values():
+    def _tell_of_hedge(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint], second: Endpoint) -> None:
+        for first in asked.values():
             self._metrics.hedges.inc()
             log.warning(
                 "%s on %s: no progress for %.1f s; %s is asked too",
                 forward.adapter,
-                other.stager,
-                self._residency.stuck_s(other, forward.adapter, plain=forward.plain),
-                endpoint.stager,
+                first.stager,
+                self._residency.stuck_s(first, forward.adapter, plain=forward.plain),
+                second.stager,
             )
-        asked[asyncio.create_task(self._residency.ensure(endpoint, forward.adapter, plain=forward.plain), name=f"ask {endpoint.stager}")] = endpoint
 
     def _is_stuck(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint]) -> bool:
         return self._until_stuck_s(forward, asked) <= 0

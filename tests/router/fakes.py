@@ -32,6 +32,8 @@ from extproc.router.staging import Staging
 from extproc.router.tracing import Tracing
 from extproc.router.watchdog import Watchdog
 
+MAX_BODY_BYTES = 2**22  # of a router, unless a test says otherwise: more than what is judged in its own process
+
 
 class ScriptedStager(StagerClient):
     """Answers every call with `error`, or well once `gate` is open. Each watch begins with `first_state`, if there is one.
@@ -180,7 +182,7 @@ class Router:
         count: int = 3,
         *,
         deadline_s: float = 60.0,
-        max_body_bytes: int = 2**20,
+        max_body_bytes: int = MAX_BODY_BYTES,
         max_held_bytes: int = 0,
         no_space_wait_s: float = 0.0,
         no_endpoint_wait_s: float = 0.0,

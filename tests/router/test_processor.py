@@ -21,7 +21,7 @@ from extproc.router.http2.calls import Message
 from extproc.router.processor import Processor
 from tests.fakes.wait import VirtualLoop, turns, until
 
-from .fakes import Gateway, Router, body, chat, get, headers, no_cycles, serve
+from .fakes import MAX_BODY_BYTES, Gateway, Router, body, chat, get, headers, no_cycles, serve
 
 
 def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -522,7 +522,7 @@ REJECTIONS: dict[str, list[pb.ProcessingRequest]] = {
     "a form that is none": [headers({"content-type": "multipart/form-data; boundary=x"}), body(b"--y--")],
     "no boundary": [headers({"content-type": "multipart/form-data"}), JSON],
     "an encoding that is none": [headers({"content-encoding": "gzip"}), body(b"plain")],
-    "too large": [headers(), body(b" " * 1_048_577)],
+    "too large": [headers(), body(b" " * (MAX_BODY_BYTES + 1))],
     "a name that is none": chat("../up"),
     "no path": [headers({":path": "/nowhere"})],
     "administration": [headers({":path": "/sleep"})],
