@@ -51,6 +51,35 @@ def adapter_name(raw: str) -> AdapterName:
     return AdapterName(raw)
 
 
+class ArtifactId(str):
+    """Which content on a node: the digest of what is published; for a directory that others put there `digest@name`, since it lies below that name.
+
+    A string, because a hundred thousand of them are the keys of several tables, and lines of logs.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def adopted(cls, digest: str, name: AdapterName) -> "ArtifactId":
+        """Of what others put under `name`."""
+        return cls(f"{digest}@{name}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content, in hex."""
+        return self.partition("@")[0]
+
+    @property
+    def place(self) -> str:
+        """The name below which others put it; "" for what is published."""
+        return self.partition("@")[2]
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether others put it there."""
+        return "@" in self
+
+
 def versioned_name(adapter: AdapterName, digest: str) -> str:
     """What an engine knows one version of an adapter by."""
     return f"{adapter}{VERSION_MARK}{digest[:VERSION_DIGITS]}"
@@ -93,9 +122,9 @@ class Manifest:
         return 0 if self.in_place else self.size
 
     @property
-    def digest(self) -> str:
+    def digest(self) -> ArtifactId:
         """SHA-256, in hex, over the files' paths, sizes and hashes: equal content has one digest, wherever it came from."""
-        return content_digest(self.files)
+        return ArtifactId(content_digest(self.files))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -12,13 +12,13 @@ from ..config import Settings
 from ..metrics import StagerMetrics
 from ..process.grpc import grpc_server, listen_grpc
 from ..process.http import HttpServer
-from .control import stager_app
-from .engines import build_engine
-from .origins import build_origin
-from .peers import Peers, addresses
-from .service import StagerService
-from .sources import Source, log_repetitions
+from .api.grpc import StagerService
+from .api.http import stager_app
+from .engine import build_engine
 from .stager import Stager
+from .supply.origins import build_origin
+from .supply.peers import Peers, addresses
+from .supply.source import Source, log_repetitions
 
 log = logging.getLogger(__name__)
 

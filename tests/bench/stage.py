@@ -29,11 +29,11 @@ from extproc.config import EngineSettings, OriginSettings, PeerSettings, StagerS
 from extproc.core.artifact import adapter_name
 from extproc.metrics import StagerMetrics
 from extproc.process.loop import run
-from extproc.stager.engine import Engine
-from extproc.stager.origins import build_origin
-from extproc.stager.peers import Peers
-from extproc.stager.sources import Source
+from extproc.stager.engine.api import Engine
 from extproc.stager.stager import Stager
+from extproc.stager.supply.origins import build_origin
+from extproc.stager.supply.peers import Peers
+from extproc.stager.supply.source import Source
 from extproc.up.demo import write_adapter
 from extproc.up.processes import free_ports, python
 from tests.fakes.hub import Hub

@@ -11,15 +11,15 @@ from extproc.errors import AdapterTooLarge, NoSpace
 B = BLOCK_BYTES
 
 
-def filled(*ids: str, blocks: int = 10) -> Index:
+def filled(*ids: str, blocks: int = 10) -> Index[str]:
     """An index of `blocks` blocks with one block under each id, used at 1, 2, 3 ..."""
-    index = Index(blocks * B)
+    index = Index[str](blocks * B)
     for now, id_ in enumerate(ids, 1):
         index.add(id_, B, now)
     return index
 
 
-def books(index: Index) -> tuple[object, ...]:
+def books(index: Index[str]) -> tuple[object, ...]:
     return index.used_bytes, index.reserved_bytes, [(e.id, e.size, e.last_used, e.leased_until, e.pinned, e.leaving) for e in index.entries()]
 
 
@@ -34,7 +34,7 @@ def test_bytes_are_counted_as_the_disk_does(size: int, taken: int) -> None:
 
 def test_room_is_reserved_then_taken() -> None:
     """Bytes count from the moment they are reserved, once."""
-    index = Index(10 * B)
+    index = Index[str](10 * B)
     assert index.reserve("flight", 3 * B - 1, 1) == []
     assert (index.used_bytes, index.reserved_bytes) == (0, 3 * B)
     index.commit("flight", "a", 2 * B, 2)
@@ -45,7 +45,7 @@ def test_room_is_reserved_then_taken() -> None:
 
 def test_an_aborted_reservation_leaves_nothing() -> None:
     """Aborting what is not reserved, or no longer, is no error: the caller aborts on every way out."""
-    index = Index(10 * B)
+    index = Index[str](10 * B)
     index.reserve("flight", B, 1)
     index.abort("flight")
     index.abort("flight")
@@ -73,7 +73,7 @@ def test_removed_bytes_are_free() -> None:
 
 def test_a_second_reservation_adds_to_the_first_and_may_be_given_back() -> None:
     """An archive, then what is in it: if there is no room for that, the room for the archive is still held."""
-    index = Index(10 * B)
+    index = Index[str](10 * B)
     index.reserve("flight", B, 1)
     before = index.reserved_by("flight")
     index.reserve("flight", 2 * B - 1, 1)
@@ -86,7 +86,7 @@ def test_a_second_reservation_adds_to_the_first_and_may_be_given_back() -> None:
 
 def test_giving_back_all_or_of_nothing_leaves_nothing() -> None:
     """As a flight does whose first reservation came to nothing; another's is not touched."""
-    index = Index(10 * B)
+    index = Index[str](10 * B)
     index.reserve("other", B, 1)
     index.give_back("flight", 0)
     index.reserve("flight", B, 1)
@@ -138,7 +138,7 @@ def test_free_room_is_used_before_anybody_goes() -> None:
 @pytest.mark.parametrize("hold", ["lease", "pin", "keep"])
 def test_what_is_held_does_not_go(hold: str) -> None:
     """The next in order does."""
-    index = Index(2 * B)
+    index = Index[str](2 * B)
     index.add("a", B, 1, keep=hold == "keep")
     index.add("b", B, 2)
     if hold == "lease":
@@ -292,7 +292,7 @@ def test_a_victim_is_not_chosen_twice_for_new_room() -> None:
 
 def test_who_relies_on_room_that_is_still_taken_is_told_of_its_victim() -> None:
     """One victim makes room for two: both callers must see it gone, or the second fetches onto a disk that is full."""
-    index = Index(2 * B)
+    index = Index[str](2 * B)
     index.add("a", 2 * B, 1)
     assert index.reserve("one", B, 2) == ["a"]
     assert index.reserve("two", B, 2) == ["a"]
@@ -417,7 +417,7 @@ class Calls(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = Index(LIMIT)
+        self.index = Index[str](LIMIT)
         self.now = 0.0
         self.count = 0
         self.waiting: dict[str, set[str]] = {}  # flight -> the victims of its last reservation that are still there
@@ -645,7 +645,7 @@ class Calls(RuleBasedStateMachine):
 
     @invariant()
     def no_victim_is_held_but_by_force(self) -> None:
-        held: list[Entry] = [e for e in self.index.entries() if e.leaving and e.id not in self.forced and not self.index.is_evictable(e, self.now)]
+        held: list[Entry[str]] = [e for e in self.index.entries() if e.leaving and e.id not in self.forced and not self.index.is_evictable(e, self.now)]
         assert not held
 
     @invariant()

@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping
 
-from extproc.stager.listing import ARCHIVE_SUFFIXES
+from extproc.stager.adapter.files import ARCHIVE_SUFFIXES
 
 TARS = (".tar", ".tar.gz", ".tgz")
 

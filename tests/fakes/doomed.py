@@ -19,10 +19,10 @@ from pathlib import Path
 from extproc.config import EngineSettings, OriginSettings, PeerSettings, StagerSettings
 from extproc.errors import AdapterInUse, ModelNotFound, NoSpace, OriginChanged
 from extproc.metrics import StagerMetrics
-from extproc.stager.engine import Engine
-from extproc.stager.origins.file import FileOrigin
-from extproc.stager.sources import Source
+from extproc.stager.engine.api import Engine
 from extproc.stager.stager import Stager
+from extproc.stager.supply.origins.file import FileOrigin
+from extproc.stager.supply.source import Source
 
 PASSING = tuple(f"acme/p{n}" for n in range(6))
 TWINS = ("twins/a", "twins/b")  # one content

@@ -7,11 +7,11 @@ from typing import Any
 
 from extproc.config import EngineSettings, OriginSettings, StagerSettings
 from extproc.metrics import StagerMetrics
-from extproc.stager.engine import Engine
-from extproc.stager.origins import Origin, build_origin
-from extproc.stager.peers import Peers
-from extproc.stager.sources import Source
+from extproc.stager.engine.api import Engine
 from extproc.stager.stager import Stager
+from extproc.stager.supply.origins import Origin, build_origin
+from extproc.stager.supply.peers import Peers
+from extproc.stager.supply.source import Source
 from extproc.up.demo import BASE_MODEL
 
 from .adapters import Files, read_files
@@ -74,10 +74,10 @@ def stored(directory: Path) -> list[str]:
 
 def nothing_half_done(stager: Stager) -> bool:
     """Neither on disk nor in the books."""
-    return list((stager.store.directory / ".staging").iterdir()) == [] and stager.holdings.index.reserved_bytes == 0
+    return list((stager.node.store.directory / ".staging").iterdir()) == [] and stager.node.holdings.index.reserved_bytes == 0
 
 
 def nothing_there(stager: Stager) -> bool:
     """Nothing visible, nothing published, nothing half done, nothing counted."""
-    directory = stager.store.directory
-    return visible(directory) == {} and stored(directory) == [] and nothing_half_done(stager) and stager.holdings.index.used_bytes == 0
+    directory = stager.node.store.directory
+    return visible(directory) == {} and stored(directory) == [] and nothing_half_done(stager) and stager.node.holdings.index.used_bytes == 0

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 from extproc.core.artifact import AdapterName
 from extproc.errors import LoraExtprocError
-from extproc.stager.listing import Listing, RemoteFile
-from extproc.stager.transfer import Download
+from extproc.stager.supply.download import Download
+from extproc.stager.supply.listing import Listing, RemoteFile
 
 from .adapters import Files
 

@@ -14,12 +14,12 @@ from extproc.client import Demand, NodeState, Space, StagerClient, WatchEvent
 from extproc.config import EngineSettings, PeerSettings, StagerSettings
 from extproc.metrics import StagerMetrics
 from extproc.process.grpc import grpc_server
-from extproc.stager import keeper as keeper_module
-from extproc.stager.engine import Engine
-from extproc.stager.origins import Origin
-from extproc.stager.service import StagerService
-from extproc.stager.sources import Source
+from extproc.stager.api.grpc import StagerService
+from extproc.stager.engine import keeper as keeper_module
+from extproc.stager.engine.api import Engine
 from extproc.stager.stager import Stager
+from extproc.stager.supply.origins import Origin
+from extproc.stager.supply.source import Source
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.http import FileServer, file_server
 from tests.fakes.origin import FakeOrigin
@@ -148,7 +148,7 @@ async def until_node_state(watching: AsyncIterator[WatchEvent]) -> list[WatchEve
 def labels_of(stager: Stager, name: str) -> Counter[tuple[str, ...]]:
     """A counter's samples as label values -> value."""
     found: Counter[tuple[str, ...]] = Counter()
-    for family in stager.metrics.registry.collect():
+    for family in stager.node.metrics.registry.collect():
         for sample in family.samples:
             if sample.name == name:
                 found[tuple(sample.labels.values())] += int(sample.value)

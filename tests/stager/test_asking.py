@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import close_session
 
 from extproc.errors import ModelNotFound, OriginFailed, OriginRefused
-from extproc.stager.sources import ATTEMPTS
-from extproc.stager.transfer import Job
+from extproc.stager.supply.job import Job
+from extproc.stager.supply.source import ATTEMPTS
 from tests.fakes.adapters import CONFIG, WEIGHTS, small_files
 from tests.fakes.faulty import Fault, FaultyServer, running
 from tests.fakes.hub import Hub

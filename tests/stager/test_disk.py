@@ -14,12 +14,12 @@ import pytest
 
 from extproc.config import OriginSettings
 from extproc.errors import DiskFailed, LoraExtprocError, NoSpace
-from extproc.stager import archive
 from extproc.stager import stager as stager_module
-from extproc.stager.changes import Change
-from extproc.stager.origins import Origin
-from extproc.stager.origins.file import FileOrigin
+from extproc.stager.adapter import archive
+from extproc.stager.books.changes import Change
 from extproc.stager.stager import PINS_FILE, Stager
+from extproc.stager.supply.origins import Origin
+from extproc.stager.supply.origins.file import FileOrigin
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, read_files, size_of, small_files
 from tests.fakes.disks import ROOM_BYTES, Disk, Ext4, btrfs, ext4, tmpfs
 from tests.fakes.gate import Gate
@@ -97,7 +97,7 @@ class Step:
             await stall.reached.wait()
             self._go_on = stall.release
             return flight
-        thing: object = archive if self.what == "unpack" else stager.store
+        thing: object = archive if self.what == "unpack" else stager.node.store
         gate = Gate(self._monkeypatch, thing, self.what)
         flight = asyncio.create_task(stager.ensure(COMING))
         await gate.reached()
@@ -134,10 +134,10 @@ def whole(stager: Stager, node: Path) -> bool:
     """What is seen, stored and counted is one and the same, and nothing is half done."""
     stored = {path.name for path in (node / ".store").iterdir()}
     return (
-        set(visible(node)) == set(stager.holdings)
+        set(visible(node)) == set(stager.node.holdings)
         and {path.resolve().name for path in node.rglob("*") if path.is_symlink()} == stored
-        and {entry.id for entry in stager.holdings.index.entries()} == stored
-        and stager.holdings.index.reserved_bytes == 0
+        and {entry.id for entry in stager.node.holdings.index.entries()} == stored
+        and stager.node.holdings.index.reserved_bytes == 0
         and not any((node / ".staging").iterdir())
     )
 
@@ -213,13 +213,13 @@ async def test_a_full_disk_takes_no_pin_and_keeps_those_it_has(exact: Disk, open
     exact.fill()
     with pytest.raises(NoSpace):
         await stager.pin(COMING)
-    assert set(stager.holdings.pins) == {KEPT}
+    assert set(stager.node.holdings.pins) == {KEPT}
     assert (exact.node / PINS_FILE).read_bytes() == before
     assert whole(stager, exact.node)
     exact.empty()
     await stager.pin(COMING)
     await stager.close()
-    assert set((await open_stager(origin, dir=str(exact.node))).holdings.pins) == {KEPT, COMING}
+    assert set((await open_stager(origin, dir=str(exact.node))).node.holdings.pins) == {KEPT, COMING}
 
 
 async def test_room_is_made_on_a_full_disk(memory: Disk, open_stager: OpenStager, origin: FakeOrigin) -> None:
@@ -228,7 +228,7 @@ async def test_room_is_made_on_a_full_disk(memory: Disk, open_stager: OpenStager
     await stager.pin(KEPT)
     memory.fill()
     assert await stager.purge(KEPT) == SIZE
-    assert not stager.holdings.pins
+    assert not stager.node.holdings.pins
     assert (await stager.ensure(COMING)).staged
     assert whole(stager, memory.node)
 
@@ -243,7 +243,7 @@ async def test_a_disk_that_fails_takes_the_node_out_until_it_is_mended(disk: Ext
     stager = await open_stager(step.origin, dir=str(disk.node))
     await stager.ensure(KEPT)
     flight = await step.begin(stager)
-    with stager.changes.since(stager.changes.last) as (told, _):
+    with stager.node.changes.since(stager.node.changes.last) as (told, _):
         fail(disk)
         step.go_on()
         with pytest.raises(DiskFailed):
@@ -255,7 +255,7 @@ async def test_a_disk_that_fails_takes_the_node_out_until_it_is_mended(disk: Ext
             await stager.ensure(OTHER)
         assert raised.value.retryable
         assert not raised.value.shared
-        assert stager.holdings.index.reserved_bytes == 0
+        assert stager.node.holdings.index.reserved_bytes == 0
         disk.mend()
         await until(lambda: stager.not_ready is None)
         assert "node" in {change.kind for change in _drain(told)}
@@ -328,7 +328,7 @@ async def test_no_room_is_made_on_a_disk_that_cannot_be_written(
     stager = await open_stager(origin, dir=str(memory.node), max_bytes=SIZE)
     await stager.ensure(KEPT)
     clock.now += 1000
-    unlinking = Gate(monkeypatch, stager.store, "unlink")
+    unlinking = Gate(monkeypatch, stager.node.store, "unlink")
     flight = asyncio.create_task(stager.ensure(COMING))
     await unlinking.reached()
     memory.turn_read_only()
@@ -339,7 +339,7 @@ async def test_no_room_is_made_on_a_disk_that_cannot_be_written(
     assert not (await stager.ensure(KEPT)).staged
     clock.now += 1000
     memory.mend()
-    await until(lambda: stager.not_ready is None and not stager.store.has_leftovers)
+    await until(lambda: stager.not_ready is None and not stager.node.store.has_leftovers)
     assert (await stager.ensure(COMING)).staged
     assert whole(stager, memory.node)
 
@@ -351,7 +351,7 @@ async def test_a_name_whose_content_could_not_be_deleted_leads_to_it_again(
     stager = await open_stager(origin, dir=str(memory.node))
     await stager.ensure(KEPT)
     clock.now += 1000
-    Gate(monkeypatch, stager.store, "remove", fails=DiskFailed("once")).open()
+    Gate(monkeypatch, stager.node.store, "remove", fails=DiskFailed("once")).open()
     with pytest.raises(DiskFailed):
         await stager.evict(KEPT)
     assert visible(memory.node) == {KEPT: FILES[KEPT]}
@@ -367,8 +367,8 @@ async def test_a_name_that_cannot_be_linked_again_is_told_to_be_gone(
     await stager.ensure(KEPT)
     await stager.ensure(OTHER)
     clock.now += 1000
-    removing = Gate(monkeypatch, stager.store, "remove")
-    with stager.changes.since(stager.changes.last) as (told, _):
+    removing = Gate(monkeypatch, stager.node.store, "remove")
+    with stager.node.changes.since(stager.node.changes.last) as (told, _):
         evicting = asyncio.create_task(stager.evict(KEPT))
         await removing.reached()
         disk.die()
@@ -376,7 +376,7 @@ async def test_a_name_that_cannot_be_linked_again_is_told_to_be_gone(
         with pytest.raises(DiskFailed):
             await evicting
         assert ("evicted", KEPT) in {(change.kind, change.adapter) for change in _drain(told)}
-    assert set(stager.holdings) == {OTHER}
+    assert set(stager.node.holdings) == {OTHER}
     disk.mend()
     await until(lambda: stager.not_ready is None)
     assert (await stager.ensure(KEPT)).staged

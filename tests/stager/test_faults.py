@@ -17,8 +17,8 @@ from huggingface_hub import close_session
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import AdapterTooLarge, InvalidAdapter, LoraExtprocError, ModelNotFound, OriginChanged, OriginDown, OriginFailed, OriginRefused, StageError
-from extproc.stager.origins import web
 from extproc.stager.stager import Stager
+from extproc.stager.supply import web
 from extproc.up.demo import write_adapter
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, read_files, sha256
 from tests.fakes.archives import packed
@@ -96,9 +96,9 @@ def begins(asked: list[Asked]) -> list[int]:
 async def ends_right(stager: Stager, files: Files) -> None:
     """The bytes are the right ones, and nothing else is left of how they came."""
     held = await stager.ensure(NAME)
-    assert visible(stager.store.directory) == {NAME: files}
+    assert visible(stager.node.store.directory) == {NAME: files}
     assert nothing_half_done(stager)
-    assert stager.holdings.index.used_bytes == held.size
+    assert stager.node.holdings.index.used_bytes == held.size
 
 
 async def ends_wrong(stager: Stager, kind: type[LoraExtprocError], match: str | None = None) -> LoraExtprocError:

@@ -9,7 +9,7 @@ from extproc.client import StagerClient
 from extproc.config import OriginSettings
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginFailed
 from extproc.process.grpc import grpc_server
-from extproc.stager.service import StagerService
+from extproc.stager.api.grpc import StagerService
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, read_files, size_of, small_files, write_small
 from tests.fakes.archives import packed
 from tests.fakes.nodes import node, nothing_half_done, nothing_there, stored, visible
@@ -48,7 +48,7 @@ async def test_the_originals_are_linked_and_take_no_room(tmp_path: Path, root: P
         assert visible(tmp_path / "node") == {NAME: FILES}
         for path in FILES:
             assert (tmp_path / "node" / NAME / path).resolve() == (root / NAME / path).resolve()
-        assert (held.size, stager.holdings.index.used_bytes) == (0, 0)
+        assert (held.size, stager.node.holdings.index.used_bytes) == (0, 0)
         assert nothing_half_done(stager)
 
 
@@ -67,7 +67,7 @@ async def test_a_restart_adopts_the_links(tmp_path: Path, root: Path, in_place: 
     async with node(tmp_path / "node", in_place) as stager:
         held = await stager.ensure(NAME)
         assert (held.staged, held.digest, held.size) == (False, digest, 0)
-        assert stager.holdings.index.used_bytes == 0
+        assert stager.node.holdings.index.used_bytes == 0
         assert visible(tmp_path / "node") == {NAME: FILES}
 
 
@@ -170,9 +170,9 @@ async def test_an_archive_is_unpacked_and_takes_its_room(tmp_path: Path, root: P
     async with node(tmp_path / "node", in_place) as stager:
         held = await stager.ensure("acme/packed")
         assert visible(tmp_path / "node") == {"acme/packed": OTHER}
-        assert held.size == stager.holdings.index.used_bytes == size_of(OTHER)
+        assert held.size == stager.node.holdings.index.used_bytes == size_of(OTHER)
     async with node(tmp_path / "node", in_place) as stager:
-        assert stager.holdings.index.used_bytes == size_of(OTHER)
+        assert stager.node.holdings.index.used_bytes == size_of(OTHER)
     assert (root / f"acme/packed{suffix}").exists()
 
 
@@ -186,10 +186,10 @@ async def test_the_same_content_from_two_origins_is_one(tmp_path: Path, root: Pa
         for name in names:
             await stager.ensure(name)
         assert visible(tmp_path / "node") == dict.fromkeys(names, FILES)
-        assert stager.holdings.index.used_bytes == (0 if first == "linked" else size_of(FILES))
-        used = stager.holdings.index.used_bytes
+        assert stager.node.holdings.index.used_bytes == (0 if first == "linked" else size_of(FILES))
+        used = stager.node.holdings.index.used_bytes
     async with node(tmp_path / "node", in_place, copied) as stager:
-        assert stager.holdings.index.used_bytes == used
+        assert stager.node.holdings.index.used_bytes == used
         assert visible(tmp_path / "node") == dict.fromkeys(names, FILES)
 
 

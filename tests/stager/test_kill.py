@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from extproc.stager.store import Store
+from extproc.stager.disk.store import Store
 from tests.fakes.adapters import read_files, size_of, small_files, write_small
 from tests.fakes.doomed import KEPT, MOVING, PACKED, PASSING, ROOM, TWINS
 

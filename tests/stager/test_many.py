@@ -9,7 +9,7 @@ import pytest
 
 from extproc.core.artifact import adapter_name
 from extproc.stager import stager as stager_module
-from extproc.stager.store import MANIFEST_FILE, Store
+from extproc.stager.disk.store import MANIFEST_FILE, Store
 from tests.bench.index import PER_FOLDER, fill, folder, name
 from tests.fakes.adapters import CONFIG, WEIGHTS, read_files, size_of, small_files
 from tests.fakes.origin import FakeOrigin
@@ -35,12 +35,12 @@ def content(node: Path, number: int) -> Path:
 async def test_a_start_takes_all_of_them_over(full: Path, open_stager: OpenStager) -> None:
     """Names, sizes and revisions; nothing is leased, and nothing is kept in memory of leases."""
     stager = await open_stager(max_bytes=2**40)
-    index = stager.holdings.index
-    assert set(stager.holdings) == {name(number) for number in range(COUNT)}
+    index = stager.node.holdings.index
+    assert set(stager.node.holdings) == {name(number) for number in range(COUNT)}
     assert len(index) == COUNT
     assert index.used_bytes == COUNT * SIZE
     assert all(entry.leases is None for entry in index.entries())
-    one = stager.holdings.get(adapter_name(name(COUNT // 2)))
+    one = stager.node.holdings.get(adapter_name(name(COUNT // 2)))
     assert one is not None
     assert one.id == content(full, COUNT // 2).name
     assert one.origin == "s3"
@@ -52,13 +52,13 @@ async def test_a_start_takes_all_of_them_over(full: Path, open_stager: OpenStage
 async def test_names_and_digests_are_kept_once(full: Path, open_stager: OpenStager) -> None:
     """A hundred thousand are to fit into 150 MB with the process: each text is one object, wherever it is used."""
     stager = await open_stager(max_bytes=2**40)
-    for called in stager.holdings:
-        named = stager.holdings.get(called)
+    for called in stager.node.holdings:
+        named = stager.node.holdings.get(called)
         assert named is not None
-        entry = stager.holdings.index.get(named.id)
+        entry = stager.node.holdings.index.get(named.id)
         assert entry is not None
         assert entry.id is named.id
-        assert stager.holdings.names_of(named.id)[0] is called
+        assert stager.node.holdings.names_of(named.id)[0] is called
 
 
 async def test_what_was_published_first_goes_first(full: Path, open_stager: OpenStager, origin: FakeOrigin) -> None:
@@ -67,9 +67,9 @@ async def test_what_was_published_first_goes_first(full: Path, open_stager: Open
         os.utime(content(full, number) / MANIFEST_FILE, (1000 + age, 1000 + age))
     origin.add("new", small_files())
     stager = await open_stager(origin, max_bytes=(COUNT - 2) * SIZE, high_watermark=1.0)
-    assert [entry.id for entry in stager.holdings.index.entries()[:3]] == [content(full, number).name for number in (11, 1500, 3)]
+    assert [entry.id for entry in stager.node.holdings.index.entries()[:3]] == [content(full, number).name for number in (11, 1500, 3)]
     await stager.ensure("new")
-    gone = {name(number) for number in range(COUNT)} - set(stager.holdings)
+    gone = {name(number) for number in range(COUNT)} - set(stager.node.holdings)
     assert gone == {name(11), name(1500), name(3)}
 
 
@@ -106,7 +106,7 @@ async def test_theirs_are_found_among_ours(full: Path, open_stager: OpenStager, 
 
     put(f"{folder(0)}/theirs")
     stager = await open_stager(max_bytes=2**40, scan_s=1e-9)
-    assert f"{folder(0)}/theirs" in set(stager.holdings)
+    assert f"{folder(0)}/theirs" in set(stager.node.holdings)
     read = os.readlink
     followed: list[str] = []
 
@@ -117,7 +117,7 @@ async def test_theirs_are_found_among_ours(full: Path, open_stager: OpenStager, 
     monkeypatch.setattr(os, "readlink", readlink)
     put(f"{folder(PER_FOLDER)}/later")
     clock.now += 1
-    await until(lambda: f"{folder(PER_FOLDER)}/later" in set(stager.holdings))
+    await until(lambda: f"{folder(PER_FOLDER)}/later" in set(stager.node.holdings))
     assert followed == []
 
 
@@ -127,20 +127,20 @@ async def test_the_watermark_lets_hundreds_go_at_once(
     """From above the high mark to the low one, and what is leased or pinned stays, however old."""
     monkeypatch.setattr(stager_module, "HOUSEKEEPING_S", 0.001)
     stager = await open_stager(origin, max_bytes=COUNT * SIZE * 2, high_watermark=0.505, low_watermark=0.4, revalidate_s=0.0)
-    oldest = [stager.holdings.names_of(entry.id)[0] for entry in stager.holdings.index.entries()[:20]]
+    oldest = [stager.node.holdings.names_of(entry.id)[0] for entry in stager.node.holdings.index.entries()[:20]]
     for called in oldest[:10]:
         await stager.ensure(called)
     await stager.pin(oldest[10])
     for seed in range(COUNT // 100 + 1):  # the last is one too many
-        assert stager.holdings.index.used_bytes >= COUNT * SIZE
+        assert stager.node.holdings.index.used_bytes >= COUNT * SIZE
         origin.add(f"new/{seed}", small_files(seed=seed))
         await stager.ensure(f"new/{seed}")
     low = int(0.4 * COUNT * SIZE * 2)
-    await until(lambda: stager.holdings.index.used_bytes <= low)
-    assert stager.holdings.index.used_bytes > low - SIZE
-    assert set(oldest[:11]) <= set(stager.holdings)
-    assert not set(oldest[11:]) & set(stager.holdings)
-    assert {path.name for path in (full / ".store").iterdir()} == {entry.id for entry in stager.holdings.index.entries()}
+    await until(lambda: stager.node.holdings.index.used_bytes <= low)
+    assert stager.node.holdings.index.used_bytes > low - SIZE
+    assert set(oldest[:11]) <= set(stager.node.holdings)
+    assert not set(oldest[11:]) & set(stager.node.holdings)
+    assert {path.name for path in (full / ".store").iterdir()} == {entry.id for entry in stager.node.holdings.index.entries()}
 
 
 async def test_many_names_of_one_content(node: Path, open_stager: OpenStager, origin: FakeOrigin) -> None:
@@ -150,9 +150,9 @@ async def test_many_names_of_one_content(node: Path, open_stager: OpenStager, or
         origin.add(called, small_files())
     stager = await open_stager(origin)
     await asyncio.gather(*(stager.ensure(called) for called in names))
-    assert stager.holdings.index.used_bytes == SIZE
+    assert stager.node.holdings.index.used_bytes == SIZE
     await stager.close()
     again = await open_stager(origin)
-    assert set(again.holdings) == set(names)
-    assert again.holdings.index.used_bytes == SIZE
+    assert set(again.node.holdings) == set(names)
+    assert again.node.holdings.index.used_bytes == SIZE
     assert read_files(node / names[-1])[WEIGHTS] == small_files()[WEIGHTS]

@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.core.artifact import AdapterName
 from extproc.errors import AdapterInUse, InvalidAdapter, LoraExtprocError, ModelNotFound, NoSpace, OriginFailed
-from extproc.stager.listing import Listing
 from extproc.stager.stager import Stager
+from extproc.stager.supply.listing import Listing
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, sha256, size_of, small_files
 from tests.fakes.origin import FakeOrigin
 from tests.fakes.wait import Clock, until
@@ -38,7 +38,7 @@ def origin() -> FakeOrigin:
 def rendered(stager: Stager, name: str) -> Samples:
     """The samples of one metric as a collector reads them: label values, in the order of their names -> value; without those at zero."""
     found: Samples = {}
-    for family in text_string_to_metric_families(stager.metrics.render().decode()):
+    for family in text_string_to_metric_families(stager.node.metrics.render().decode()):
         for sample in family.samples:
             if sample.name == f"lora_extproc_{name}" and sample.value:
                 found[tuple(value for _, value in sorted(sample.labels.items()))] = sample.value
@@ -182,11 +182,11 @@ async def test_labels_are_never_a_client_s(open_stager: OpenStager, origin: Fake
     stager = await open_stager(origin, negative_ttl_s=0.0)
     with pytest.raises(ModelNotFound):
         await stager.ensure("acme/first")
-    before = stager.metrics.render().count(b"\n")
+    before = stager.node.metrics.render().count(b"\n")
     for number in range(100):
         with pytest.raises(ModelNotFound):
             await stager.ensure(f"acme/{number}", holder=f"holder {number}")
-    assert stager.metrics.render().count(b"\n") == before
+    assert stager.node.metrics.render().count(b"\n") == before
 
 
 # -- the log
@@ -194,7 +194,7 @@ async def test_labels_are_never_a_client_s(open_stager: OpenStager, origin: Fake
 
 def lines(caplog: pytest.LogCaptureFixture, name: str) -> list[str]:
     """What the log of the flights says of one adapter, at info and above."""
-    return [record.getMessage() for record in caplog.records if record.name == "extproc.stager.flights" and record.getMessage().startswith(f"{name}: ")]
+    return [record.getMessage() for record in caplog.records if record.name == "extproc.stager.work.flights" and record.getMessage().startswith(f"{name}: ")]
 
 
 async def test_one_line_per_stage_has_the_time_of_each_phase(open_stager: OpenStager, origin: FakeOrigin, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from extproc.core.artifact import adapter_name
+from extproc.core.artifact import ArtifactId, adapter_name
 from extproc.errors import AdapterInUse, NoSpace, OriginFailed
+from extproc.stager.disk.store import Store
 from extproc.stager.stager import Stager
-from extproc.stager.store import Store
 from tests.fakes.adapters import CONFIG, WEIGHTS, read_files, size_of, small_files
 from tests.fakes.gate import Gate
 from tests.fakes.origin import FakeOrigin
@@ -28,8 +28,8 @@ def on_disk(node: Path) -> tuple[set[str], int, int]:
 
 
 def balanced(stager: Stager) -> bool:
-    index = stager.holdings.index
-    return {entry.id for entry in index.entries()} == {path.name for path in stager.store._store.iterdir()} and not index.reserved_bytes
+    index = stager.node.holdings.index
+    return {entry.id for entry in index.entries()} == {path.name for path in stager.node.store._store.iterdir()} and not index.reserved_bytes
 
 
 def test_one_names_folder_goes_while_another_name_comes_into_it(node: Path) -> None:
@@ -45,7 +45,7 @@ def test_one_names_folder_goes_while_another_name_comes_into_it(node: Path) -> N
         together.wait()
         for _ in range(300):
             store.check_name(adapter_name(name))
-            store.link(adapter_name(name), "0")
+            store.link(adapter_name(name), ArtifactId("0"))
             assert (node / name).is_symlink()
             store.unlink(adapter_name(name))
 
@@ -63,7 +63,7 @@ async def test_what_is_published_and_not_linked_yet_is_no_victim(
     for seed, name in enumerate(("acme/a", "acme/b")):
         origin.add(name, small_files(seed=seed))
     stager = await open_stager(origin, max_bytes=SIZE)
-    linking = Gate(monkeypatch, stager.store, "link")
+    linking = Gate(monkeypatch, stager.node.store, "link")
     first = asyncio.create_task(stager.ensure("acme/a"))
     await linking.reached()
     with pytest.raises(NoSpace):
@@ -77,12 +77,12 @@ async def test_a_link_that_fails_takes_its_content_along(open_stager: OpenStager
     """Nobody could find it, and it would count."""
     origin.add("acme/a", small_files())
     stager = await open_stager(origin)
-    linking = Gate(monkeypatch, stager.store, "link", fails=NoSpace("full"))
+    linking = Gate(monkeypatch, stager.node.store, "link", fails=NoSpace("full"))
     linking.open()
     with pytest.raises(NoSpace):
         await stager.ensure("acme/a")
     assert on_disk(node) == (set(), 0, 0)
-    assert stager.holdings.index.used_bytes == 0
+    assert stager.node.holdings.index.used_bytes == 0
     assert (await stager.ensure("acme/a")).staged
 
 
@@ -93,10 +93,10 @@ async def test_a_link_that_fails_leaves_content_that_another_is_about_to_name(
     for name in ("acme/a", "acme/b"):
         origin.add(name, small_files())
     stager = await open_stager(origin)
-    failing = Gate(monkeypatch, stager.store, "link", fails=NoSpace("full"))
+    failing = Gate(monkeypatch, stager.node.store, "link", fails=NoSpace("full"))
     first = asyncio.create_task(stager.ensure("acme/a"))
     await failing.reached()
-    later = Gate(monkeypatch, stager.store, "link")
+    later = Gate(monkeypatch, stager.node.store, "link")
     second = asyncio.create_task(stager.ensure("acme/b"))
     await later.reached()
     failing.open()
@@ -117,7 +117,7 @@ async def test_equal_content_waits_for_its_own_removal(
     stager = await open_stager(origin)
     await stager.ensure("acme/a")
     clock.now += 1000
-    removing = Gate(monkeypatch, stager.store, "remove")
+    removing = Gate(monkeypatch, stager.node.store, "remove")
     evicting = asyncio.create_task(stager.evict("acme/a"))
     await removing.reached()
     staging = asyncio.create_task(stager.ensure("acme/b"))
@@ -137,7 +137,7 @@ async def test_a_flight_that_is_given_up_while_the_disk_works_leaves_nothing(
     """Order of events: the flight's time is over during an fsync; the thread cannot be stopped, and renames what everybody believes to be gone."""
     origin.add("acme/a", small_files())
     stager = await open_stager(origin, fetch_timeout_s=0.5)
-    stopped = Gate(monkeypatch, stager.store, step)
+    stopped = Gate(monkeypatch, stager.node.store, step)
     flight = asyncio.create_task(stager.ensure("acme/a"))
     await stopped.reached()
     await asyncio.sleep(0.6)  # the flight's own timer is real
@@ -147,7 +147,7 @@ async def test_a_flight_that_is_given_up_while_the_disk_works_leaves_nothing(
         await flight
     links, artifacts, staging = on_disk(node)
     assert (artifacts, staging) == (len(links), 0)
-    assert set(stager.holdings) == links
+    assert set(stager.node.holdings) == links
     assert balanced(stager)
     assert (await stager.ensure("acme/a")).digest
 
@@ -159,7 +159,7 @@ async def test_of_two_pins_at_once_both_are_remembered(open_stager: OpenStager, 
     stager = await open_stager(origin)
     for name in ("acme/a", "acme/b"):
         await stager.ensure(name)
-    writing = Gate(monkeypatch, stager.store, "write_json")
+    writing = Gate(monkeypatch, stager.node.store, "write_json")
     first = asyncio.create_task(stager.pin("acme/a"))
     await writing.reached()
     second = asyncio.create_task(stager.pin("acme/b"))
@@ -168,7 +168,7 @@ async def test_of_two_pins_at_once_both_are_remembered(open_stager: OpenStager, 
     await asyncio.gather(first, second)
     await stager.close()
     again = await open_stager(origin)
-    assert set(again.holdings.pins) == {"acme/a", "acme/b"}
+    assert set(again.node.holdings.pins) == {"acme/a", "acme/b"}
 
 
 async def test_what_is_being_refreshed_is_not_purged_under_the_exchange(
@@ -180,7 +180,7 @@ async def test_what_is_being_refreshed_is_not_purged_under_the_exchange(
     await stager.ensure("acme/a")
     origin.add("acme/a", small_files(seed=2))
     origin.revisions["acme/a"] = "2"
-    linking = Gate(monkeypatch, stager.store, "link")
+    linking = Gate(monkeypatch, stager.node.store, "link")
     refreshing = asyncio.create_task(stager.refresh("acme/a"))
     await linking.reached()
     with pytest.raises(AdapterInUse, match="refreshed"):

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from extproc.config import OriginSettings
+from extproc.core.artifact import ArtifactId
 from extproc.errors import (
     AdapterInUse,
     AdapterTooLarge,
@@ -25,12 +26,12 @@ from extproc.errors import (
     StartError,
 )
 from extproc.stager import stager as stager_module
-from extproc.stager.changes import Change
-from extproc.stager.origins import Origin
-from extproc.stager.origins.file import FileOrigin
-from extproc.stager.origins.http import HttpOrigin
-from extproc.stager.sources import ATTEMPTS
+from extproc.stager.books.changes import Change
 from extproc.stager.stager import Stager
+from extproc.stager.supply.origins import Origin
+from extproc.stager.supply.origins.file import FileOrigin
+from extproc.stager.supply.origins.http import HttpOrigin
+from extproc.stager.supply.source import ATTEMPTS
 from extproc.up.demo import write_adapter
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, read_files, sha256, size_of, small_files
 from tests.fakes.engine import RunningEngine, running_engine
@@ -70,10 +71,10 @@ def clean(node: Path) -> bool:
 
 def balanced(stager: Stager) -> bool:
     """The books say what the disk says, and stay below the limit."""
-    index = stager.holdings.index
+    index = stager.node.holdings.index
     return (
-        stored(stager.store.directory) == sorted(entry.id for entry in index.entries())
-        and {named.id for name in stager.holdings if (named := stager.holdings.get(name)) is not None} == {entry.id for entry in index.entries()}
+        stored(stager.node.store.directory) == sorted(entry.id for entry in index.entries())
+        and {named.id for name in stager.node.holdings if (named := stager.node.holdings.get(name)) is not None} == {entry.id for entry in index.entries()}
         and index.used_bytes + index.reserved_bytes <= index.max_bytes
     )
 
@@ -81,7 +82,7 @@ def balanced(stager: Stager) -> bool:
 @contextlib.contextmanager
 def watching(stager: Stager) -> "Iterator[asyncio.Queue[Change | None]]":
     """Every change from now on."""
-    with stager.changes.since(stager.changes.last) as (queue, complete):
+    with stager.node.changes.since(stager.node.changes.last) as (queue, complete):
         assert complete
         yield queue
 
@@ -111,7 +112,7 @@ async def test_cold_then_warm(open_stager: OpenStager, origin: FakeOrigin, node:
     assert visible(node) == {"acme/a": files}
     assert origin.resolved["acme/a"] == 1
     assert set(origin.fetched.values()) == {1}
-    assert stager.leased_s(cold.digest) == 300.0
+    assert stager.leased_s(ArtifactId(cold.digest)) == 300.0
 
 
 async def test_a_thousand_callers_are_one_fetch(open_stager: OpenStager, origin: FakeOrigin) -> None:
@@ -165,7 +166,7 @@ async def test_a_fetch_nobody_waits_for_ends_on_disk(open_stager: OpenStager, or
     only.cancel()
     await asyncio.wait({only})
     stall.release()
-    await until(lambda: "acme/a" in set(stager.holdings))
+    await until(lambda: "acme/a" in set(stager.node.holdings))
     assert not (await stager.ensure("acme/a")).staged
 
 
@@ -323,7 +324,7 @@ async def test_a_failed_fetch_leaves_nothing_and_may_be_tried_again(open_stager:
     with pytest.raises(OriginFailed, match="broke"):
         await stager.ensure("acme/a")
     assert clean(node)
-    assert stager.holdings.index.reserved_bytes == 0
+    assert stager.node.holdings.index.reserved_bytes == 0
     assert (await stager.ensure("acme/a")).staged
 
 
@@ -337,7 +338,7 @@ async def test_a_flight_that_takes_too_long_is_given_up(open_stager: OpenStager,
         assert isinstance(result, OriginFailed)
         assert result.retryable
     assert clean(node)
-    assert stager.holdings.index.reserved_bytes == 0
+    assert stager.node.holdings.index.reserved_bytes == 0
     assert stager._flights.names() == []
     await stager.close()
     origin.stalls.clear()
@@ -424,7 +425,7 @@ async def test_what_is_not_servable_is_refused_and_leaves_nothing(open_stager: O
     assert raised.value.status == 422
     assert str(node) not in str(raised.value)
     assert clean(node)
-    assert (stager.holdings.index.used_bytes, stager.holdings.index.reserved_bytes) == (0, 0)
+    assert (stager.node.holdings.index.used_bytes, stager.node.holdings.index.reserved_bytes) == (0, 0)
     origin.says.clear()
     origin.add("acme/a", small_files())
     assert (await stager.ensure("acme/a")).staged
@@ -476,9 +477,9 @@ async def test_a_name_that_cannot_stand_beside_another_leaves_nothing(open_stage
         with pytest.raises(InvalidAdapter, match=refused):
             await stager.ensure(refused)
     assert set(visible(node)) == {"acme", "other/x"}
-    assert stored(node) == sorted(entry.id for entry in stager.holdings.index.entries())
+    assert stored(node) == sorted(entry.id for entry in stager.node.holdings.index.entries())
     assert balanced(stager)
-    assert stager.holdings.index.reserved_bytes == 0
+    assert stager.node.holdings.index.reserved_bytes == 0
 
 
 async def test_a_body_without_a_length_is_cut_off_at_the_limit(open_stager: OpenStager, http_server: FileServer, node: Path) -> None:
@@ -600,7 +601,7 @@ async def test_a_full_disk_is_no_space_and_leaves_nothing(open_stager: OpenStage
             await stager.ensure("large")
         assert set(visible(disk)) == {"small"}
         assert list((disk / ".staging").iterdir()) == []
-        assert stored(disk) == sorted(entry.id for entry in stager.holdings.index.entries())
+        assert stored(disk) == sorted(entry.id for entry in stager.node.holdings.index.entries())
         await stager.close()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)  # noqa: ASYNC221
@@ -619,7 +620,7 @@ async def test_equal_content_is_stored_and_counted_once(open_stager: OpenStager,
     assert one.digest == two.digest
     assert visible(node) == {"acme/a": files, "acme/b": files}
     assert stored(node) == [one.digest]
-    assert stager.holdings.index.used_bytes == SIZE
+    assert stager.node.holdings.index.used_bytes == SIZE
 
 
 async def test_equal_content_may_arrive_at_the_same_moment(open_stager: OpenStager, origin: FakeOrigin, node: Path) -> None:
@@ -633,7 +634,7 @@ async def test_equal_content_may_arrive_at_the_same_moment(open_stager: OpenStag
     assert set(visible(node)) == set(names)
     assert len(stored(node)) == 1
     assert balanced(stager)
-    assert stager.holdings.index.reserved_bytes == 0
+    assert stager.node.holdings.index.reserved_bytes == 0
 
 
 async def test_evicting_one_of_two_names_keeps_the_content(open_stager: OpenStager, origin: FakeOrigin, clock: Clock, node: Path) -> None:
@@ -651,7 +652,7 @@ async def test_evicting_one_of_two_names_keeps_the_content(open_stager: OpenStag
     clock.now += 1000
     assert await stager.evict("acme/b") == SIZE
     assert clean(node)
-    assert stager.holdings.index.used_bytes == 0
+    assert stager.node.holdings.index.used_bytes == 0
 
 
 async def test_going_for_room_takes_all_names(open_stager: OpenStager, origin: FakeOrigin, clock: Clock, node: Path) -> None:
@@ -667,7 +668,7 @@ async def test_going_for_room_takes_all_names(open_stager: OpenStager, origin: F
     with watching(stager) as queue:
         await stager.ensure("acme/d")
         assert set(drain(queue)) == {("evicted", "acme/a"), ("evicted", "acme/b"), ("published", "acme/d")}
-    assert set(visible(node)) == set(stager.holdings) == {"acme/c", "acme/d"}
+    assert set(visible(node)) == set(stager.node.holdings) == {"acme/c", "acme/d"}
 
 
 # -- asked for
@@ -710,9 +711,9 @@ async def test_a_restart_adopts_what_is_there(open_stager: OpenStager, origin: F
     await stager.close()
     again = await open_stager(FakeOrigin(), max_bytes=3 * SIZE)
     assert again.instance != stager.instance
-    assert again.holdings.index.used_bytes == 3 * SIZE
-    assert set(again.holdings) == {"acme/a", "acme/b", "acme/c"}
-    assert all(again.leased_s(entry.id) == 0 for entry in again.holdings.index.entries())
+    assert again.node.holdings.index.used_bytes == 3 * SIZE
+    assert set(again.node.holdings) == {"acme/a", "acme/b", "acme/c"}
+    assert all(again.leased_s(entry.id) == 0 for entry in again.node.holdings.index.entries())
     assert not (await again.ensure("acme/a")).staged
 
 
@@ -743,7 +744,7 @@ async def test_metrics_count_what_happened(open_stager: OpenStager, origin: Fake
     for _ in range(2):
         with pytest.raises(ModelNotFound):
             await stager.ensure("acme/none")
-    value = stager.metrics.registry.get_sample_value
+    value = stager.node.metrics.registry.get_sample_value
     assert value("lora_extproc_ensures_total", {"result": "staged"}) == 1
     assert value("lora_extproc_ensures_total", {"result": "hit"}) == 1
     assert value("lora_extproc_ensures_total", {"result": "model_not_found"}) == 2
@@ -822,7 +823,7 @@ async def test_there_is_no_room_while_the_engine_cannot_be_asked(beside: Stager,
     assert set(visible(node)) == {"acme/a", "acme/b", "acme/c"}
     assert len(stored(node)) == 3
     assert balanced(beside)
-    assert beside.holdings.index.reserved_bytes == 0
+    assert beside.node.holdings.index.reserved_bytes == 0
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/v1/models", "/v1/unload_lora_adapter"])
@@ -1003,7 +1004,7 @@ async def test_a_removal_outlives_who_asked_for_it(beside: Stager, engine: Runni
     evicting.cancel()
     await asyncio.wait({evicting})
     go_on.set()
-    await until(lambda: "acme/a" not in set(beside.holdings))
+    await until(lambda: "acme/a" not in set(beside.node.holdings))
     await until(lambda: len(stored(node)) == 2)
     assert balanced(beside)
 

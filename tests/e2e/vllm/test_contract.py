@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from extproc.config import EngineSettings
 from extproc.errors import EngineUnreachable, InvalidAdapter
-from extproc.stager.engine import Engine
+from extproc.stager.engine.api import Engine
 from extproc.up.processes import Child, free_ports, python, spawn, stop
 from extproc.up.tiny import write_base, write_lora
 from extproc.up.vllm import Vllm

@@ -1,0 +1,1 @@
+"""What an adapter is: its files, and what is checked before anybody can see it."""

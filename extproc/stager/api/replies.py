@@ -1,0 +1,64 @@
+"""Answers that gRPC and the control API share."""
+
+import asyncio
+
+from ...pb import stager_pb2 as pb
+from ..stager import Ensured, Stager
+
+MODELS_SLICE = 250  # adapters between two turns of the event loop: about a millisecond
+
+
+def ensure_reply(held: Ensured) -> pb.EnsureReply:
+    """What Ensure answers."""
+    return pb.EnsureReply(
+        digest=held.digest,
+        staged=held.staged,
+        origin=held.origin,
+        lease_seconds=held.lease_s,
+        waited_seconds=held.waited_s,
+        bytes=held.size,
+        model=held.model,
+    )
+
+
+def list_reply(stager: Stager) -> pb.ListReply:
+    """What is on disk, least recently used first."""
+    holdings, index = stager.node.holdings, stager.node.holdings.index
+    adapters = [
+        pb.Adapter(
+            name=name,
+            digest=named.digest,
+            bytes=entry.size,
+            origin=named.origin,
+            revision=named.revision,
+            idle_seconds=stager.idle_s(entry.id),
+            leased_seconds=stager.leased_s(entry.id),
+            pinned=name in holdings.pins,
+            checked_seconds=stager.checked_s(named),
+            refresh_error=named.refresh_error,
+            adopted=named.id.is_adopted,
+            loaded=stager.is_loaded(name, named.id),
+        )
+        for entry in index.entries()
+        for name in sorted(holdings.names_of(entry.id))
+        if (named := holdings.get(name)) is not None
+    ]
+    return pb.ListReply(adapters=adapters, used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
+
+
+async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes:
+    """An encoded ModelsReply: base models and adapters as vLLM would list them.
+
+    It is made of slices, since parts of an encoded message that follow each other are one message, and a hundred thousand adapters would stop the
+    event loop for a tenth of a second. What comes or goes between two slices is listed, or not.
+    """
+    holdings, path = stager.node.holdings, stager.node.store.path
+    bases = [] if after else [pb.Model(id=base.id, root=base.root, max_model_len=base.max_model_len) for base in stager.node.engine.bases]
+    parts, left = [pb.ModelsReply(bases=bases).SerializeToString()], limit or len(holdings)
+    while left and (names := holdings.after(after, min(left, MODELS_SLICE))):
+        adapters = [pb.Model(id=name, root=str(path(named.id))) for name in names if (named := holdings.get(name)) is not None]
+        parts.append(pb.ModelsReply(adapters=adapters).SerializeToString())
+        after, left = names[-1], left - len(names)
+        await asyncio.sleep(0)
+    parts.append(pb.ModelsReply(more=bool(holdings.after(after, 1))).SerializeToString())
+    return b"".join(parts)

@@ -1,0 +1,251 @@
+"""The model server on this node, as far as the stager needs it: is it well, what does it know by name, load this, forget that.
+
+What is concluded from its answers is in this file (vLLM) and in `sglang.py`; everybody else sees `Engine`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from ...config import EngineSettings
+from ...errors import EngineUnreachable, InvalidAdapter
+
+log = logging.getLogger(__name__)
+
+_WAITING = re.compile(r"^vllm:num_requests_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)
+_INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$", re.MULTILINE)
+_RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
+_MAX_LORAS = re.compile(r'max_lora="(\d+)"')
+_NO_SUCH_NAME = "/"  # no adapter can be called so
+RUNTIME_UPDATING_IS_OFF = "the engine takes no adapters at run time: it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=true"
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What the engine works on at one moment."""
+
+    running: frozenset[str]  # names of adapters with requests at work, and more where a name may hold a comma
+    waiting: float  # requests in its queue, of whatever adapter: those that wait for a slot are in no label
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCard:
+    """A model that the engine serves without an adapter, as it lists it."""
+
+    id: str
+    root: str = ""
+    max_model_len: int = 0  # 0: it does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the engine answers to by name."""
+
+    bases: tuple[BaseCard, ...]
+    adapters: dict[str, str]  # name -> directory
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many adapters it runs at once, keeps in memory, and of what rank. 0: not known."""
+
+    max_loras: int = 0
+    max_cpu_loras: int = 0
+    max_lora_rank: int = 0
+
+
+class Engine:
+    """vLLM's HTTP API. Every method raises EngineUnreachable when the answer is not certain."""
+
+    unload_waits = False  # whether `unload` returns only when no request uses the adapter any more
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._url = settings.url.rstrip("/")
+        self._timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+        self._loading = asyncio.Semaphore(settings.max_loads)
+        self.limits = Limits(settings.max_loras, settings.max_cpu_loras or settings.max_loras, settings.max_lora_rank)
+        self.bases: tuple[BaseCard, ...] = ()  # as it listed them last
+        self.keeps_prefixes = False  # it was asked to clear its prefix cache and knows no way to
+        self._can_sleep = True  # until it says that it knows no such path
+        self._takes_adapters: bool | None = None  # None: not asked since it came back
+
+    @property
+    def exists(self) -> bool:
+        """Whether any engine reads this directory."""
+        return bool(self._url)
+
+    @property
+    def loads(self) -> bool:
+        """Whether adapters are loaded by us, before a request comes, and not by the engine's own resolver when it has come."""
+        return self.exists and self._settings.mode == "api"
+
+    def request_model(self, name: str) -> str:
+        """What a request's `model` must be to be answered by the adapter that is loaded as `name`."""
+        return name
+
+    async def why_not_ready(self) -> str | None:
+        """Why it can serve nothing now: it refused the connection, did not answer, answered that it is not well, sleeps; None if it can."""
+        try:
+            status, _ = await self._call("GET", "/health", timeout_s=self._settings.health_timeout_s)
+            if status != 200:
+                raise EngineUnreachable(f"the engine answers {status} to /health")
+            if self._can_sleep and await self._is_sleeping():
+                return "the engine sleeps"
+            if self.loads and not await self._may_load():
+                return RUNTIME_UPDATING_IS_OFF
+        except EngineUnreachable as error:
+            self.keeps_prefixes, self._can_sleep, self._takes_adapters = False, True, None  # it may come back with other settings
+            return error.message
+        return None
+
+    async def until_it_hangs_up(self) -> None:
+        """Hold a connection and say nothing. A process that dies closes it at once; the next look at its health may be a second away."""
+        address = urlsplit(self._url)
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection(address.hostname, address.port or (443 if address.scheme == "https" else 80))
+            try:
+                while await reader.read(4096):
+                    pass
+            finally:
+                writer.close()
+
+    async def known(self) -> Known:
+        """What it resolves without looking at the disk first, with the directory of each adapter; it may read their files at any time."""
+        status, body = await self._call("GET", "/v1/models")
+        if status != 200 or not isinstance(body, dict) or not isinstance(body.get("data"), list):
+            raise EngineUnreachable(f"the engine answers {status} to /v1/models")
+        if not all(isinstance(model, dict) for model in body["data"]):
+            raise EngineUnreachable("the engine's list of models is none")
+        cards = [BaseCard(str(m.get("id")), str(m.get("root") or ""), _whole(m.get("max_model_len"))) for m in body["data"] if not m.get("parent")]
+        self.bases = tuple(cards)
+        return Known(self.bases, {str(m.get("id")): str(m.get("root")) for m in body["data"] if m.get("parent")})
+
+    async def requests(self) -> Requests:
+        """Of the series of vllm:lora_requests_info the newest, since old ones are never removed; and the length of the queue."""
+        body = await self._metrics()
+        try:
+            newest = max(_INFO.finditer(body), key=lambda m: float(m["time"]), default=None)
+            waiting = sum(float(value) for value in _WAITING.findall(body))
+        except ValueError as error:
+            raise EngineUnreachable("the engine's metrics are none") from error
+        running: set[str] = set()
+        for label in _RUNNING.findall(newest["labels"]) if newest is not None else ():
+            parts = re.sub(r"\\(.)", r"\1", label).split(",")  # a name may hold commas: every run of parts may be one
+            running |= {",".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
+        return Requests(frozenset(running - {""}), waiting)
+
+    async def learn_limits(self) -> None:
+        """Fill in what the settings do not say and the engine does: its metrics name max_loras once an adapter has run, and nothing else."""
+        if not self.limits.max_loras and (found := _MAX_LORAS.search(await self._metrics())):
+            slots = int(found[1])
+            self.limits = Limits(slots, self.limits.max_cpu_loras, self.limits.max_lora_rank)
+
+    async def load(self, name: str, directory: Path) -> None:
+        """Let it know the adapter in `directory` as `name`. Knows it already is fine. Raises InvalidAdapter with what it has against the adapter."""
+        async with self._loading:
+            status, body = await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, self._settings.load_timeout_s)
+            said = _said(body)
+            if status == 200:
+                return
+            if status == 400 and "already been loaded" in said:
+                await self._check_loaded(name, directory)
+                return
+            await self._refused(status, said, directory)
+
+    async def _check_loaded(self, name: str, directory: Path) -> None:
+        """It knows the name already: from there, as after a load whose answer was lost, or from elsewhere, which is somebody else's."""
+        if (await self.known()).adapters.get(name) != str(directory):
+            raise EngineUnreachable(f"the engine knows something else as {name}")
+
+    async def unload(self, name: str) -> None:
+        """Make the engine forget a name; one that it does not know is fine."""
+        status, _ = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        if status not in (200, 404):
+            raise EngineUnreachable(f"the engine answers {status} to unload")
+
+    async def reset_prefix_cache(self) -> None:
+        """Make the engine forget what it computed. Only a vLLM in its development mode can."""
+        status, _ = await self._call("POST", "/reset_prefix_cache")
+        self.keeps_prefixes = status in (404, 405)
+        if status != 200:
+            raise EngineUnreachable(f"the engine answers {status} to reset_prefix_cache")
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _refused(self, status: int, said: str, directory: Path) -> None:
+        """A load that failed: is it the adapter's fault? A dying engine answers 500 too, and one that does not see the directory 404."""
+        if status in (400, 500) and await self.why_not_ready() is None:
+            reason = " ".join(said.replace(str(directory), "<path>").split())
+            raise InvalidAdapter(f"the engine refuses the adapter: {reason or f'it answers {status}'}", "engine")
+        if status == 404 and "No adapter found" in said:
+            raise EngineUnreachable("the engine does not find the adapter's directory: it must see this node's directory under the same path")
+        raise EngineUnreachable(f"the engine answers {status} to a load")
+
+    async def _is_sleeping(self) -> bool:
+        """Only a vLLM in its development mode can be put to sleep, and tells it."""
+        status, body = await self._call("GET", "/is_sleeping", timeout_s=self._settings.health_timeout_s)
+        self._can_sleep = status != 404
+        return status == 200 and isinstance(body, dict) and body.get("is_sleeping") is True
+
+    async def _may_load(self) -> bool:
+        """Of a path that it has not got it says `detail`, of a name that it does not know `error`."""
+        if not self._takes_adapters:
+            status, body = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": _NO_SUCH_NAME}, self._settings.health_timeout_s)
+            self._takes_adapters = not (status == 404 and isinstance(body, dict) and "detail" in body)
+        return self._takes_adapters
+
+    async def _metrics(self) -> str:
+        status, body = await self._call("GET", "/metrics")
+        if status != 200 or not isinstance(body, str):
+            raise EngineUnreachable(f"the engine answers {status} to /metrics")
+        return body
+
+    def _api_key(self) -> str:
+        """The file is read anew each time, so that the key may be rotated."""
+        if self._settings.api_key_file:
+            try:
+                return Path(self._settings.api_key_file).read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise EngineUnreachable(f"stager.engine.api_key_file cannot be read: {type(error).__name__}") from error
+        return os.environ.get(self._settings.api_key_env, "") if self._settings.api_key_env else ""
+
+    async def _call(self, method: str, path: str, body: object = None, timeout_s: float = 0.0) -> tuple[int, Any]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=self._timeout)
+        key = self._api_key()
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        timeout = aiohttp.ClientTimeout(total=timeout_s) if timeout_s else self._timeout
+        try:
+            async with self._session.request(method, self._url + path, json=body, headers=headers, timeout=timeout) as response:
+                if response.content_type == "application/json":
+                    return response.status, await response.json()
+                return response.status, await response.text()
+        except TimeoutError as error:
+            raise EngineUnreachable(f"the engine did not answer {path} within {timeout.total:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            refused = isinstance(error.os_error, ConnectionRefusedError)
+            raise EngineUnreachable("the engine refused the connection" if refused else f"the engine cannot be reached: {error.os_error.strerror}") from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise EngineUnreachable(f"the engine broke off its answer to {path}: {type(error).__name__}") from error
+
+
+def _said(body: Any) -> str:
+    """An error's text, however it is wrapped."""
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error.get("message", "")) if isinstance(error, dict) else body if isinstance(body, str) else ""
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,293 @@
+"""What the engine knows by name because of us. Every version of an adapter has a name of its own there, `acme/sql@sha256:3f2a9c1b7d04`.
+
+Why names of versions: vLLM keys its prefix cache by an adapter's name and path, and a request holds on to what its name meant when it came. So two
+versions can be there at once, each request is answered by one of them wholly, and neither can fail because of the other. The router writes the
+name into the request's body; where it cannot (mode NONE), the adapter's own name has to do, and versions are exchanged one after the other.
+
+With `mode: api` a name is loaded from the artifact's own directory. With `mode: resolver` it is a link that vLLM's filesystem resolver finds.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ...core.artifact import AdapterName, ArtifactId, split_version, versioned_name
+from ...errors import GatewayProtocolError, InvalidAdapter, LoraExtprocError
+from ...flight import SingleFlight
+from ...metrics import StagerMetrics
+from ..books.holdings import Holdings
+from ..disk.store import Store
+from ..threads import Threads
+from .api import Engine
+
+log = logging.getLogger(__name__)
+
+IN_TRANSIT_S = 0.5  # what was sent to the engine under a name that is about to mean something else has arrived by then
+LOOKS = 5  # at a list that changes under the look
+MAX_RELOADED = 64  # after a restart of an engine whose slots are not known
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One name in the engine."""
+
+    adapter: AdapterName
+    id: ArtifactId  # of the artifact
+
+
+class Loads:
+    """Names in the engine by what they lead to. Loads are shared by all who wait for one, and refusals remembered for a while."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        holdings: Holdings,
+        metrics: StagerMetrics,
+        disk: Threads,
+        refused_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._holdings = holdings
+        self._metrics = metrics
+        self._disk = disk
+        self._refused_s = refused_s
+        self._clock = clock
+        self._known: dict[str, Load] = {}
+        self._is_compared = False  # with the engine's own list, since the start
+        self._unloading: set[str] = set()
+        self._changes = 0  # of the two above: a list that was asked for before one of them says nothing
+        self._unsettled: dict[ArtifactId, set[str]] = {}  # artifacts that were unloaded and not seen at rest since -> the names that were theirs
+        self._refused: dict[Load, tuple[float, InvalidAdapter]] = {}
+        self._flights: SingleFlight[tuple[str, Load], None] = SingleFlight()
+
+    async def close(self) -> None:
+        await self._flights.close()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def has(self, adapter: AdapterName, id_: ArtifactId) -> bool:
+        """Whether the engine knows this version of the adapter."""
+        return any(self._known.get(name) == Load(adapter, id_) for name in (versioned_name(adapter, id_.digest), adapter))
+
+    def still_has(self, adapter: AdapterName, id_: ArtifactId, model: str, *, plain: bool) -> bool:
+        """Whether the engine answers to `model` with this version. Before its list was seen what an earlier stager let it know is believed, and kept in mind:
+        the first look tells what it has lost.
+        """
+        if not self._engine.exists:
+            return model == adapter
+        name, load = adapter if plain else versioned_name(adapter, id_.digest), Load(adapter, id_)
+        if not model.endswith(name) or (self._is_compared and self._engine.request_model(name) != model):  # its base's name may not be known yet
+            return False
+        if not self._engine.loads and plain:
+            return True  # its resolver finds the adapter's own link
+        if self._engine.loads and not self._is_compared:
+            self._known.setdefault(name, load)
+        return self._known.get(name) == load
+
+    async def ensure(self, adapter: AdapterName, id_: ArtifactId, *, plain: bool) -> str:
+        """Let the engine know the artifact; what a request's `model` must be. The caller sees to it that the artifact stays meanwhile.
+
+        `plain`: under the adapter's own name. Raises InvalidAdapter with what the engine has against it, or EngineUnreachable.
+        """
+        if not self._engine.exists:
+            return adapter
+        name, load = adapter if plain else versioned_name(adapter, id_.digest), Load(adapter, id_)
+        model = self._engine.request_model(name)
+        if plain and model != adapter:
+            raise GatewayProtocolError("this node's engine needs the request's `model` rewritten, which processing mode NONE does not allow")
+        if self._known.get(name) == load:
+            return model
+        if not self._engine.loads and plain:
+            return model  # its resolver finds the adapter's own link
+        self._refuse(load)
+        await self._flights.join((name, load), lambda: self._load(name, load))
+        return model
+
+    def begin(self, adapter: AdapterName, id_: ArtifactId) -> None:
+        """Start to load a version that somebody will ask for in a moment. Whatever comes of it, `ensure` tells."""
+        name, load = versioned_name(adapter, id_.digest), Load(adapter, id_)
+        if self._engine.loads and name not in self._known:
+            with contextlib.suppress(InvalidAdapter):
+                self._refuse(load)
+                self._flights.start((name, load), lambda: self._load(name, load))
+
+    async def replace(self, adapter: AdapterName, old: ArtifactId, new: ArtifactId) -> None:
+        """Where the engine knows the old version, let it know the new one, before anybody is sent there. What it refuses never takes over."""
+        if self.has(adapter, old):
+            await self.ensure(adapter, new, plain=False)
+
+    async def unload(self, name: str, id_: ArtifactId) -> None:
+        """Make the engine forget a name of the artifact, which counts as unsettled until it was seen at rest.
+
+        It is forgotten here first: if the engine's answer is lost, nobody is sent to a name that may not be there any more.
+        """
+        self._unsettled.setdefault(id_, set()).add(name)
+        self._unloading.add(name)
+        self.forget((name,))
+        try:
+            await self._engine.unload(name)
+        finally:
+            self._unloading.discard(name)
+            self._changes += 1
+
+    def unsettled(self, id_: ArtifactId) -> set[str]:
+        """Names under which the artifact was unloaded since it was last seen at rest."""
+        return self._unsettled.get(id_, set())
+
+    def settled(self, id_: ArtifactId) -> None:
+        """It was seen at rest, and is gone."""
+        self._unsettled.pop(id_, None)
+
+    async def readers(self, id_: ArtifactId, names: Collection[AdapterName] | None = None) -> tuple[set[str], set[str]]:
+        """Names in the engine that lead to the artifact, as the engine lists them; with `names`, only those of these adapters.
+
+        First those that are ours to unload, then those that somebody else has put there.
+        """
+        known = await self._engine.known()
+        path = str(self._store.path(id_))
+        own = self._holdings.names_of(id_) if names is None else names
+        ours: set[str] = set()
+        others: set[str] = set()
+        for name, root in known.adapters.items():
+            version = split_version(name)
+            if version is not None:
+                if (leads_to(name, id_) or root == path) and (names is None or version[0] in names):
+                    ours.add(name)
+            elif name in own or (name in self._known and root == path):
+                if names is None or name in names:
+                    ours.add(name)
+            elif root == path or any(root.endswith(f"/{other}") for other in own):
+                others.add(name)
+        return ours, others
+
+    def is_loading(self, id_: ArtifactId) -> bool:
+        """Whether the engine is about to know the artifact, and does not list it yet."""
+        return any(load.id == id_ for _, load in self._flights)
+
+    def links(self, id_: ArtifactId, names: Collection[AdapterName] | None = None) -> list[str]:
+        """Names of ours that a resolver finds the artifact by, beside the adapters' own."""
+        if self._engine.loads:
+            return []
+        return [name for name, load in self._known.items() if load.id == id_ and (names is None or load.adapter in names)]
+
+    def forget(self, names: Collection[str]) -> None:
+        """The engine does not know them any more."""
+        for name in names:
+            self._known.pop(name, None)
+        self._changes += 1
+
+    def take(self, links: Mapping[str, ArtifactId]) -> None:
+        """Links that the start found in the directory: name in the engine -> digest."""
+        for name, digest in links.items():
+            if (version := split_version(name)) is not None:
+                self._known[name] = Load(AdapterName(version[0]), digest)
+
+    # -- what the engine says it knows
+
+    async def compare(self) -> set[str]:
+        """Look at the engine's own list; the names that it has lost, because it was restarted or somebody else unloaded them.
+
+        Nothing is concluded from a list that was asked for before something was loaded or unloaded.
+        """
+        if not self._engine.loads:
+            return set()
+        for _ in range(LOOKS):
+            before = self._changes
+            listed = (await self._engine.known()).adapters
+            if before == self._changes:
+                break
+        else:
+            return set()
+        self._is_compared = True
+        for name, root in listed.items():  # of an earlier stager on this directory
+            if name not in self._known and name not in self._unloading and (load := self._made_of(name, root)) is not None:
+                self._known[name] = load
+        return {name for name in self._known if name not in listed}
+
+    async def load_again(self, lost: Collection[str]) -> set[AdapterName]:
+        """Of the names that the engine lost, load those that are in demand, as many as it keeps in memory; the adapters that it does not know now."""
+        now, index = self._clock(), self._holdings.index
+        loads = {name: self._known[name] for name in lost if name in self._known}
+        self.forget(lost)
+        entries = {name: entry for name, load in loads.items() if (entry := index.get(load.id)) is not None and entry.leased_until > now}
+        latest_first = sorted(entries, key=lambda name: entries[name].last_used, reverse=True)
+        missing = dict(loads)
+        for name in latest_first[: self._engine.limits.max_cpu_loras or MAX_RELOADED]:
+            load = loads[name]
+            if not index.hold(load.id):
+                continue
+            try:
+                await self._flights.join((name, load), partial(self._load, name, load))
+                del missing[name]
+            except LoraExtprocError as error:  # whatever it was: routers must be told of those that are missing
+                log.warning("%s is not loaded again: %s", load.adapter, error.message)
+            finally:
+                index.let_go(load.id)
+        return {load.adapter for load in missing.values()}
+
+    def _made_of(self, name: str, root: str) -> Load | None:
+        """What a name that the engine lists leads to here, if it was we who loaded it."""
+        version = split_version(name)
+        adapter = AdapterName(version[0] if version else name)
+        for id_ in (ArtifactId(Path(root).name), ArtifactId.adopted(Path(root).name, adapter)):
+            if root == str(self._store.path(id_)) and self._holdings.index.get(id_) is not None:
+                return Load(adapter, id_)
+        named = self._holdings.get(adapter)
+        if version and named is not None and leads_to(name, named.id) and root == str(self._store.path(named.id)):
+            return Load(adapter, named.id)
+        return None
+
+    def _refuse(self, load: Load) -> None:
+        until, error = self._refused.get(load, (0.0, None))
+        if error is not None and self._clock() < until:
+            raise InvalidAdapter(error.message, error.what)
+
+    async def _load(self, name: str, load: Load) -> None:
+        began = self._clock()
+        result = "cancelled"
+        try:
+            if self._engine.loads:
+                await self._load_by_api(name, load)
+            else:
+                await self._disk.run(self._store.link_version, name, load.id)
+            self._known[name] = load
+            self._changes += 1
+            self._refused.pop(load, None)
+            result = "loaded"
+        except InvalidAdapter as error:
+            result = error.reason
+            if self._refused_s:
+                self._refused = {refused: kept for refused, kept in self._refused.items() if kept[0] > self._clock()}
+                self._refused[load] = (self._clock() + self._refused_s, error)
+            self._metrics.verify_failures.labels(error.what).inc()
+            log.warning("%s: %s", load.adapter, error.message)
+            raise
+        except LoraExtprocError as error:
+            result = error.reason
+            raise
+        finally:
+            took = self._clock() - began
+            self._metrics.engine_loads.labels(result).inc()
+            self._metrics.engine_load_seconds.observe(took)
+        log.info("%s: the engine knows it as %s after %.0f ms", load.adapter, name, took * 1000)
+
+    async def _load_by_api(self, name: str, load: Load) -> None:
+        if (other := self._known.get(name)) is not None:  # an adapter's own name that leads to another version
+            await asyncio.sleep(IN_TRANSIT_S)
+            await self.unload(name, other.id)
+        await self._engine.load(name, self._store.path(load.id))
+
+
+def leads_to(name: str, id_: ArtifactId) -> bool:
+    """Whether `name` is that of this version of some adapter."""
+    version = split_version(name)
+    return version is not None and id_.digest.startswith(version[1])

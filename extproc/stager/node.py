@@ -1,0 +1,30 @@
+"""What the parts of one stager share. A part is given the node, and the settings that are its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..config import StagerSettings
+from ..metrics import StagerMetrics
+from .books.changes import Changes
+from .books.holdings import Holdings
+from .books.readiness import Readiness
+from .disk.store import Store
+from .engine.api import Engine
+from .engine.names import Loads
+from .threads import Threads
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One directory, the engine that reads it, and what is known of both."""
+
+    settings: StagerSettings
+    store: Store
+    holdings: Holdings  # names, artifacts, leases and the disk's budget
+    engine: Engine
+    loads: Loads  # what the engine knows by name because of us
+    changes: Changes  # what watchers are told
+    readiness: Readiness
+    metrics: StagerMetrics
+    disk: Threads  # in which all work on the directory is done
+    clock: Callable[[], float]  # seconds; goes forward only

@@ -1,0 +1,1 @@
+"""Where adapters come from: origins and peers, and how their bytes arrive."""

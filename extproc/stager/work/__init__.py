@@ -1,0 +1,1 @@
+"""What takes time: staging, refreshing, evicting, reading back; one module per verb."""

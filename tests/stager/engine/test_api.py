@@ -1,0 +1,244 @@
+"""What is concluded from a vLLM's answers, and that nothing is concluded from any other."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from extproc.config import EngineSettings
+from extproc.errors import EngineUnreachable
+from extproc.process.sockets import listen
+from extproc.stager.engine.api import Engine
+from tests.fakes.adapters import write_small
+from tests.fakes.engine import running_engine
+
+INFO = 'vllm:lora_requests_info{{max_lora="2",running_lora_adapters="{names}",waiting_lora_adapters="{names}"}} {time}'
+
+
+class ScriptedEngine:
+    """Answers with what stands in `answers` under "METHOD path"; a path that is not there hangs."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, web.Response] = {}
+        self.headers: list[str | None] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.headers.append(request.headers.get("authorization"))
+        response = self.answers.get(f"{request.method} {request.path}")
+        if response is None:
+            await asyncio.Event().wait()
+        assert response is not None
+        return response
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[tuple[ScriptedEngine, str]]:
+    engine = ScriptedEngine()
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", engine.answer)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield engine, f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def engine(scripted: tuple[ScriptedEngine, str]) -> AsyncIterator[Engine]:
+    engine = Engine(EngineSettings(url=scripted[1] + "/", timeout_s=5.0))
+    yield engine
+    await engine.close()
+
+
+def metrics(*lines: str) -> web.Response:
+    return web.Response(text="\n".join(("# HELP vllm:lora_requests_info x", "# TYPE vllm:lora_requests_info gauge", *lines, "")))
+
+
+async def test_the_simulated_engine_is_understood(tmp_path: Path) -> None:
+    """Registered, running, unloaded, healthy: over HTTP, with the paths and texts of a vLLM."""
+    write_small(tmp_path / "acme" / "a")
+    async with running_engine(tmp_path) as sim:
+        engine = Engine(EngineSettings(url=sim.url))
+        assert engine.exists
+        assert await engine.why_not_ready() is None
+        assert set((await engine.known()).adapters) == set()
+        assert (await engine.requests()).running == set()
+        await sim.ask("acme/a")
+        assert set((await engine.known()).adapters) == {"acme/a"}
+        assert [base.id for base in engine.bases] == ["base"]
+        async with sim.adapters.use("acme/a"):
+            assert (await engine.requests()).running == {"acme/a"}
+        assert (await engine.requests()).running == set()
+        await engine.unload("acme/a")
+        await engine.unload("acme/a")
+        assert set((await engine.known()).adapters) == set()
+        await engine.close()
+
+
+async def test_the_newest_series_tells_what_runs(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """A vLLM never removes the older ones; their values are times."""
+    lines = [INFO.format(names=names, time=time) for names, time in (("alpha", "1.79e9"), ("alpha,acme/b", "1.790000001e9"), ("", "1.7e9"))]
+    scripted[0].answers["GET /metrics"] = metrics("vllm:num_requests_running 1.0", *lines)
+    assert (await engine.requests()).running >= {"alpha", "acme/b"}
+    scripted[0].answers["GET /metrics"] = metrics(*lines, INFO.format(names="", time="1.79000001e9"))
+    assert (await engine.requests()).running == set()
+
+
+async def test_names_that_wait_count_as_running(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """Versions differ in whether the two labels repeat each other."""
+    line = 'vllm:lora_requests_info{max_lora="1",running_lora_adapters="a",waiting_lora_adapters="b,c"} 1.0'
+    scripted[0].answers["GET /metrics"] = metrics(line)
+    assert (await engine.requests()).running >= {"a", "b", "c"}
+
+
+async def test_no_series_means_nothing_ran_yet(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """A vLLM that has just started."""
+    scripted[0].answers["GET /metrics"] = metrics()
+    assert (await engine.requests()).running == set()
+
+
+BODIES = {
+    "500": lambda: web.Response(status=500),
+    "404": lambda: web.json_response({"detail": "Not Found"}, status=404),
+    "not JSON": lambda: web.Response(text="{", content_type="application/json"),
+    "a list": lambda: web.json_response([]),
+    "no data": lambda: web.json_response({"object": "list"}),
+    "data is text": lambda: web.json_response({"data": "alpha"}),
+    "items are text": lambda: web.json_response({"data": ["alpha"]}),
+    "text": lambda: web.Response(text="hello"),
+}
+
+
+@pytest.mark.parametrize("kind", list(BODIES))
+async def test_a_list_of_models_that_is_none_concludes_nothing(scripted: tuple[ScriptedEngine, str], engine: Engine, kind: str) -> None:
+    """An empty list read out of nonsense would let files be deleted."""
+    scripted[0].answers["GET /v1/models"] = BODIES[kind]()
+    with pytest.raises(EngineUnreachable):
+        await engine.known()
+
+
+async def test_metrics_that_are_none_conclude_nothing(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """A status, or a page of another kind."""
+    for answer in (web.Response(status=503), web.json_response({})):
+        scripted[0].answers["GET /metrics"] = answer
+        with pytest.raises(EngineUnreachable):
+            await engine.requests()
+
+
+async def test_a_series_whose_value_is_no_number_concludes_nothing(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """Not a ValueError, either."""
+    scripted[0].answers["GET /metrics"] = metrics(INFO.format(names="a", time="soon"))
+    with pytest.raises(EngineUnreachable):
+        await engine.requests()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 500, 503])
+async def test_an_unload_that_was_refused_is_not_done(scripted: tuple[ScriptedEngine, str], engine: Engine, status: int) -> None:
+    """Only 200, and 404 for a name it does not know."""
+    scripted[0].answers["POST /v1/unload_lora_adapter"] = web.Response(status=status)
+    with pytest.raises(EngineUnreachable):
+        await engine.unload("alpha")
+
+
+async def test_an_engine_that_does_not_answer_is_unreachable_and_unhealthy(scripted: tuple[ScriptedEngine, str]) -> None:
+    """Silent, or no longer there: which of them is said."""
+    silent = Engine(EngineSettings(url=scripted[1], timeout_s=0.02, health_timeout_s=0.01))
+    with listen("127.0.0.1:0") as free:
+        port = free.getsockname()[1]
+    gone = Engine(EngineSettings(url=f"http://127.0.0.1:{port}"))
+    for engine, why in ((silent, "the engine did not answer /health within 0.01 s"), (gone, "the engine refused the connection")):
+        for call in (engine.known(), engine.requests(), engine.unload("a")):
+            with pytest.raises(EngineUnreachable):
+                await call
+        assert await engine.why_not_ready() == why
+        await engine.close()
+
+
+@pytest.mark.parametrize("silent", ["GET /is_sleeping", "POST /v1/unload_lora_adapter"])
+async def test_a_question_after_health_is_as_short(scripted: tuple[ScriptedEngine, str], silent: str) -> None:
+    """An engine that answers /health and hangs in what is asked with it hangs; a call to it may take far longer."""
+    answers = scripted[0].answers
+    answers["GET /health"] = web.Response()
+    answers["GET /is_sleeping"] = web.Response(status=404)
+    answers.pop(silent, None)
+    engine = Engine(EngineSettings(url=scripted[1], timeout_s=3600, health_timeout_s=0.01))
+    assert await engine.why_not_ready() == f"the engine did not answer {silent.partition(' ')[2]} within 0.01 s"
+    await engine.close()
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (404, False), (500, False)])
+async def test_health_is_200(scripted: tuple[ScriptedEngine, str], engine: Engine, status: int, healthy: bool) -> None:
+    """A dying vLLM answers 503."""
+    scripted[0].answers["GET /health"] = web.Response(status=status)
+    scripted[0].answers["GET /is_sleeping"] = web.Response(status=404)
+    scripted[0].answers["POST /v1/unload_lora_adapter"] = web.json_response({"error": {"message": "no such name"}}, status=404)
+    assert (await engine.why_not_ready() is None) is healthy
+
+
+async def test_the_api_key_of_the_environment_is_sent(scripted: tuple[ScriptedEngine, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's `--api-key` wants it."""
+    monkeypatch.setenv("MY_KEY", "secret")
+    scripted[0].answers["GET /health"] = web.Response(status=503)
+    engine = Engine(EngineSettings(url=scripted[1], api_key_env="MY_KEY"))
+    await engine.why_not_ready()
+    await engine.close()
+    assert set(scripted[0].headers) == {"Bearer secret"}
+
+
+async def test_no_url_means_no_engine() -> None:
+    """Nobody is asked."""
+    engine = Engine(EngineSettings(url=""))
+    assert not engine.exists
+    await engine.close()
+
+
+async def test_a_key_in_a_file_is_read_anew_for_each_call(scripted: tuple[ScriptedEngine, str], tmp_path: Path) -> None:
+    """It may be rotated; one that cannot be read concludes nothing."""
+    file = tmp_path / "key"
+    engine = Engine(EngineSettings(url=scripted[1], api_key_file=str(file)))
+    for key in ("first", "second"):
+        file.write_text(f"{key}\n")
+        scripted[0].answers["GET /metrics"] = metrics()
+        await engine.requests()
+    file.unlink()
+    with pytest.raises(EngineUnreachable, match="api_key_file"):
+        await engine.requests()
+    await engine.close()
+    assert scripted[0].headers == ["Bearer first", "Bearer second"]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+async def test_at_most_so_many_adapters_are_loaded_at_once(tmp_path: Path, most: int) -> None:
+    """Each load stalls what the engine generates."""
+    async with running_engine(tmp_path) as sim:
+        engine = Engine(EngineSettings(url=sim.url, max_loads=most))
+        under_way = highest = 0
+
+        async def count(path: str) -> web.Response | None:
+            nonlocal under_way, highest
+            under_way += 1
+            highest = max(highest, under_way)
+            await asyncio.sleep(0.01)
+            under_way -= 1
+            return web.Response(text="Success")
+
+        sim.step = count
+        await asyncio.gather(*(engine.load(str(number), tmp_path) for number in range(6)))
+        await engine.close()
+    assert highest == most
+
+
+async def test_an_end_is_noticed_by_the_connection_that_it_closes(tmp_path: Path) -> None:
+    """Not by the next look at its health."""
+    async with running_engine(tmp_path) as sim:
+        engine = Engine(EngineSettings(url=sim.url))
+        hung_up = asyncio.create_task(engine.until_it_hangs_up())
+        await asyncio.sleep(0.05)
+        assert not hung_up.done()
+        await sim.stop()
+        async with asyncio.timeout(5):
+            await hung_up
+            await engine.until_it_hangs_up()  # nobody is there: at once
+        await engine.close()

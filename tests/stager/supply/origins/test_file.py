@@ -1,0 +1,130 @@
+"""A directory as an origin."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from extproc.config import OriginSettings
+from extproc.core.artifact import adapter_name
+from extproc.errors import NoSpace, OriginChanged, OriginFailed
+from extproc.stager.supply.origins.file import FileOrigin
+from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, small_files, write_small
+
+from .conftest import fetch_all
+
+NAME = adapter_name("acme/sql")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_small(tmp_path / "origin" / NAME)
+    return tmp_path / "origin"
+
+
+@pytest.fixture
+def origin(root: Path) -> FileOrigin:
+    return FileOrigin(OriginSettings(type="file", path=str(root)))
+
+
+async def test_it_lists_and_copies_an_adapter(origin: FileOrigin, root: Path, target: Path) -> None:
+    """Sizes are stated; the copies are copies, which no later change of the original reaches."""
+    (root / NAME / "README.md").write_text("not wanted")
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    assert [(file.path, file.size) for file in listing.files] == [(path, len(data)) for path, data in sorted(small_files().items())]
+    assert await fetch_all(origin, listing, target) == small_files()
+    assert (target / WEIGHTS).stat().st_ino != (root / NAME / WEIGHTS).stat().st_ino
+    await origin.close()
+
+
+async def test_what_is_not_there_is_not_found(origin: FileOrigin, root: Path) -> None:
+    """No directory, a file of that name, a path through a file, a directory without configuration."""
+    (root / "plain").write_text("x")
+    (root / "empty").mkdir()
+    (root / "weights").mkdir()
+    (root / "weights" / WEIGHTS).write_bytes(b"x")
+    for name in ("nosuch", "acme", "acme/other", "plain", "plain/below", "empty", "weights"):
+        assert await origin.resolve(adapter_name(name)) is None
+
+
+async def test_a_missing_root_is_a_failure_not_a_not_found(tmp_path: Path) -> None:
+    """A file system that is not mounted must not become a remembered 404."""
+    origin = FileOrigin(OriginSettings(type="file", path=str(tmp_path / "unmounted")))
+    with pytest.raises(OriginFailed, match="is not there") as raised:
+        await origin.resolve(NAME)
+    assert str(tmp_path) not in str(raised.value)
+
+
+async def test_a_file_that_is_gone_is_a_failure(origin: FileOrigin, root: Path, target: Path) -> None:
+    """Removed between listing and copying."""
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    (root / NAME / WEIGHTS).unlink()
+    with pytest.raises(OriginChanged, match=WEIGHTS):
+        await fetch_all(origin, listing, target)
+
+
+async def test_a_file_that_was_truncated_is_a_failure(origin: FileOrigin, root: Path, target: Path) -> None:
+    """A training job that writes again while it is copied."""
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    os.truncate(root / NAME / WEIGHTS, 100)
+    with pytest.raises(OriginChanged, match="changed after it was listed"):
+        await fetch_all(origin, listing, target)
+
+
+async def test_a_file_that_was_replaced_after_the_listing_is_a_failure(origin: FileOrigin, root: Path, target: Path) -> None:
+    """A listing is pinned to one revision: the old configuration and new weights of the same size are no adapter."""
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    weights = root / NAME / WEIGHTS
+    was = weights.stat()
+    weights.write_bytes(small_files(seed=1)[WEIGHTS])
+    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns + 1_000_000_000))
+    assert weights.stat().st_size == was.st_size
+    with pytest.raises(OriginChanged):
+        await fetch_all(origin, listing, target)
+
+
+async def test_new_content_has_a_new_revision(origin: FileOrigin, root: Path) -> None:
+    """Weights alone may change."""
+    first = await origin.resolve(NAME)
+    was = (root / NAME / WEIGHTS).stat()
+    os.utime(root / NAME / WEIGHTS, ns=(was.st_atime_ns, was.st_mtime_ns + 1_000_000_000))
+    second = await origin.resolve(NAME)
+    assert first is not None
+    assert second is not None
+    assert first.revision != second.revision
+
+
+async def test_pickle_is_listed_only_without_safetensors(origin: FileOrigin, root: Path) -> None:
+    """Whether it may be used is the stager's to say."""
+    (root / NAME / PICKLE).write_bytes(b"\x80\x04.")
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    assert [file.path for file in listing.files] == [CONFIG, WEIGHTS]
+    (root / NAME / WEIGHTS).unlink()
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    assert [file.path for file in listing.files] == [CONFIG, PICKLE]
+
+
+async def test_links_are_followed_and_copied_whole(origin: FileOrigin, root: Path, target: Path) -> None:
+    """A hub cache is made of links into blobs."""
+    (root / "blob").write_bytes((root / NAME / WEIGHTS).read_bytes())
+    (root / NAME / WEIGHTS).unlink()
+    (root / NAME / WEIGHTS).symlink_to(root / "blob")
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    assert await fetch_all(origin, listing, target) == small_files()
+    assert not (target / WEIGHTS).is_symlink()
+
+
+async def test_a_full_disk_is_not_the_origin_s_failure(origin: FileOrigin, target: Path) -> None:
+    """/dev/full answers every write with ENOSPC."""
+    listing = await origin.resolve(NAME)
+    assert listing is not None
+    (target / CONFIG).symlink_to("/dev/full")
+    with pytest.raises(NoSpace):
+        await fetch_all(origin, listing, target)
