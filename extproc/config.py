@@ -159,7 +159,7 @@ class RouterSettings(Group):
     body_deadline_s: Seconds = 30.0
     """A body of which nothing arrives for so long, or that arrives at less than 16 KiB per second after that time, is answered 408 `body_timeout`."""
     judges: Annotated[int, Field(ge=1, le=64)] = 2
-    """Processes that read bodies over 256 KiB, compressed ones and forms, so that the event loop need not."""
+    """Processes that read bodies over 1 MiB, compressed ones and forms, so that the event loop need not."""
     max_retry_endpoints: Annotated[int, Field(ge=1, le=16)] = 3
     """At most so many endpoints are named in the destination list. For an adapter, only those known to have it."""
     steering: Literal["endpoint", "cluster"] = "endpoint"

@@ -19,8 +19,7 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     keep_freed_memory()
 
     async def guarded() -> None:
-        gc.collect()
-        gc.freeze()  # what is imported lives as long as the process: the collector need not look at it again
+        leave_to_stay()
         gc.set_threshold(GC_THRESHOLD, 20, 50)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -29,3 +28,11 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
         await main(stop)
 
     uvloop.run(guarded())
+
+
+def leave_to_stay() -> None:
+    """Have the collector never look again at what there is now: what is imported, or found at a start, lives nearly as long as the process. A look at a
+    hundred thousand adapters stops the loop for a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()

@@ -12,6 +12,7 @@ from ..config import Settings
 from ..metrics import StagerMetrics
 from ..process.grpc import grpc_server, listen_grpc
 from ..process.http import HttpServer
+from ..process.loop import leave_to_stay
 from .api.grpc import StagerService
 from .api.http import stager_app
 from .engine import build_engine
@@ -48,6 +49,7 @@ class Server:
         tls = credentials.server_credentials(self._rpc)
         log_repetitions()
         await self.stager.open()
+        leave_to_stay()
         self._grpc = grpc_server([credentials.TokenInterceptor(tokens)] if tokens.current else [])
         guarded = credentials.are_configured(self._rpc)
         destructive = guarded or credentials.is_loopback(self._settings.listen)

@@ -38,7 +38,7 @@ CHILD = """
 import asyncio, sys, time
 from pathlib import Path
 from extproc.config import load
-from extproc import process
+from extproc.process.loop import run
 from extproc.stager.server import Server
 from extproc.stager.stager import Stager
 
@@ -50,7 +50,7 @@ opened = Stager.open
 async def timed(self):
     before, cpu, began = mib("VmRSS"), time.process_time(), time.perf_counter()
     await opened(self)
-    print(time.perf_counter() - began, time.process_time() - cpu, before, mib("VmRSS"), len(self.holdings), flush=True)
+    print(time.perf_counter() - began, time.process_time() - cpu, before, mib("VmRSS"), len(self.node.holdings), flush=True)
 
 Stager.open = timed
 
@@ -61,7 +61,7 @@ async def serve(stop):
     await stop.wait()
     await server.stop()
 
-process.run(serve)
+run(serve)
 """
 
 
