@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -18,6 +19,27 @@ BASE_SHA256 = "base"
 DEFAULT_TOKENS = 16
 DEATH_S = 0.05  # a dying vLLM still answers what it has begun with 500, then exits
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Which chunks of a stream count tokens: one more at the end, whose `choices` are empty, or each."""
+
+    at_the_end: bool = False
+    with_each: bool = False
+
+    @classmethod
+    def asked_for(cls, body: dict[str, Any]) -> "Usage":
+        """By `stream_options`, where `continuous_usage_stats` counts only beside `include_usage`. Raises SimError."""
+        options = body.get("stream_options")
+        if options and not body.get("stream"):
+            raise SimError(400, "BadRequestError", "Stream options can only be defined when `stream=True`.", "stream_options")
+        if options is None:
+            return cls()
+        if not isinstance(options, dict):
+            raise SimError(400, "BadRequestError", "stream_options: an object is needed", "stream_options")
+        at_the_end = bool(options.get("include_usage"))
+        return cls(at_the_end, at_the_end and bool(options.get("continuous_usage_stats")))
 
 
 class SimEngine:
@@ -77,40 +99,40 @@ class SimEngine:
 
     async def _generate(self, request: web.Request, body: dict[str, Any], *, chat: bool) -> web.StreamResponse:
         model = body.get("model") or self._adapters.base_model
+        usage = Usage.asked_for(body)
         if self.dead:
             raise EngineDeadError("dead already")
         if model == self._adapters.base_model:
-            return await self._answer(request, body, model, BASE_SHA256, chat=chat)
+            return await self._answer(request, body, model, BASE_SHA256, usage, chat=chat)
         if model not in self._adapters.registry:
             await self._adapters.resolve(model)
         async with self._adapters.use(model) as loaded:
-            return await self._answer(request, body, model, loaded.sha256, chat=chat)
+            return await self._answer(request, body, model, loaded.sha256, usage, chat=chat)
 
-    async def _answer(self, request: web.Request, body: dict[str, Any], model: str, sha256: str, *, chat: bool) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, body: dict[str, Any], model: str, sha256: str, usage: Usage, *, chat: bool) -> web.StreamResponse:
         count = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_TOKENS
         words = [model, "answers", "with", "weights", sha256]
         tokens = [f"{words[i % len(words)]} " for i in range(max(int(count), len(words)))]
         self.served += 1
         head = {"id": f"sim-{self.served}", "created": int(time.time()), "model": model, "system_fingerprint": sha256}
         if body.get("stream"):
-            return await self._stream(request, head, tokens, chat=chat)
+            return await self._stream(request, head, tokens, usage, chat=chat)
         if self._token_s:
             await asyncio.sleep(self._token_s * len(tokens))
         text = "".join(tokens)
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        usage = {"prompt_tokens": 1, "completion_tokens": len(tokens), "total_tokens": 1 + len(tokens)}
         kind = "chat.completion" if chat else "text_completion"
-        return web.json_response({**head, "object": kind, "choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": usage})
+        return web.json_response({**head, "object": kind, "choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": _usage(len(tokens))})
 
-    async def _stream(self, request: web.Request, head: dict[str, Any], tokens: list[str], *, chat: bool) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, head: dict[str, Any], tokens: list[str], usage: Usage, *, chat: bool) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        async for line in self._events(head, tokens, chat=chat):
+        async for line in self._events(head, tokens, usage, chat=chat):
             await response.write(line)
         await response.write_eof()
         return response
 
-    async def _events(self, head: dict[str, Any], tokens: list[str], *, chat: bool) -> AsyncIterator[bytes]:
+    async def _events(self, head: dict[str, Any], tokens: list[str], usage: Usage, *, chat: bool) -> AsyncIterator[bytes]:
         kind = "chat.completion.chunk" if chat else "text_completion"
         for i, token in enumerate(tokens):
             if self._token_s:
@@ -118,7 +140,9 @@ class SimEngine:
             choice: dict[str, Any] = {"delta": {"content": token}} if chat else {"text": token}
             last = i == len(tokens) - 1
             data = {**head, "object": kind, "choices": [{"index": 0, "finish_reason": "stop" if last else None, **choice}]}
-            yield b"data: " + json.dumps(data).encode() + b"\n\n"
+            yield _event({**data, "usage": _usage(i + 1)} if usage.with_each else data)
+        if usage.at_the_end:
+            yield _event({**head, "object": kind, "choices": [], "usage": _usage(len(tokens))})
         yield b"data: [DONE]\n\n"
 
     async def _models(self, _request: web.Request) -> web.Response:
@@ -187,6 +211,15 @@ async def _json(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise SimError(400, "Bad Request", "the body is not an object")
     return body
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    """Of an answer of so many tokens; a prompt is one token here."""
+    return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
 
 
 def _error(status: int, kind: str, message: str, param: str | None = None) -> web.Response:

@@ -115,6 +115,46 @@ async def test_a_streamed_answer_is_the_same_in_pieces(client: Client, path: str
     assert "".join(pieces) == (whole["message"]["content"] if "message" in whole else whole["text"])
 
 
+async def streamed(client: Client, path: str, **more: Any) -> list[dict[str, Any]]:
+    """The chunks of a streamed answer of 7 tokens."""
+    body = {"model": "alpha", "messages": MESSAGES, "max_tokens": 7, "stream": True, **more}
+    async with client.http.post(client.engine.url + path, json=body) as response:
+        events = [line.removeprefix("data: ") for line in (await response.text()).split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_usage": True, "continuous_usage_stats": False}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_a_stream_ends_with_the_usage_that_was_asked_for(client: Client, path: str, options: dict[str, bool]) -> None:
+    """One more chunk, whose choices are empty."""
+    *chunks, last = await streamed(client, path, stream_options=options)
+    assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+    assert (last["id"], last["object"]) == (chunks[0]["id"], chunks[0]["object"])
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": False, "continuous_usage_stats": True}])
+async def test_a_stream_has_no_usage_unless_it_is_asked_for(client: Client, options: dict[str, bool] | None) -> None:
+    """`continuous_usage_stats` alone is not enough."""
+    assert not any("usage" in chunk for chunk in await streamed(client, "/v1/completions", stream_options=options))
+
+
+async def test_each_chunk_counts_where_that_is_asked_for(client: Client) -> None:
+    """And the last one as well."""
+    chunks = await streamed(client, "/v1/chat/completions", stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 6, 7, 7]
+
+
+@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_usage": False}])
+async def test_stream_options_without_a_stream_are_400(client: Client, options: dict[str, bool]) -> None:
+    """In vLLM's words."""
+    status, answer = await client.chat("alpha", stream_options=options)
+    assert (status, answer["error"]["type"], answer["error"]["param"]) == (400, "BadRequestError", "stream_options")
+    assert answer["error"]["message"] == "Stream options can only be defined when `stream=True`."
+
+
 @pytest.mark.parametrize(
     ("body", "options"),
     [
