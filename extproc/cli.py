@@ -145,6 +145,7 @@ def sim(
     max_loras: Annotated[int, typer.Option(min=1, help="Adapters that run at once.")] = 4,
     max_cpu_loras: Annotated[int, typer.Option(min=1, help="Adapters kept in memory.")] = 16,
     max_lora_rank: Annotated[int, typer.Option(min=1, help="Higher ranks are refused.")] = 512,
+    mixed_moe_format: Annotated[bool, typer.Option("--enable-mixed-moe-lora-format", help="Takes experts in one tensor, where the load call says so.")] = False,
     token_ms: Annotated[float, typer.Option(min=0, help="Time per token.")] = 0.0,
     dev_mode: Annotated[bool, typer.Option("--dev-mode", help="As a vLLM with VLLM_SERVER_DEV_MODE=1.")] = False,
 ) -> None:
@@ -155,7 +156,8 @@ def sim(
     from .sim.app import SimEngine, serve
 
     set_up_logging("info")
-    adapters = Adapters(base_model=base_model, root=root, cache_dir=directory, max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=max_lora_rank)
+    limits = {"max_loras": max_loras, "max_cpu_loras": max_cpu_loras, "max_lora_rank": max_lora_rank}
+    adapters = Adapters(base_model=base_model, root=root, cache_dir=directory, mixed_moe_format=mixed_moe_format, **limits)
     run(lambda stop: serve(SimEngine(adapters, token_s=token_ms / 1000, dev_mode=dev_mode), listen, stop))
 
 

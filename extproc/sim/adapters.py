@@ -5,17 +5,14 @@ and if the files are gone then, the engine dies. Everything else a client can se
 """
 
 import asyncio
-import hashlib
 import json
 import os
-import struct
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
 
-MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"})  # a Llama's
+from .base import Base
+from .checkpoint import Abilities, Loaded, LoadError, read_adapter
 
 
 class SimError(Exception):
@@ -30,67 +27,22 @@ class EngineDeadError(Exception):
     """The engine core met what it cannot survive."""
 
 
-class LoadError(Exception):
-    """The worker could not load an adapter's files."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """An adapter in memory: `sha256` of its weights file, in hex, is all that its answers depend on."""
-
-    name: str
-    path: str
-    sha256: str
-
-
-def read_adapter(name: str, path: str, max_lora_rank: int) -> Loaded:
-    """Read an adapter's files as a worker does. Raises FileNotFoundError or LoadError."""
-    config_path, weights_path = os.path.join(path, "adapter_config.json"), os.path.join(path, "adapter_model.safetensors")
-    with open(config_path, "rb") as file:
-        config = json.load(file)
-    rank = config.get("r")
-    if not isinstance(rank, int):
-        raise LoadError("LoRA config has no r")
-    if rank > max_lora_rank:
-        raise LoadError(f"LoRA rank {rank} is greater than max_lora_rank {max_lora_rank}.")
-    if not os.path.exists(weights_path):
-        raise LoadError("<path> doesn't contain tensors")
-    try:
-        return _read_weights(name, path, weights_path, config)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise LoadError(f"Error while deserializing header: {error}") from error
-
-
-def _read_weights(name: str, path: str, weights_path: str, config: dict[str, Any]) -> Loaded:
-    with open(weights_path, "rb") as file:
-        prefix = file.read(8)
-        size = os.fstat(file.fileno()).st_size
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
-            raise LoadError("Error while deserializing header: header too large")
-        tensors = json.loads(file.read(length))
-        tensors.pop("__metadata__", None)
-        if max((t["data_offsets"][1] for t in tensors.values()), default=0) != size - 8 - length:
-            raise LoadError("Error while deserializing header: incomplete metadata, file not fully covered")
-        modules = {m for t in tensors for m in [t.rpartition(".lora_")[0].rpartition(".")[2]]}
-        targets = config.get("target_modules") or []
-        if not modules <= MODULES or (isinstance(targets, list) and not modules <= set(targets)):
-            raise LoadError(f"While loading <path>, expected target modules in {sorted(MODULES)} but received {sorted(modules)}")
-        file.seek(0)
-        return Loaded(name, path, hashlib.file_digest(file, "sha256").hexdigest())
-
-
 class Adapters:
     """What the engine knows by name, what it holds in memory, and what runs."""
 
-    def __init__(self, *, base_model: str, root: str, cache_dir: str, max_loras: int, max_cpu_loras: int, max_lora_rank: int) -> None:
+    def __init__(
+        self, *, base_model: str, root: str, cache_dir: str, max_loras: int, max_cpu_loras: int, max_lora_rank: int, mixed_moe_format: bool = False
+    ) -> None:
         self.base_model = base_model  # the served name
         self.root = root  # the --model string; "" takes adapters of any base, which a vLLM does not
+        self._base = Base.of(root)
         self.cache_dir = cache_dir
         self.max_loras = max_loras
         self._max_cpu_loras = max(max_cpu_loras, max_loras)
         self._max_lora_rank = max_lora_rank
+        self._mixed_moe_format = mixed_moe_format
         self.registry: dict[str, str] = {}  # name -> path
+        self._fused: set[str] = set()  # of these names, whose load call said that experts are in one tensor
         self._cache: OrderedDict[str, Loaded] = OrderedDict()  # least recently used first
         self._locks: dict[str, asyncio.Lock] = {}
         self.running: Counter[str] = Counter()
@@ -105,24 +57,25 @@ class Adapters:
                 return
             path = os.path.join(self.cache_dir, name)
             try:
-                with open(os.path.join(path, "adapter_config.json"), "rb") as file:
+                with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as file:
                     config = json.load(file)
             except (FileNotFoundError, NotADirectoryError):
                 raise self._unknown(name) from None
             except ValueError as error:
                 raise SimError(400, "BadRequestError", str(error)) from None
-            for key in ("peft_type", "base_model_name_or_path"):
-                if key not in config:
-                    raise SimError(500, "InternalServerError", repr(key))
-            if config["peft_type"] != "LORA" or (self.root and config["base_model_name_or_path"] != self.root):
+            try:
+                is_ours = config["peft_type"] == "LORA" and (config["base_model_name_or_path"] == self.root or not self.root)
+            except (KeyError, TypeError) as error:
+                raise SimError(500, "InternalServerError", str(error)) from None
+            if not is_ours:
                 raise self._unknown(name)
             try:
-                await self._read(name, path)
+                await self._read(name, path)  # the resolver never says that experts are in one tensor
             except (LoadError, FileNotFoundError):
                 raise SimError(400, "BadRequestError", f"LoRA adapter '{name}' was found but could not be loaded.") from None
             self.registry[name] = path
 
-    async def load(self, name: str, path: str, *, in_place: bool) -> None:
+    async def load(self, name: str, path: str, *, in_place: bool, is_3d: bool = False) -> None:
         """`/v1/load_lora_adapter`. Raises SimError."""
         if not name or not path:
             raise SimError(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
@@ -135,18 +88,20 @@ class Adapters:
                 f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to True.",
             )
         try:
-            await self._read(name, path)
+            await self._read(name, path, is_3d=is_3d)
         except FileNotFoundError:
-            raise SimError(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for <path>") from None
-        except (LoadError, ValueError) as error:
-            raise SimError(500, "InternalServerError", f"Call to add_lora method failed: {error}") from None
+            raise SimError(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {path}") from None
+        except LoadError as error:
+            raise SimError(500, "InternalServerError", f"Call to add_lora method failed: {error}".rstrip()) from None
         self.registry[name] = path
+        (self._fused.add if is_3d else self._fused.discard)(name)
 
     def unload(self, name: str) -> None:
         """`/v1/unload_lora_adapter`: forgets the name, keeps the memory until it is needed. Raises SimError."""
         if name not in self.registry:
             raise SimError(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")
         del self.registry[name]
+        self._fused.discard(name)
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Loaded]:
@@ -163,8 +118,8 @@ class Adapters:
             loaded = self._cache.get(name)
             if loaded is None or loaded.path != path:
                 try:
-                    loaded = await self._read(name, path)
-                except (OSError, LoadError, ValueError) as error:
+                    loaded = await self._read(name, path, is_3d=name in self._fused)
+                except (OSError, LoadError) as error:
                     raise EngineDeadError(str(error)) from error
             self._cache.move_to_end(name)
             yield loaded
@@ -175,8 +130,9 @@ class Adapters:
                     del self.running[name]
                 self._slots.notify_all()
 
-    async def _read(self, name: str, path: str) -> Loaded:
-        loaded = await asyncio.to_thread(read_adapter, name, path, self._max_lora_rank)
+    async def _read(self, name: str, path: str, *, is_3d: bool = False) -> Loaded:
+        abilities = Abilities(self._max_lora_rank, self._mixed_moe_format)
+        loaded = await asyncio.to_thread(read_adapter, name, path, abilities, self._base, is_3d=is_3d)
         self.loads += 1
         self._cache[name] = loaded
         self._cache.move_to_end(name)

@@ -12,10 +12,10 @@ from typing import Any
 from aiohttp import web
 
 from .adapters import Adapters, EngineDeadError, SimError
+from .checkpoint import BASE_SHA256
 
 log = logging.getLogger(__name__)
 
-BASE_SHA256 = "base"
 DEFAULT_TOKENS = 16
 DEATH_S = 0.05  # a dying vLLM still answers what it has begun with 500, then exits
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -176,7 +176,8 @@ class SimEngine:
         if not {"lora_name", "lora_path"} <= set(body):
             raise SimError(400, "Bad Request", "lora_name and lora_path: Field required")
         name = body.get("lora_name", "")
-        await self._adapters.load(name, body.get("lora_path", ""), in_place=bool(body.get("load_inplace")))
+        options = {"in_place": bool(body.get("load_inplace")), "is_3d": bool(body.get("is_3d_lora_weight"))}
+        await self._adapters.load(name, body.get("lora_path", ""), **options)
         return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
 
     async def _unload(self, request: web.Request) -> web.Response:

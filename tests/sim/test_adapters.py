@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from extproc.sim.adapters import Adapters, EngineDeadError, LoadError, SimError, read_adapter
+from extproc.sim.adapters import Adapters, EngineDeadError, SimError
+from extproc.sim.base import Base
+from extproc.sim.checkpoint import Abilities, Loaded, LoadError, read_adapter
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.adapters import CONFIG, WEIGHTS, safetensors, sha256, small_files, write_small
 from tests.fakes.wait import turns, until
@@ -23,6 +25,10 @@ def loras(tmp_path: Path) -> Path:
 
 def engine(loras: Path, *, max_loras: int = 1, max_cpu_loras: int = 1) -> Adapters:
     return Adapters(base_model="tiny", root=BASE_MODEL, cache_dir=str(loras), max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=8)
+
+
+def read(directory: Path, max_lora_rank: int = 8) -> Loaded:
+    return read_adapter(directory.name, str(directory), Abilities(max_lora_rank), Base())
 
 
 async def ask(adapters: Adapters, name: str) -> str:
@@ -240,7 +246,7 @@ async def test_broken_weights_are_a_load_error(loras: Path, weights: bytes) -> N
     """Whatever is wrong with them: 400 to the client, and the engine lives."""
     (loras / "alpha" / WEIGHTS).write_bytes(weights)
     with pytest.raises(LoadError):
-        read_adapter("alpha", str(loras / "alpha"), 8)
+        read(loras / "alpha")
     with pytest.raises(SimError) as raised:
         await ask(engine(loras), "alpha")
     assert (raised.value.status, raised.value.kind) == (400, "BadRequestError")
@@ -248,13 +254,13 @@ async def test_broken_weights_are_a_load_error(loras: Path, weights: bytes) -> N
 
 def test_a_rank_above_the_engine_s_is_a_load_error(loras: Path) -> None:
     """Equal is fine."""
-    assert read_adapter("alpha", str(loras / "alpha"), 4).sha256 == sha256((loras / "alpha" / WEIGHTS).read_bytes())
+    assert read(loras / "alpha", 4).sha256 == sha256((loras / "alpha" / WEIGHTS).read_bytes())
     with pytest.raises(LoadError, match=r"LoRA rank 4 is greater than max_lora_rank 2\."):
-        read_adapter("alpha", str(loras / "alpha"), 2)
+        read(loras / "alpha", 2)
 
 
 def test_a_tensor_of_another_rank_is_accepted(loras: Path) -> None:
     """As a vLLM does, silently: that is why the stager checks it."""
     config = json.loads((loras / "alpha" / CONFIG).read_text())
     (loras / "alpha" / CONFIG).write_text(json.dumps({**config, "r": 2}))
-    read_adapter("alpha", str(loras / "alpha"), 8)
+    read(loras / "alpha")

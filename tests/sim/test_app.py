@@ -232,7 +232,7 @@ def _rank_too_high(directory: Path) -> None:
 
 
 def _unknown_module(directory: Path) -> None:
-    change_config(directory, target_modules=["o_proj"])
+    write_small(directory, modules=("zz_proj",))
 
 
 def _no_rank(directory: Path) -> None:

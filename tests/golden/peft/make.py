@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def without(*names: str) -> Edit:
 
 def config_bytes(change: Callable[[bytes], bytes]) -> Edit:
     """Change the configuration's text."""
-    return lambda directory: _rewrite(directory / CONFIG, change) and None
+    return partial(_rewrite, CONFIG, change)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -80,8 +81,8 @@ def _write_config(directory: Path, config: dict[str, Any]) -> None:
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> int:
-    return path.write_bytes(change(path.read_bytes()))
+def _rewrite(file: str, change: Callable[[bytes], bytes], directory: Path) -> None:
+    (directory / file).write_bytes(change((directory / file).read_bytes()))
 
 
 # -- edits of the weights
@@ -128,7 +129,7 @@ def small_base(directory: Path) -> None:
 
 
 def weights_bytes(change: Callable[[bytes], bytes]) -> Edit:
-    return lambda directory: _rewrite(directory / WEIGHTS, change) and None
+    return partial(_rewrite, WEIGHTS, change)
 
 
 def metadata_null(text: bytes) -> bytes:
@@ -149,7 +150,7 @@ def not_a_number(value: float) -> Edit:
     """One weight of one tensor."""
 
     def change(all_: Tensors) -> Tensors:
-        first = sorted(all_)[0]
+        first = min(all_)
         spoiled = all_[first].clone()
         spoiled[0, 0] = value
         return {**all_, first: spoiled}
@@ -204,7 +205,9 @@ CASES: dict[str, Case] = {
     "embed_tokens": Case(lora(target_modules=["embed_tokens"]), save={"save_embedding_layers": False}),
     "embed_tokens_and_more": Case(lora(target_modules=["embed_tokens", "q_proj"]), save={"save_embedding_layers": False}),
     "embed_tokens_base_layer": Case(lora(target_modules=["embed_tokens", "q_proj"]), edits=(small_base,)),
-    "embed_tokens_rank_over_the_limit": Case(lora(target_modules=["embed_tokens"], rank_pattern={"embed_tokens": OVER_THE_LIMIT}), save={"save_embedding_layers": False}),
+    "embed_tokens_rank_over_the_limit": Case(
+        lora(target_modules=["embed_tokens"], rank_pattern={"embed_tokens": OVER_THE_LIMIT}), save={"save_embedding_layers": False}
+    ),
     "lm_head": Case(lora(target_modules=["lm_head"]), save={"save_embedding_layers": False}),
     "tied": Case(lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True), base="tied", edits=(small_base,)),
     "gaussian": Case(lora(init_lora_weights="gaussian")),
