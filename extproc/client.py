@@ -113,6 +113,11 @@ class Evicted:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
 class Space:
     """The node's disk budget, in bytes."""
 
@@ -129,7 +134,7 @@ class Demand:
     cpu_slots: int
 
 
-WatchEvent = NodeState | Published | Refreshed | Evicted | Space | Demand | Silent | Heard
+WatchEvent = NodeState | Published | Refreshed | Evicted | Refused | Space | Demand | Silent | Heard
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +148,20 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What a node can answer for: adapters sorted by id. `more`: there are some after the last of these."""
+    """What a node can answer for: adapters sorted by id. `more`: there are some after the last of these. `refused`: names that are invalid there."""
 
     bases: tuple[Model, ...] = ()
     adapters: tuple[Model, ...] = ()
+    more: bool = False
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """What a node's origins could give, sorted. `more`: there are names after the last of these. `version` "": nothing could be listed yet."""
+
+    version: str = ""
+    names: tuple[str, ...] = ()
     more: bool = False
 
 
@@ -266,7 +281,17 @@ class StagerClient:
         """What the node can answer for: base models, and at most `limit` adapters (0: all) whose ids come after `after`."""
         reply = await self._unary("Models", pb.ModelsRequest(after=after, limit=limit), pb.ModelsReply)
         bases, adapters = (tuple(Model(m.id, m.root, m.max_model_len) for m in some) for some in (reply.bases, reply.adapters))
-        return Models(bases, adapters, reply.more)
+        return Models(bases, adapters, reply.more, tuple(reply.refused))
+
+    async def catalogue(self, version: str = "", after: str = "", limit: int = 0) -> Catalogue:
+        """What the node's origins could give: a page of the names after `after`, `limit` at most. No names if `version` is still the current one."""
+        request = pb.CatalogueRequest(version=version, after=after, limit=limit)
+        reply = await self._unary("Catalogue", request, pb.CatalogueReply)
+        return Catalogue(reply.version, tuple(reply.names), reply.more)
+
+    async def resolve(self, adapter: str) -> str:
+        """Which origin the node would stage `adapter` from. Raises ModelNotFound, or what the origin fails with."""
+        return str((await self._unary("Resolve", pb.ResolveRequest(adapter=adapter), pb.ResolveReply)).origin)
 
     async def list(self) -> Disk:
         """What is on the node's disk."""
@@ -462,6 +487,8 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
             return Refreshed(message.refreshed)
         case "evicted":
             return Evicted(message.evicted)
+        case "refused":
+            return Refused(message.refused)
         case "demand":
             return Demand(message.demand.adapters, message.demand.cpu_slots)
         case "space":

@@ -123,6 +123,9 @@ class RouterSettings(Group):
     """The header by which a request that names no model chooses its pool."""
     lists_models: bool = True
     """Answer `GET /v1/models` here, with what the whole fleet serves. Off: an engine answers, with what it was asked for so far."""
+    models: Literal["servable", "staged"] = "servable"
+    """Which adapters that list shows. `servable`: also those that no node has yet, as far as origins can be listed (`stager.list_s`), since clients that
+    look first would never ask for them. `staged`: those that some node has."""
     shows_paths: bool = False
     """Whether a model's `root` in that list is where its files are on the node, as an engine shows it. Off: the model's name."""
     paths: tuple[Annotated[str, AfterValidator(_path)], ...] = tuple(CLIENT_PATHS)
@@ -240,6 +243,9 @@ class OriginSettings(Group):
     """http: whether addresses that are private, loopback or link-local may be asked. Refused by default, redirects included."""
     archives: bool = True
     """Where there is no `<adapter>/` directory, look for `<adapter>.tar`, `.tar.gz`, `.tgz` and `.zip`, and unpack it."""
+    listed: bool = True
+    """file, s3: whether `GET /v1/models` may show what it has and no node has yet. Off where its names are not for every client; they are served all the
+    same. A hub and a plain web server cannot be listed: of what they have, that list shows only what is staged."""
     max_fetches: Annotated[int, Field(ge=1)] = 8
     """How many files are fetched from it at once; requests go before refreshes, those before prefetches."""
     max_bytes_per_s: Annotated[int, Field(ge=0)] = 0
@@ -348,6 +354,9 @@ class StagerSettings(Group):
     """After its start nothing that was on disk before is removed or unloaded for so long: routers say meanwhile what they rely on. 0: not at all."""
     negative_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """How long \"no origin has it\" and \"the origin forbids it\" are remembered. 0: not at all."""
+    list_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+    """How old a listing of the origins may be when a router asks what could be served; an older one is made anew, in the background. At most 100,000
+    names of each origin are kept. 0: origins are not listed. The default costs one S3 listing a minute, and none while nobody asks."""
     revalidate_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
     """An adapter in use is compared with its origin after this time, in the background; a new version replaces it. 0: never by itself."""
     adopt: bool = True

@@ -274,7 +274,7 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "heartbeat", "sequence")
+    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "heartbeat", "refused", "sequence")
     NODE_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,7 @@ class WatchEvent(_message.Message):
     SPACE_FIELD_NUMBER: _ClassVar[int]
     DEMAND_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     node: NodeState
     published: str
@@ -290,8 +291,9 @@ class WatchEvent(_message.Message):
     space: Space
     demand: Demand
     heartbeat: Heartbeat
+    refused: str
     sequence: int
-    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
+    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., refused: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class ModelsRequest(_message.Message):
     __slots__ = ("after", "limit")
@@ -312,14 +314,48 @@ class Model(_message.Message):
     def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class ModelsReply(_message.Message):
-    __slots__ = ("bases", "adapters", "more")
+    __slots__ = ("bases", "adapters", "more", "refused")
     BASES_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     bases: _containers.RepeatedCompositeFieldContainer[Model]
     adapters: _containers.RepeatedCompositeFieldContainer[Model]
     more: bool
-    def __init__(self, bases: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
+    refused: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bases: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., more: _Optional[bool] = ..., refused: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class CatalogueRequest(_message.Message):
+    __slots__ = ("version", "after", "limit")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    after: str
+    limit: int
+    def __init__(self, version: _Optional[str] = ..., after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class CatalogueReply(_message.Message):
+    __slots__ = ("version", "names", "more")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    names: _containers.RepeatedScalarFieldContainer[str]
+    more: bool
+    def __init__(self, version: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class ResolveRequest(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    def __init__(self, adapter: _Optional[str] = ...) -> None: ...
+
+class ResolveReply(_message.Message):
+    __slots__ = ("origin",)
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    origin: str
+    def __init__(self, origin: _Optional[str] = ...) -> None: ...
 
 class FindRequest(_message.Message):
     __slots__ = ("adapter", "revision")

@@ -35,12 +35,14 @@ from .adapter.files import CONFIG_FILE
 from .books.changes import Changes
 from .books.holdings import Holdings, Named
 from .books.readiness import Readiness
+from .disk.adopt import ORIGIN as ADOPTED
 from .disk.adopt import Adopter
 from .disk.store import Store
 from .engine.api import Engine
 from .engine.keeper import EngineKeeper
 from .engine.names import Loads
 from .node import Node
+from .supply.catalogue import Catalogue
 from .supply.job import Job
 from .supply.peers import Peers
 from .supply.source import Source
@@ -102,8 +104,10 @@ class Stager:
         self._auditor = Auditor(self.node, self._remover, self._adopter)
         self._freshness = Freshness(self.node, self._fetcher, self._remover, self._adopter, self._flights)
         self._claims = Claims(self.node)
+        self.catalogue = Catalogue(sources, settings, clock)
         self._pins_file = asyncio.Lock()
         self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
+        self._resolving: SingleFlight[AdapterName, str] = SingleFlight()
         self._missing: dict[AdapterName, tuple[float, LoraExtprocError]] = {}  # what no origin gives -> until when that is remembered, and why
         self._is_full = False  # what was fetched last found no room
         self._space_told: tuple[int, int] = (-1, -1)
@@ -167,8 +171,10 @@ class Stager:
         await self._keeper.close()
         await self._freshness.close()
         await self._in_flight.close()
+        await self._resolving.close()
         await self.node.loads.close()
         await self._remover.close()
+        await self.catalogue.close()
         await self._fetcher.close()
         await self.node.engine.close()
         self.node.store.close()
@@ -307,6 +313,22 @@ class Stager:
         return self._auditor.verify(raw_name)
 
     # -- what peers and lists need
+
+    async def resolve(self, raw_name: str) -> str:
+        """Which origin would give the adapter, or gave it; stages nothing. Raises ModelNotFound, also for what is refused unseen, or OriginFailed."""
+        name = adapter_name(raw_name)
+        if (named := self.node.holdings.get(name)) is not None:
+            return named.origin
+        if self.node.settings.adopt and self._adopter.is_there(name):
+            return ADOPTED
+        self._refuse_missing(name, self.node.clock())
+        try:
+            return await self._resolving.join(name, lambda: self._fetcher.locate(name))
+        except InvalidAdapter as error:
+            raise ModelNotFound(f"The model `{name}` cannot be served: {error.message}") from error
+        except (ModelNotFound, OriginRefused) as error:
+            self._remember_missing(name, error)
+            raise
 
     async def manifest(self, raw_name: str) -> Manifest | None:
         """What is on disk under a name, file by file; None if nothing is."""

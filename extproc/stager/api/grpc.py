@@ -33,7 +33,7 @@ from ..stager import Ensured, Stager
 from ..supply.download import opened
 from ..supply.pace import Pace
 from ..syscalls import disk_errors
-from .replies import ensure_reply, list_reply, models_reply
+from .replies import catalogue_reply, ensure_reply, list_reply, models_reply
 from .watch import watch_events
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class StagerService:
             "Refresh": unary(self.refresh, pb.RefreshRequest.FromString, pb.RefreshReply.SerializeToString),
             "Verify": stream(self.verify, pb.VerifyRequest.FromString, pb.VerifyResult.SerializeToString),
             "Models": unary(self.models, pb.ModelsRequest.FromString, bytes),
+            "Catalogue": unary(self.catalogue, pb.CatalogueRequest.FromString, pb.CatalogueReply.SerializeToString),
+            "Resolve": unary(self.resolve, pb.ResolveRequest.FromString, pb.ResolveReply.SerializeToString),
             "Watch": stream(self.watch, pb.WatchRequest.FromString, pb.WatchEvent.SerializeToString),
             "Find": unary(self.find, pb.FindRequest.FromString, pb.FindReply.SerializeToString),
             "Read": stream(self.read, pb.ReadRequest.FromString, chunks.encode),
@@ -170,6 +172,13 @@ class StagerService:
 
     async def models(self, request: pb.ModelsRequest, _context: Context) -> bytes:
         return await models_reply(self._stager, request.after, request.limit)
+
+    async def catalogue(self, request: pb.CatalogueRequest, _context: Context) -> pb.CatalogueReply:
+        return await catalogue_reply(self._stager, request.version, request.after, request.limit)
+
+    async def resolve(self, request: pb.ResolveRequest, context: Context) -> pb.ResolveReply:
+        async with _errors(context):
+            return pb.ResolveReply(origin=await self._stager.resolve(request.adapter))
 
     async def find(self, request: pb.FindRequest, context: Context) -> pb.FindReply:
         async with _errors(context):

@@ -6,6 +6,7 @@ from ...pb import stager_pb2 as pb
 from ..stager import Ensured, Stager
 
 MODELS_SLICE = 250  # adapters between two turns of the event loop: about a millisecond
+CATALOGUE_PAGE = 5_000  # names at most in one reply, which is made in one turn: about a millisecond
 
 
 def ensure_reply(held: Ensured) -> pb.EnsureReply:
@@ -62,3 +63,12 @@ async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes
         await asyncio.sleep(0)
     parts.append(pb.ModelsReply(more=bool(holdings.after(after, 1))).SerializeToString())
     return b"".join(parts)
+
+
+async def catalogue_reply(stager: Stager, version: str, after: str, limit: int) -> pb.CatalogueReply:
+    """What the origins could give; no names for a caller that has that very version."""
+    listed = await stager.catalogue.current() if not after else stager.catalogue.listed
+    if listed.version == version and not after:
+        return pb.CatalogueReply(version=version)
+    names = listed.after(after, min(limit or CATALOGUE_PAGE, CATALOGUE_PAGE))
+    return pb.CatalogueReply(version=listed.version, names=names, more=bool(names) and names[-1] != listed.names[-1])

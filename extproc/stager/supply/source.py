@@ -50,6 +50,8 @@ class Source:
     ) -> None:
         self.origin = origin
         self.label = origin.label
+        self.is_listed = settings is None or settings.listed
+        self.has_archives = settings is None or settings.archives
         self.breaker = Breaker(jitter=lambda: random.uniform(0.5, 1.0))  # noqa: S311  # nodes that failed together must not come back together
         self._repeats = repeats or is_worth_repeating
         self._clock = clock

@@ -78,6 +78,13 @@ class Fetcher:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
+    async def locate(self, name: AdapterName) -> str:
+        """Which origin would give `name`, without bringing it. Raises what `bring` would, as far as the listing tells."""
+        source, listing = await self._resolve(name)
+        if not listing.archive:
+            self._check_listing(listing)
+        return source.label
+
     async def let_go(self, named: Named) -> None:
         """The flight is over. Content that no name leads to has come for nothing."""
         self._node.holdings.index.let_go(named.id)

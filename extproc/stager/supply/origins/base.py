@@ -8,8 +8,10 @@ from typing import Protocol, runtime_checkable
 from ....config import OriginSettings
 from ....core.artifact import AdapterName
 from ....errors import OriginRefused
+from ...threads import Threads
 from ..download import Download
 from ..listing import Listing, RemoteFile
+from .names import Names
 
 
 class Origin(Protocol):
@@ -36,6 +38,14 @@ class Probed(Protocol):
 
     async def probe(self) -> None:
         """Return if it answers, be it with a refusal; raise OriginFailed if not."""
+
+
+@runtime_checkable
+class Listable(Protocol):
+    """An origin that can tell all that it has."""
+
+    async def list_all(self, found: Names, threads: Threads, /) -> None:
+        """Feed `found` with the path of every file, until it is full. What blocks is done in `threads`. Raises OriginFailed."""
 
 
 def token_for(settings: OriginSettings, name: str, default_env: str = "") -> str:

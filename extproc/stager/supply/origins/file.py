@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ....config import OriginSettings
-from ....core.artifact import AdapterName
+from ....core.artifact import MAX_NAME_BYTES, AdapterName
 from ....errors import OriginChanged, OriginFailed
-from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, wanted
+from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, wanted
+from ...threads import Threads
 from ..download import WRITE_BYTES, Download, opened
 from ..listing import Listing, RemoteFile
+from .names import Names
+
+MAX_PATH_CHARS = MAX_NAME_BYTES + 1 + max(map(len, (CONFIG_FILE, WEIGHTS_FILE, *PICKLE_FILES)))  # of a file in a folder that a name can lead to
 
 
 class FileOrigin:
@@ -51,6 +55,9 @@ class FileOrigin:
                 await download.restart()
                 raise OriginChanged(f"{self.label} origin: {file.path} changed after it was listed")
 
+    async def list_all(self, found: Names, threads: Threads) -> None:
+        await threads.run(self._walk, found)
+
     async def probe(self) -> None:
         """Look at its directory. A look that hangs, as at a file server that is gone, keeps its thread: none is begun beside it."""
         if self._probing is None or self._probing.done():
@@ -86,6 +93,31 @@ class FileOrigin:
         files = tuple(RemoteFile(path, stats[path].st_size, version=_version(stats[path]), key=f"{name}/{path}") for path in wanted(stats))
         return Listing(name, "-".join(file.version for file in files), files)
 
+    def _walk(self, found: Names) -> None:
+        """Every folder that a name can lead to: none that is hidden, none that a link makes its own descendant, and none outside the origin."""
+        root = os.path.realpath(self._root)
+        pending = [""]
+        while pending and not found.is_full():
+            folder = pending.pop()
+            try:
+                with os.scandir(self._root / folder) as entries:
+                    for entry in entries:
+                        path = f"{folder}/{entry.name}" if folder else entry.name
+                        if found.is_full():
+                            return
+                        if entry.name.startswith(".") or len(path) > MAX_PATH_CHARS:
+                            continue
+                        if entry.is_dir():
+                            if not entry.is_symlink() or _leads_elsewhere_below(root, entry.path):
+                                pending.append(path)
+                        elif entry.is_file():
+                            found.add(path)
+            except OSError as error:
+                if not folder:
+                    raise OriginFailed(f"{self.label} origin: its directory cannot be listed: {error.strerror}", reached=False) from error
+                # a folder that went meanwhile, or that may not be read, has nothing that could be fetched
+            found.add(f"{folder}/")
+
     def _resolve_archive(self, name: AdapterName) -> Listing | None:
         for suffix in ARCHIVE_SUFFIXES:
             path = self._root / (name + suffix)
@@ -94,6 +126,12 @@ class FileOrigin:
                 file = RemoteFile(f"archive{suffix}", stat.st_size, version=_version(stat), key=name + suffix)
                 return Listing(name, file.version, (file,), archive=True)
         return None
+
+
+def _leads_elsewhere_below(root: str, link: str) -> bool:
+    """Whether a link to a folder stays below `root` and does not lead to where it comes from, which would have no end."""
+    target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    return target.startswith(f"{root}/") and not f"{here}/".startswith(f"{target}/")
 
 
 def _version(stat: os.stat_result) -> str:

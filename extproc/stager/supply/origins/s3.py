@@ -5,6 +5,8 @@ import base64
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
+from urllib.parse import unquote_plus
+from xml.etree import ElementTree
 
 import aiobotocore.session
 import aiohttp
@@ -24,9 +26,11 @@ from ....config import OriginSettings
 from ....core.artifact import AdapterName
 from ....errors import OriginChanged, OriginFailed, OriginRefused
 from ...adapter.files import CONFIG_FILE, archive_suffix, wanted
+from ...threads import Threads
 from ..download import Download, in_parallel
 from ..listing import Listing, RemoteFile
 from ..web import retry_after_s
+from .names import Names
 
 READ_BYTES = 2**18  # at once; the client holds as much back for each of its requests
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403", "401"}
@@ -98,6 +102,18 @@ class S3Origin:
         except OriginChanged:
             await download.restart()
             raise
+
+    async def list_all(self, found: Names, threads: Threads) -> None:
+        """Page by page, over a connection of its own: what is fetched meanwhile waits for none of them."""
+        prefix = f"{self._prefix}/" if self._prefix else ""
+        with self._s3_errors(""):
+            async with self._session.create_client("s3", **self._options) as client:
+                client.meta.events.register("before-parse.s3.ListObjectsV2", _leave_unparsed)
+                token: str | None = ""
+                while token is not None and not found.is_full():
+                    further = {"ContinuationToken": token} if token else {}
+                    answer = await client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, EncodingType="url", **further)
+                    token = await threads.run(_read_page, answer["Body"], prefix, found)
 
     async def probe(self) -> None:
         """HEAD of the bucket. That it may not be asked for, is not there, or not in this region, is an answer, too."""
@@ -179,6 +195,26 @@ class S3Origin:
         except (BotoCoreError, HTTPClientError, aiohttp.ClientError, OSError, TimeoutError) as error:
             reached = not isinstance(error, EndpointConnectionError | ConnectTimeoutError | aiohttp.ClientConnectorError)
             raise OriginFailed(f"{self.label} origin: {type(error).__name__}", reached=reached) from error
+
+
+def _leave_unparsed(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
+    """Take a page of keys away from the client's parser, which would stop the event loop for tens of milliseconds."""
+    if response_dict["status_code"] == 200:
+        customized_response_dict["Body"] = response_dict["body"]
+        response_dict["body"] = b"<ListBucketResult/>"
+
+
+def _read_page(text: bytes, prefix: str, found: Names) -> str | None:
+    """Tell `found` of the keys of one page; what continues after it, None after the last. Raises OSError for what is no page."""
+    try:
+        page = ElementTree.fromstring(text)  # noqa: S314  # as the client's own parser does; expat itself bounds what entities expand to
+    except ElementTree.ParseError as error:
+        raise OSError("a page of the listing is not XML") from error
+    space = page.tag.removesuffix("ListBucketResult")
+    decode = unquote_plus if page.findtext(f"{space}EncodingType") == "url" else str
+    for key in page.iterfind(f"{space}Contents/{space}Key"):
+        found.add(decode(key.text or "").removeprefix(prefix))
+    return page.findtext(f"{space}NextContinuationToken") or None
 
 
 def _whole_sha256(head: dict[str, Any]) -> str | None:
