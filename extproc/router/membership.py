@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..client import Demand, Evicted, NodeState, Published, Refreshed, StagerClient
+from ..client import Demand, Evicted, NodeState, Published, Refreshed, Refused, StagerClient
 from ..core.endpoint import Endpoint
 from ..core.placement import Pool, Snapshot
 from ..core.standing import Observed, Stager, Standing
@@ -164,6 +164,8 @@ class _Watch:
                 case Refreshed(adapter):
                     m._residency.refreshed(stager, adapter)  # noqa: SLF001
                     m._models.changed(stager)  # noqa: SLF001
+                case Refused():
+                    m._models.changed(stager)  # noqa: SLF001
                 case Published():  # nothing is believed that was not asked for
                     m._models.changed(stager)  # noqa: SLF001
                 case Demand() as demand:
@@ -188,7 +190,7 @@ class _Watch:
         if self._instance not in ("", state.instance) or not state.resumed:
             await self._m._residency.claim(self._client.address)  # noqa: SLF001
         self._instance, self._said = state.instance, ""
-        self._m._models.changed(self._client.address)  # noqa: SLF001  # its engine may be another, too
+        self._m._models.came(self._client.address)  # noqa: SLF001  # its engine may be another, too
         stager = Stager.READY if state.ready else Stager.STOPPING if state.draining else Stager.NOT_READY
         self._observe(stager=stager, why=state.why, is_silent=False, engine_answers=None)
         if stager is Stager.STOPPING:  # and says nothing more of its engine

@@ -1,5 +1,7 @@
 """What the whole fleet serves, as one list in vLLM's words. Any engine alone would list only what it happened to be asked for.
 
+An adapter is listed if some node has it or, with `servable`, an origin: clients that look first would never ask for it otherwise. One that a node found
+invalid is listed only where another node serves it.
 A stager is asked for its part when the list is wanted and something has changed there since; one that does not answer counts with what it said last.
 A list of a hundred thousand adapters has ten megabytes: it comes in pages, is rendered in slices between which the event loop turns, once for all who
 ask, and is kept in pieces that are sent as they are.
@@ -20,6 +22,7 @@ from ..client import Model, StagerClient
 from ..core.placement import Pool
 from ..errors import LoraExtprocError, ModelNotFound
 from ..flight import SingleFlight
+from .servable import Servable
 
 ASK_S = 2.0  # who has not answered by then counts with what it said last
 PAGE = 1000  # adapters of one stager that are read in one turn of the event loop
@@ -27,6 +30,7 @@ SLICE = 250  # cards that are rendered in one turn
 MAX_PIECE_BYTES = 64 * 1024
 LONG_S = 0.1  # asking and rendering that takes longer
 REST = 10  # is not done again before so many times that time has passed: at most a tenth of a core goes into lists
+REFUSED_S = 30.0  # nobody tells when a stager no longer remembers what it refused: one that did is asked again after so long
 OWNED_BY = "vllm"
 CREATED = 0  # seconds since 1970: vLLM says when it was asked, which would make every list another
 
@@ -39,18 +43,25 @@ class _Part:
 
     bases: list[Model] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)  # name -> directory, as its engine would show it
+    refused: frozenset[str] = frozenset()  # names that are invalid there
+    said: float = field(default_factory=time.monotonic)  # when
 
 
 class Models:
-    """Base models and adapters of all pools, from what their stagers say. With `shows_paths` a card's `root` is where the files are."""
+    """Base models and adapters of all pools, from what their stagers say. With `shows_paths` a card's `root` is where the files are.
 
-    def __init__(self, pools: Sequence[Pool], clients: Mapping[str, StagerClient], *, shows_paths: bool) -> None:
+    Without `servable` only what some node has is listed.
+    """
+
+    def __init__(self, pools: Sequence[Pool], clients: Mapping[str, StagerClient], servable: Servable | None = None, *, shows_paths: bool) -> None:
         self._pools = pools
+        self._bases = frozenset(base for pool in pools for base in pool.base_models)
         self._clients = clients
         self._shows_paths = shows_paths
         self._parts: dict[str, _Part] = {}  # by stager
+        self._servable = servable
         self._stale: set[str] = set(clients)
-        self._version = 1  # of what was said
+        self._said = 1  # how many parts
         self._rendered: tuple[int, Body] = (0, ())  # the version, and the list of it
         self._rests_until = 0.0
         self._flights: SingleFlight[str, None] = SingleFlight()
@@ -59,35 +70,62 @@ class Models:
         """Something came or went there."""
         self._stale.add(stager)
 
+    def came(self, stager: str) -> None:
+        """It was heard of, as after a start: everything may be different there."""
+        self._stale.add(stager)
+        if self._servable is not None:
+            self._servable.prepare(stager)
+
     async def close(self) -> None:
         await self._flights.close()
+        if self._servable is not None:
+            await self._servable.close()
+
+    @property
+    def _version(self) -> int:
+        """Of what was said; it only grows."""
+        return self._said + (self._servable.changes if self._servable is not None else 0)
 
     async def list(self) -> Body:
         """The list as `GET /v1/models` answers it, in pieces."""
-        await self._ask_stale()
+        if self._servable is not None and time.monotonic() >= self._rests_until:
+            await asyncio.gather(self._ask_stale(), self._servable.ask(ASK_S))  # the second may wait for an origin's listing, which keeps no core busy
+        else:
+            await self._ask_stale()
         wanted = self._version
         while self._rendered[0] < wanted:  # a rendering that began before something was said does not show it
             await self._flights.join("", self._render)
         return self._rendered[1]
 
     async def card(self, name: str) -> Body:
-        """One model's card, as `GET /v1/models/{name}` answers it. Raises ModelNotFound."""
+        """One model's card, as `GET /v1/models/{name}` answers it. Raises ModelNotFound, or what the origin fails with that has to be asked."""
         await self._ask_stale()
         for pool in self._pools:
-            parts = self._parts_of(pool)
             if name in pool.base_models:
-                return (msgspec.json.encode(self._base_card(name, parts)),)
-            if self._pool_of(name) is pool and (root := next((part.adapters[name] for part in parts if name in part.adapters), None)) is not None:
-                return (msgspec.json.encode(self._adapter_card(name, root, pool)),)
-        raise ModelNotFound(f"The model `{name}` does not exist, or no node has it yet")
+                return (msgspec.json.encode(self._base_card(name, self._parts_of(pool))),)
+        owner = self._pool_of(name)
+        if owner is None:
+            raise ModelNotFound(f"The model `{name}` does not exist: it belongs to no pool")
+        parts = self._parts_of(owner)
+        root = next((part.adapters[name] for part in parts if name in part.adapters), None)
+        if root is None:
+            if self._servable is None:
+                raise ModelNotFound(f"The model `{name}` does not exist, or no node has it yet")
+            if any(name in part.refused for part in parts):
+                raise ModelNotFound(f"The model `{name}` cannot be served: a node found its files invalid, and answers a request for it with the reason")
+            await self._servable.check(owner, name)
+            root = name
+        return (msgspec.json.encode(self._adapter_card(name, root, owner)),)
 
     # -- what stagers say
 
     async def _ask_stale(self) -> None:
+        """Let the parts be as new as the fleet is. What is not there within ASK_S is in the next list."""
         began = time.monotonic()
         if began < self._rests_until:
             return
-        asking = {asyncio.ensure_future(self._flights.join(stager, partial(self._ask, stager))) for stager in self._stale}
+        stale = self._stale | {stager for stager, part in self._parts.items() if part.refused and began - part.said >= REFUSED_S}
+        asking = {asyncio.ensure_future(self._flights.join(stager, partial(self._ask, stager))) for stager in stale}
         if asking:
             await asyncio.wait(asking, timeout=ASK_S)
             for task in asking:
@@ -106,6 +144,7 @@ class Models:
             while True:
                 page = await self._clients[stager].models(after, PAGE)
                 part.bases += page.bases
+                part.refused |= frozenset(page.refused)
                 part.adapters.update((model.id, model.root if self._shows_paths else "") for model in page.adapters)
                 if not page.more or not page.adapters:
                     break
@@ -114,7 +153,7 @@ class Models:
             self._stale.add(stager)
             return
         self._parts[stager] = part
-        self._version += 1
+        self._said += 1
 
     # -- rendering
 
@@ -140,10 +179,13 @@ class Models:
             parts = self._parts_of(pool)
             for name in sorted(pool.base_models):
                 yield self._base_card(name, parts)
+            servable = self._servable.names(pool) if self._servable is not None else ()
+            refused = frozenset().union(*(part.refused for part in parts))
             last = None
-            for name, index in heapq.merge(*(_numbered(part.adapters, index) for index, part in enumerate(parts))):
-                if name != last and self._pool_of(name) is pool:
-                    yield self._adapter_card(name, parts[index].adapters[name], pool)
+            for name, index in heapq.merge(*(_numbered(names, index) for index, names in enumerate((*(part.adapters for part in parts), servable)))):
+                is_staged = index < len(parts)
+                if name != last and (is_staged or name not in refused) and name not in self._bases and self._pool_of(name) is pool:
+                    yield self._adapter_card(name, parts[index].adapters[name] if is_staged else name, pool)
                 last = name
 
     def _parts_of(self, pool: Pool) -> Sequence[_Part]:

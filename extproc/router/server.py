@@ -20,6 +20,7 @@ from .models import Models
 from .probe import Probe
 from .processor import Processor, Services
 from .residency import Residency
+from .servable import Servable
 from .staging import Staging
 from .tls import Certificate
 from .tracing import Tracing
@@ -44,7 +45,8 @@ class Server:
         holder = f"router {secrets.token_hex(4)}"
         self._clients = {address: StagerClient(address, settings.rpc, holder) for address in stagers}
         self._residency = Residency(self._clients, self.metrics)
-        self._models = Models(pools, self._clients, shows_paths=router.shows_paths)
+        servable = Servable(pools, self._clients) if router.lists_models and router.models == "servable" else None
+        self._models = Models(pools, self._clients, servable, shows_paths=router.shows_paths)
         self.membership = Membership(pools, self._residency, self._models, self.metrics, Probe(), router.heartbeat_s)
         self._admission = Admission(
             self.metrics,

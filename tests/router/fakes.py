@@ -3,11 +3,12 @@
 import asyncio
 import gc
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from extproc.client import Claimed, Loading, Model, Models, NodeState, Progress, Staged, StagerClient, WatchEvent
+from extproc.client import Catalogue, Claimed, Loading, Model, Models, NodeState, Progress, Staged, StagerClient, WatchEvent
 from extproc.config import RouterSettings
 from extproc.core.content import Content
 from extproc.core.endpoint import Endpoint
@@ -17,7 +18,7 @@ from extproc.core.pieces import Buffer
 from extproc.core.placement import Pool
 from extproc.core.reading import Reading
 from extproc.core.steering import Steering
-from extproc.errors import LoraExtprocError
+from extproc.errors import LoraExtprocError, ModelNotFound
 from extproc.metrics import RouterMetrics
 from extproc.pb import ext_proc_pb2 as pb
 from extproc.router.admission import Admission
@@ -28,6 +29,7 @@ from extproc.router.models import Models as FleetModels
 from extproc.router.probe import Probe
 from extproc.router.processor import Processor, Services
 from extproc.router.residency import Residency
+from extproc.router.servable import Servable
 from extproc.router.staging import Staging
 from extproc.router.tracing import Tracing
 from extproc.router.watchdog import Watchdog
@@ -61,6 +63,10 @@ class ScriptedStager(StagerClient):
         self.renames = False  # the engine knows adapters by their versions
         self.listed = Models()
         self.listings = 0
+        self.origins: list[str] = []  # what they have, in order
+        self.unlisted: set[str] = set()  # what they have beside it
+        self.catalogues: list[tuple[str, str]] = []  # with which version, after which name
+        self.resolved: list[str] = []
         self.known: set[str] = set()
         self.claims: list[Sequence[Claimed]] = []
         self.honours: Callable[[Claimed], float] = lambda _: 50.0  # seconds for which a claim is granted
@@ -111,7 +117,24 @@ class ScriptedStager(StagerClient):
         await self._answer()
         left = [model for model in self.listed.adapters if model.id > after]
         page = left[:limit] if limit else left
-        return Models(self.listed.bases, tuple(page), len(page) < len(left))
+        return Models(self.listed.bases, tuple(page), len(page) < len(left), self.listed.refused if not after else ())
+
+    async def catalogue(self, version: str = "", after: str = "", limit: int = 0) -> Catalogue:
+        self.catalogues.append((version, after))
+        await self._answer()
+        current = str(hash(tuple(self.origins)))
+        if version == current and not after:
+            return Catalogue(current)
+        left = self.origins[bisect_right(self.origins, after) if after else 0 :]
+        page = left[:limit] if limit else left
+        return Catalogue(current, tuple(page), len(page) < len(left))
+
+    async def resolve(self, adapter: str) -> str:
+        self.resolved.append(adapter)
+        await self._answer()
+        if adapter in self.unlisted or adapter in self.origins:
+            return "file"
+        raise ModelNotFound(f"The model `{adapter}` does not exist: no origin has it")
 
     async def _answer(self) -> None:
         try:
@@ -204,7 +227,8 @@ class Router:
         self.probe = ScriptedProbe()
         self.judges = InlineJudges()
         self.residency = Residency(self.stagers, self.metrics, clock=clock)
-        self.models = FleetModels(self.pools, self.stagers, shows_paths=self.settings.shows_paths)
+        servable = Servable(self.pools, self.stagers, clock) if self.settings.models == "servable" else None
+        self.models = FleetModels(self.pools, self.stagers, servable, shows_paths=self.settings.shows_paths)
         self.membership = Membership(self.pools, self.residency, self.models, self.metrics, self.probe, self.settings.heartbeat_s)
         self.admission = Admission(
             self.metrics,

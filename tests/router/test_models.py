@@ -63,7 +63,7 @@ async def test_a_nodes_paths_are_its_own() -> None:
 
 async def test_a_models_card_is_answered_as_the_list_is() -> None:
     """The same words; what no node has is 404, as an adapter's name of another pool is."""
-    router = Router(2)
+    router = Router(2, models="staged")
     one, two = router.stagers.values()
     one.listed = Models((Model("base", "/models/base", 4096),), ())
     two.listed = Models((), (Model("acme/a", "/node/.store/a"),))
@@ -170,7 +170,7 @@ async def test_it_may_be_an_engine_that_answers() -> None:
 
 async def test_what_changes_while_the_list_is_rendered_is_in_the_next() -> None:
     """The order of events: rendering begins; a node says something new; a request comes; rendering ends. That request gets another rendering."""
-    router = Router(1)
+    router = Router(1, models="staged")
     (stager,) = router.stagers.values()
     stager.listed = Models((), names(3000))
     await router.models._ask_stale()
@@ -231,7 +231,7 @@ def test_a_node_that_hangs_holds_the_list_up_for_two_seconds_and_not_each_time()
 
 async def test_lists_that_take_long_are_not_made_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most a tenth of a core goes into them: a client that asks again and again is shown what was said before."""
-    router = Router(1)
+    router = Router(1, models="staged")
     (stager,) = router.stagers.values()
     moment = 1000.0
     monkeypatch.setattr("extproc.router.models.time.monotonic", lambda: moment)

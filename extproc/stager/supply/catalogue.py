@@ -45,7 +45,9 @@ class Catalogue:
     """The names of all listable origins. At most MAX_NAMES of them."""
 
     def __init__(self, sources: Sequence[Source], settings: StagerSettings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._shelves = [_Shelf(source, source.origin, allow_pickle=settings.allow_pickle) for source in sources if source.is_listed and isinstance(source.origin, Listable)]
+        self._shelves = [
+            _Shelf(source, source.origin, allow_pickle=settings.allow_pickle) for source in sources if source.is_listed and isinstance(source.origin, Listable)
+        ]
         self._every_s = settings.list_s
         self._clock = clock
         self._threads = Threads(1, "catalogue")

@@ -130,7 +130,7 @@ class FileOrigin:
 
 def _leads_elsewhere_below(root: str, link: str) -> bool:
     """Whether a link to a folder stays below `root` and does not lead to where it comes from, which would have no end."""
-    target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    target, here = os.path.realpath(link), os.path.realpath(Path(link).parent)
     return target.startswith(f"{root}/") and not f"{here}/".startswith(f"{target}/")
 
 
