@@ -252,6 +252,17 @@ class OriginSettings(Group):
     """What may be fetched from it per second, in bytes; the hub's Xet transfers are not slowed. 0: no limit."""
     timeout_s: Seconds = 30.0
     """How long a connection or a silent transfer is waited for."""
+    min_bytes_per_s: Annotated[int, Field(ge=0)] = 8192
+    """A transfer that brings less, measured over 30 s of waiting for it, is broken off, and given up after three attempts: it would hold one of
+    `max_fetches` for as long as it trickles. At 8 KiB/s not even a small adapter of 16 MiB arrives within `fetch_timeout_s`. 0: however slow."""
+    mirror_of: str = ""
+    """The name of an earlier origin that has the same adapters under the same names: while that one fails or refuses, this one is asked in its place.
+    Empty: none. A name belongs to the first origin that has it or, being down, could have it; what a later one has under that name is somebody else's."""
+    missing_is_403: bool = False
+    """http, s3: the store answers 403 for what it has not got, as S3 and CloudFront do where listing is not permitted. Then 403 for a name means that
+    it is not there; wrong credentials look the same, which is why this is off by default."""
+    links_outside: bool = False
+    """file: whether links below `path` may lead out of it. Refused by default: who may write one adapter could have any file of this machine read."""
 
     @model_validator(mode="after")
     def _check_needed(self) -> "OriginSettings":
@@ -353,7 +364,10 @@ class StagerSettings(Group):
     claim_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
     """After its start nothing that was on disk before is removed or unloaded for so long: routers say meanwhile what they rely on. 0: not at all."""
     negative_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
-    """How long \"no origin has it\" and \"the origin forbids it\" are remembered. 0: not at all."""
+    """How long \"no origin has it\", \"its origin forbids it\" and \"it is no valid adapter\" are answered without asking an origin again. 0: not at all."""
+    refusal_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3600.0
+    """How long an invalid adapter is not fetched again while its origin states the same revision. An hour, since the same bytes are refused the same
+    way; a new revision, another engine or a purge is looked at without waiting. 0: not at all."""
     list_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
     """How old a listing of the origins may be when a router asks what could be served; an older one is made anew, in the background. At most 100,000
     names of each origin are kept. 0: origins are not listed. The default costs one S3 listing a minute, and none while nobody asks."""
@@ -372,7 +386,7 @@ class StagerSettings(Group):
     allow_pickle: bool = False
     """Accept `.bin` weights. They can run code in the engine when loaded."""
     origins: tuple[OriginSettings, ...] = ()
-    """Where adapters are looked for, in this order."""
+    """Where adapters are looked for, in this order. The first that has a name has it for good; one that fails is passed over for its mirrors only."""
     peers: PeerSettings = PeerSettings()
     """Copies from other nodes."""
     engine: EngineSettings = EngineSettings()
@@ -385,6 +399,9 @@ class StagerSettings(Group):
         labels = [origin.label for origin in self.origins]
         if repeated := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"origins: two are called {repeated[0]!r}; give them names")
+        for number, origin in enumerate(self.origins):
+            if origin.mirror_of and origin.mirror_of not in labels[:number]:
+                raise ValueError(f"origins.{number}.mirror_of: {origin.mirror_of!r} is no earlier origin")
         for name, digest in self.digests.items():
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 raise ValueError(f"digests.{name}: {digest!r} is no SHA-256 in lower-case hex")

@@ -12,10 +12,12 @@
     ├── StageError                   the adapter could not be put in place
     │   ├── ModelNotFound            404 model_not_found
     │   ├── InvalidAdapter           422 invalid_adapter
-    │   │   └── AdapterTooLarge      422 invalid_adapter
+    │   │   ├── AdapterTooLarge      422 invalid_adapter
+    │   │   └── AdapterDamaged       422 invalid_adapter      what arrived is not what its origin states
     │   ├── OriginFailed             502 origin_failed        retryable
     │   │   ├── OriginRefused        502 origin_failed        the origin wants other credentials: repeating is useless
     │   │   ├── OriginDown           502 origin_failed        retryable   this node has stopped asking it for a while
+    │   │   ├── OriginSlow           502 origin_failed        retryable   it sends less than the settings ask of a transfer
     │   │   └── OriginChanged        502 origin_failed        retryable   it has something else now than it listed
     │   ├── StageDeadline            503 staging              retryable
     │   ├── NoSpace                  503 no_space             retryable
@@ -152,6 +154,10 @@ class AdapterTooLarge(InvalidAdapter):
         super().__init__(message, what)
 
 
+class AdapterDamaged(InvalidAdapter):
+    """What arrived has another length or digest than its origin states: the transfer or the origin's listing is wrong, not the adapter."""
+
+
 class OriginFailed(StageError):
     """An origin answered 5xx, refused the credentials or could not be reached. `reached` False: no connection came about, which says nothing of one object."""
 
@@ -179,6 +185,10 @@ class OriginDown(OriginFailed):
     """This node has stopped asking the origin for a while. Another node may reach it, or have what it brought."""
 
     shared = False
+
+
+class OriginSlow(OriginFailed):
+    """It sends less than `min_bytes_per_s`: a transfer that trickles would hold its place for as long as it likes."""
 
 
 class OriginChanged(OriginFailed):

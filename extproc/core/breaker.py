@@ -74,6 +74,10 @@ class Breaker:
             self._failed[name] = now
         self._count(now, 0 < self.names <= len(self._failed))
 
+    def found_down(self, now: float) -> None:
+        """A probe of the whole server failed."""
+        self._count(now, opens=True)
+
     def open_for(self, now: float, seconds: float) -> None:
         """The server itself said when to come back."""
         self.state = "open"

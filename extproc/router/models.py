@@ -111,9 +111,8 @@ class Models:
         if root is None:
             if self._servable is None:
                 raise ModelNotFound(f"The model `{name}` does not exist, or no node has it yet")
-            if any(name in part.refused for part in parts):
-                raise ModelNotFound(f"The model `{name}` cannot be served: a node found its files invalid, and answers a request for it with the reason")
-            await self._servable.check(owner, name)
+            if not self._servable.has(owner, name) or any(name in part.refused for part in parts):
+                await self._servable.check(owner, name)  # of what was refused the origin may have another version now
             root = name
         return (msgspec.json.encode(self._adapter_card(name, root, owner)),)
 

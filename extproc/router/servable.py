@@ -107,12 +107,14 @@ class Servable:
 
     # -- one name
 
-    async def check(self, pool: Pool, name: str) -> None:
-        """Return if an origin has `name`. Raises ModelNotFound if none has, or what a request for it would be answered while the origin fails."""
+    def has(self, pool: Pool, name: str) -> bool:
+        """Whether it is among the names."""
         names = self.names(pool)
         place = bisect_left(names, name)
-        if place < len(names) and names[place] == name:
-            return
+        return place < len(names) and names[place] == name
+
+    async def check(self, pool: Pool, name: str) -> None:
+        """Return if an origin has `name`. Raises ModelNotFound if none has, or what a request for it would be answered while the origin fails."""
         until, why = self._answers.get(name, (0.0, ""))
         if self._clock() >= until:
             if name not in self._resolving and len(self._resolving) >= MAX_RESOLVING:

@@ -8,6 +8,7 @@ from ..metrics import StagerMetrics
 from .books.changes import Changes
 from .books.holdings import Holdings
 from .books.readiness import Readiness
+from .books.refusals import Refusals
 from .disk.store import Store
 from .engine.api import Engine
 from .engine.names import Loads
@@ -25,6 +26,7 @@ class Node:
     loads: Loads  # what the engine knows by name because of us
     changes: Changes  # what watchers are told
     readiness: Readiness
+    refusals: Refusals  # what is not asked for or fetched again
     metrics: StagerMetrics
     disk: Threads  # in which all work on the directory is done
     clock: Callable[[], float]  # seconds; goes forward only

@@ -35,6 +35,7 @@ from .adapter.files import CONFIG_FILE
 from .books.changes import Changes
 from .books.holdings import Holdings, Named
 from .books.readiness import Readiness
+from .books.refusals import Refusals
 from .disk.adopt import ORIGIN as ADOPTED
 from .disk.adopt import Adopter
 from .disk.store import Store
@@ -60,7 +61,6 @@ HOUSEKEEPING_S = 1.0
 TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
 FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
 DISK_THREADS = 16  # a disk serves some at once; one that hangs holds them all, and nothing else
-MAX_REMEMBERED_MISSES = 10_000
 PINS_FILE = ".pins.json"
 
 
@@ -92,7 +92,8 @@ class Stager:
     ) -> None:
         store, holdings, changes, disk = Store(Path(settings.dir)), Holdings(settings.max_bytes), Changes(), Threads(DISK_THREADS, "disk")
         loads = Loads(engine, store, holdings, metrics, disk, settings.negative_ttl_s, clock)
-        self.node = Node(settings, store, holdings, engine, loads, changes, Readiness(changes), metrics, disk, clock)
+        refusals = Refusals(settings.negative_ttl_s, settings.refusal_ttl_s)
+        self.node = Node(settings, store, holdings, engine, loads, changes, Readiness(changes), refusals, metrics, disk, clock)
         self.instance = instance or secrets.token_hex(8)
         self.is_draining = False
         self._sources = sources
@@ -108,7 +109,6 @@ class Stager:
         self._pins_file = asyncio.Lock()
         self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
         self._resolving: SingleFlight[AdapterName, str] = SingleFlight()
-        self._missing: dict[AdapterName, tuple[float, LoraExtprocError]] = {}  # what no origin gives -> until when that is remembered, and why
         self._is_full = False  # what was fetched last found no room
         self._space_told: tuple[int, int] = (-1, -1)
         self._demand_told: tuple[int, int] = (0, 0)
@@ -178,6 +178,7 @@ class Stager:
         await self._fetcher.close()
         await self.node.engine.close()
         self.node.store.close()
+        self.node.disk.close()
 
     # -- what routers ask
 
@@ -205,7 +206,9 @@ class Stager:
         began = self.node.clock()
         held = self._lease(name, began, holder, staged=False, waited_s=0.0)
         if held is None:
-            self._refuse_missing(name, began)
+            if (refusal := self.node.refusals.answer(name, sha256, began)) is not None:
+                self.node.metrics.negative_hits.inc()
+                raise refusal
             self._flights.hurry(name, priority)
             try:
                 landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256, loading))
@@ -280,6 +283,7 @@ class Stager:
     async def unpin(self, raw_name: str) -> None:
         """Let it be evicted again when its time comes."""
         self.node.holdings.unpin(adapter_name(raw_name))
+        self.node.refusals.forget(adapter_name(raw_name))  # what was refused may have been so for the digest of the pin
         await self._write_pins()
 
     async def evict(self, raw_name: str) -> int:
@@ -290,9 +294,9 @@ class Stager:
         return await self._remover.take_away(name, "asked", force=False)
 
     async def purge(self, raw_name: str) -> int:
-        """Remove one adapter whoever leased or pinned it, and forget that it was not found; the bytes freed. Raises AdapterInUse for the engine's sake."""
+        """Remove one adapter whoever leased or pinned it, and forget what was refused of it; the bytes freed. Raises AdapterInUse for the engine's sake."""
         name = adapter_name(raw_name)
-        self._missing.pop(name, None)
+        self.node.refusals.forget(name)
         freed = await self._remover.take_away(name, "purge", force=True)
         if name in self.node.holdings.pins:  # after it: a full disk may have no room for the list before
             await self.unpin(name)
@@ -321,13 +325,16 @@ class Stager:
             return named.origin
         if self.node.settings.adopt and self._adopter.is_there(name):
             return ADOPTED
-        self._refuse_missing(name, self.node.clock())
+        refusal = self.node.refusals.answer(name, "", self.node.clock())
         try:
+            if refusal is not None:
+                raise refusal
             return await self._resolving.join(name, lambda: self._fetcher.locate(name))
         except InvalidAdapter as error:
             raise ModelNotFound(f"The model `{name}` cannot be served: {error.message}") from error
         except (ModelNotFound, OriginRefused) as error:
-            self._remember_missing(name, error)
+            if refusal is None:
+                self.node.refusals.learn(name, error, self.node.clock())
             raise
 
     async def manifest(self, raw_name: str) -> Manifest | None:
@@ -382,21 +389,6 @@ class Stager:
         assert entry is not None
         return Ensured(named.digest, entry.size, staged, named.origin, self.node.settings.lease_s, waited_s)
 
-    def _refuse_missing(self, name: AdapterName, now: float) -> None:
-        until, error = self._missing.get(name, (0.0, None))
-        if error is None:
-            return
-        if now < until:
-            self.node.metrics.negative_hits.inc()
-            raise type(error)(error.message)
-        del self._missing[name]
-
-    def _remember_missing(self, name: AdapterName, error: LoraExtprocError) -> None:
-        if self.node.settings.negative_ttl_s:
-            if len(self._missing) >= MAX_REMEMBERED_MISSES:
-                del self._missing[next(iter(self._missing))]
-            self._missing[name] = (self.node.clock() + self.node.settings.negative_ttl_s, error)
-
     async def _fly(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
         """One flight, with its one log line and its metrics."""
         async with self._flights.book(name, priority, "staged") as job:
@@ -419,7 +411,7 @@ class Stager:
 
     async def _show_under(self, name: AdapterName, named: Named, holder: str) -> Ensured:
         await self.node.disk.run(self.node.store.link, name, named.id)
-        self._missing.pop(name, None)
+        self.node.refusals.found(name)
         if self._is_full:
             self._is_full = False
             log.info("the node has room again")
@@ -443,10 +435,10 @@ class Stager:
 
     def _learn_from(self, name: AdapterName, error: LoraExtprocError) -> None:
         """What a failed flight says of the next."""
-        if isinstance(error, ModelNotFound | OriginRefused):
-            self._remember_missing(name, error)
-        elif isinstance(error, InvalidAdapter):
+        self.node.refusals.learn(name, error, self.node.clock())
+        if isinstance(error, InvalidAdapter):
             self.node.metrics.verify_failures.labels(error.what).inc()
+            self.node.changes.tell("refused", name)
         elif isinstance(error, DiskFailed):
             self.node.readiness.set("disk", error.message)
         elif isinstance(error, NoSpace) and not self._is_full:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ..core.artifact import File
 from ..errors import DiskFailed, NoSpace
@@ -14,12 +15,17 @@ HASH_CHUNK_BYTES = 2**20
 
 def hash_file(path: Path, relative: str) -> File:
     """Size and SHA-256 of a file on disk."""
+    with path.open("rb") as file:
+        return hash_open(file, relative)
+
+
+def hash_open(file: BinaryIO, relative: str) -> File:
+    """The same of a file that is open, from where it stands."""
     digest = hashlib.sha256()
     size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+    while chunk := file.read(HASH_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
     return File(relative, size, digest.hexdigest())
 
 

@@ -25,7 +25,6 @@ from extproc.errors import (
     OriginRefused,
     StartError,
 )
-from extproc.stager import stager as stager_module
 from extproc.stager.books.changes import Change
 from extproc.stager.stager import Stager
 from extproc.stager.supply.origins import Origin
@@ -231,8 +230,8 @@ async def test_not_found_is_not_remembered_with_a_ttl_of_zero(open_stager: OpenS
 
 async def test_the_memory_of_what_is_missing_is_bounded(open_stager: OpenStager, origin: FakeOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that asks for random names fills no memory: the oldest is forgotten."""
-    monkeypatch.setattr(stager_module, "MAX_REMEMBERED_MISSES", 2)
     stager = await open_stager(origin)
+    monkeypatch.setattr(stager.node.refusals, "_max_names", 2)
     for name in ("a", "b", "c", "c", "b", "a"):
         with pytest.raises(ModelNotFound):
             await stager.ensure(name)

@@ -105,13 +105,22 @@ def check_weights(path: Path, config: AdapterConfig, width: int = 0) -> int:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            _refuse(WEIGHTS_FILE, f"has {size} bytes: no safetensors header")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES or length > size - 8:
-            _refuse(WEIGHTS_FILE, f"says its header has {length} bytes; the file has {size} and the format allows {MAX_HEADER_BYTES}")
-        text = file.read(length)
+        text = file.read(header_length(file.read(8), size))
+    return check_header(text, size, config, width)
+
+
+def header_length(prefix: bytes, size: int) -> int:
+    """Bytes of the header that follows `prefix`, the first eight bytes of a file of `size` bytes. Raises InvalidAdapter."""
+    if len(prefix) < 8:
+        _refuse(WEIGHTS_FILE, f"has {size} bytes: no safetensors header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES or length > size - 8:
+        _refuse(WEIGHTS_FILE, f"says its header has {length} bytes; the file has {size} and the format allows {MAX_HEADER_BYTES}")
+    return int(length)
+
+
+def check_header(text: bytes, size: int, config: AdapterConfig, width: int = 0) -> int:
+    """Check the header `text` of a safetensors file of `size` bytes, as check_weights does; the number of tensors. Raises InvalidAdapter."""
     if not text.startswith(b"{"):
         _refuse(WEIGHTS_FILE, "has a header that does not begin with '{'")
     try:
@@ -123,7 +132,7 @@ def check_weights(path: Path, config: AdapterConfig, width: int = 0) -> int:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(WEIGHTS_FILE, "has a __metadata__ that is not made of strings")
-    _check_layout(header, size - 8 - length)
+    _check_layout(header, size - 8 - len(text))
     _check_lora(header, config)
     if width:
         _check_width(header, width)

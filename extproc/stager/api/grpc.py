@@ -194,10 +194,11 @@ class StagerService:
             if not self._free_reads:
                 raise Overloaded("this node sends to others already, as many as stager.peers.max_reads")
             self._free_reads -= 1
+            node = self._stager.node
             try:
                 with self._stager.reading(request.digest, request.path) as path:
-                    async with opened(lambda: _open_published(self._stager.node.store, request, path)) as file:
-                        while data := await asyncio.to_thread(file.read, self._read_bytes):
+                    async with opened(lambda: _open_published(node.store, request, path), node.disk) as file:
+                        while data := await node.disk.run(file.read, self._read_bytes):
                             await self._send_pace.spend(len(data))
                             self._stager.node.metrics.sent_bytes.inc(len(data))
                             yield data

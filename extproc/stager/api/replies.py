@@ -55,7 +55,8 @@ async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes
     """
     holdings, path = stager.node.holdings, stager.node.store.path
     bases = [] if after else [pb.Model(id=base.id, root=base.root, max_model_len=base.max_model_len) for base in stager.node.engine.bases]
-    parts, left = [pb.ModelsReply(bases=bases).SerializeToString()], limit or len(holdings)
+    refused = [] if after else sorted(stager.node.refusals.forbidden(stager.node.clock()))
+    parts, left = [pb.ModelsReply(bases=bases, refused=refused).SerializeToString()], limit or len(holdings)
     while left and (names := holdings.after(after, min(left, MODELS_SLICE))):
         adapters = [pb.Model(id=name, root=str(path(named.id))) for name in names if (named := holdings.get(name)) is not None]
         parts.append(pb.ModelsReply(adapters=adapters).SerializeToString())

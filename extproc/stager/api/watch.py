@@ -45,6 +45,8 @@ def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.Watch
             return pb.WatchEvent(sequence=change.sequence, refreshed=change.adapter)
         case "evicted":
             return pb.WatchEvent(sequence=change.sequence, evicted=change.adapter)
+        case "refused":
+            return pb.WatchEvent(sequence=change.sequence, refused=change.adapter)
         case "space":
             index = stager.node.holdings.index
             space = pb.Space(used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)

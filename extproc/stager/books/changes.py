@@ -11,7 +11,7 @@ KEPT = 10_000  # the last changes; who missed more must start anew
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`kind` is "node", "published", "refreshed", "evicted", "space" or "demand"."""
+    """`kind` is "node", "published", "refreshed", "evicted", "refused", "space" or "demand"."""
 
     sequence: int
     kind: str

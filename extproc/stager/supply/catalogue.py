@@ -12,13 +12,15 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from itertools import groupby, islice
 
 from ...config import StagerSettings
 from ...core.artifact import AdapterName
 from ...errors import OriginFailed
 from ..threads import Threads
 from .origins.base import Listable
-from .origins.names import MAX_NAMES, MAX_PATHS, Names
+from .origins.names import MAX_NAMES, MAX_PATHS, RUN, Names
 from .source import Source
 
 WAIT_S = 1.5  # for a listing that is due; a router answers its client after two seconds with what it knows
@@ -152,6 +154,9 @@ class _Shelf:
 
 
 def _merged(lists: Sequence[Sequence[AdapterName]]) -> Listed:
-    """One list of all. Blocks for a tenth of a second where there are a hundred thousand."""
-    names = lists[0] if len(lists) == 1 else sorted(set().union(*lists))[:MAX_NAMES]
-    return Listed(hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest(), names)
+    """One list of all, each name once. Blocks for a tenth of a second where there are a hundred thousand, in steps of a millisecond."""
+    names = list(islice((name for name, _ in groupby(merge(*lists))), MAX_NAMES))
+    digest = hashlib.blake2b(digest_size=16)
+    for first in range(0, len(names), RUN):
+        digest.update("".join(f"{name}\n" for name in names[first : first + RUN]).encode())
+    return Listed(digest.hexdigest(), names)

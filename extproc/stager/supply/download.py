@@ -14,15 +14,16 @@ import hashlib
 import heapq
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, ParamSpec, TypeVar
 
 from ...core.artifact import File
-from ...errors import AdapterTooLarge, OriginFailed
+from ...errors import AdapterDamaged, AdapterTooLarge, OriginFailed, OriginSlow
 from ...flight import to_the_end
 from ..syscalls import disk_errors
+from ..threads import Threads, in_thread
 from .job import Job
 from .listing import RemoteFile
 from .pace import Pace
@@ -35,8 +36,11 @@ PENDING_BYTES = 12 * 2**20  # of all streams, before it is handed over; as much 
 APART_BYTES = 2**18  # from here on two threads are worth it
 COPY_BYTES = 8 * 2**20  # by the kernel at once
 READ_BACK_BYTES = 2**18  # what a core's cache holds
+RATE_WINDOW_S = 30.0  # over which the least rate of a transfer is measured: a server that pauses for some seconds is not slow
 
 Buffer = bytes | memoryview
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): "Start write-out of all dirty pages in the specified range"
 _sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
@@ -51,12 +55,25 @@ class Download:
 
     streams: ClassVar[int] = 0  # that are being written, of all downloads
 
-    def __init__(self, file: RemoteFile, target: Path, *, pace: Pace | None = None, job: Job | None = None) -> None:
+    def __init__(
+        self,
+        file: RemoteFile,
+        target: Path,
+        *,
+        pace: Pace | None = None,
+        job: Job | None = None,
+        disk: Threads | None = None,
+        least_bytes_per_s: int = 0,
+    ) -> None:
+        """`disk`: the threads in which the file is written; None: those of the event loop, which name look-ups and everything else share."""
         self.file = file
         self.target = target
         self.received = 0  # bytes from the start on without a gap: all of them are on disk
+        self.until: int | None = None  # only so much of the file is wanted now; None: all of it
         self._pace = pace
         self._job = job or Job()
+        self._disk = disk
+        self._least_bytes_per_s = least_bytes_per_s
         self._digest = hashlib.sha256()
         self._hashed = 0
         self._hashing = asyncio.Lock()
@@ -68,6 +85,9 @@ class Download:
     def on_disk(self) -> int:
         """Bytes that have arrived, gaps or not."""
         return self.received + sum(end - begin for begin, end in self._ahead)
+
+    def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        return in_thread(self._disk, work, *args, **kwargs)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -90,27 +110,45 @@ class Download:
         self.received, self._ahead = 0, []
         self._forget_hash()
         if self._descriptor >= 0:
-            await asyncio.to_thread(self._truncate)
+            await self._in_thread(self._truncate)
+
+    async def head(self, count: int) -> bytes:
+        """The first `count` bytes, or as many as have arrived."""
+
+        def read() -> bytes:
+            with disk_errors("read"):
+                return os.pread(self._open(), min(count, self.received), 0)
+
+        return await self._in_thread(read)
 
     async def write(self, chunks: AsyncIterator[Buffer], at: int | None = None, end: int | None = None) -> None:
         """Write `chunks` from `at` (default: `received`) up to `end` (default: the file's). More bytes than that are OriginFailed; so are fewer.
 
-        What arrived before a failure is kept.
+        What arrived before a failure is kept. Where only a beginning is wanted, what follows it is left unread.
         """
         begin = at = self.received if at is None else at
         end = self.file.size if end is None else end
+        rate, clock = _Rate(self.file.path, self._least_bytes_per_s), asyncio.get_running_loop().time
+        is_enough = False  # all that is wanted now has arrived, and more would follow
         pending: list[Buffer] = []
         count = 0  # bytes in them
         writing: asyncio.Task[None] | None = None
         Download.streams += 1
         try:
+            waiting_since = clock()
             async for chunk in chunks:
+                rate.count(len(chunk), clock() - waiting_since)
+                if self.until is not None and at + count + len(chunk) >= self.until:
+                    chunk = chunk[: max(0, self.until - at - count)]  # noqa: PLW2901
+                    is_enough = True
                 if end is not None and at + count + len(chunk) > end:
                     raise OriginFailed(f"{self.file.path}: the origin sent over {end - begin} bytes, more than it had said")
                 if self.file.limit is not None and at + count + len(chunk) > self.file.limit:
                     raise AdapterTooLarge(f"{self.file.path} has over {self.file.limit} bytes, and its origin did not say so")
                 pending.append(chunk)
                 count += len(chunk)
+                if is_enough:
+                    break
                 if count >= min(WRITE_BYTES, max(LEAST_WRITE_BYTES, PENDING_BYTES // Download.streams)) or len(pending) >= MAX_PIECES:
                     if writing is not None:
                         await asyncio.wait({writing})
@@ -119,6 +157,7 @@ class Download:
                     at, written, pending, count = at + count, count, [], 0
                     if self._pace is not None:
                         await self._pace.spend(written)
+                waiting_since = clock()
         finally:  # also for a caller that was cancelled: the descriptor must stay open under the last write
             Download.streams -= 1
             if writing is not None:
@@ -129,31 +168,35 @@ class Download:
                 at += count
                 await _end_of(last)
                 last.result()
-        if end is not None and at != end:
+        if end is not None and at != end and not is_enough:
             raise OriginFailed(f"{self.file.path}: the origin sent {at - begin} of {end - begin} bytes")
 
-    async def copy(self, source: Any, first: bytes) -> None:
-        """The same from an open binary file; `first` are the WRITE_BYTES that were read of it already, or fewer, if there are no more."""
+    async def copy(self, source: Any, first: bytes, threads: Threads | None = None) -> None:
+        """The same from an open binary file; `first` are the WRITE_BYTES that were read of it already, or fewer, if there are no more.
+
+        It is read in `threads`: a file server that hangs holds those, and none of the node's disk.
+        """
 
         async def chunks(chunk: bytes) -> AsyncIterator[bytes]:
             yield chunk
             while len(chunk) == WRITE_BYTES:
-                chunk = await asyncio.to_thread(source.read, WRITE_BYTES)
+                chunk = await in_thread(threads, source.read, WRITE_BYTES)
                 yield chunk
 
-        if len(first) == WRITE_BYTES and self.file.size is not None and await self._copy_in_kernel(source.fileno(), self.file.size):
-            await asyncio.to_thread(source.seek, self.received)
-            first = await asyncio.to_thread(source.read, WRITE_BYTES)
+        is_long = len(first) == WRITE_BYTES and self.file.size is not None and self.until is None
+        if is_long and await self._copy_in_kernel(source.fileno(), self.file.size or 0, threads):
+            await in_thread(threads, source.seek, self.received)
+            first = await in_thread(threads, source.read, WRITE_BYTES)
         await self.write(chunks(first))
 
-    async def _copy_in_kernel(self, source: int, size: int) -> int:
+    async def _copy_in_kernel(self, source: int, size: int, threads: Threads | None) -> int:
         """As much of the rest as copy_file_range(2) takes, in bytes, with hashing behind it. Where it fails, reading and writing tell whose fault that is."""
         began = self.received
         at_once = COPY_BYTES if self._pace is None else self._pace.portion(COPY_BYTES)
         hashing: asyncio.Task[None] | None = None
         try:
             while self.received < size:
-                count = await to_the_end(asyncio.to_thread(self._copy_range, source, self.received, min(at_once, size - self.received)))
+                count = await to_the_end(in_thread(threads, self._copy_range, source, self.received, min(at_once, size - self.received)))
                 if not count:
                     break
                 self._job.done_bytes += count
@@ -190,15 +233,17 @@ class Download:
                 self._descriptor = os.open(self.target, os.O_RDWR)
                 return os.fstat(self._descriptor).st_size
 
-        size = await asyncio.to_thread(replace)
+        size = await self._in_thread(replace)
         self._job.done_bytes += size
         self._arrived(0, size)
 
     async def finish(self) -> File:
-        """All is there: its size and SHA-256."""
+        """All is there: its size and SHA-256. Raises AdapterDamaged where it has not the MD5 that its origin states, and nothing stronger is stated."""
         if self._descriptor < 0:
-            await asyncio.to_thread(self._open)  # of no bytes
+            await self._in_thread(self._open)  # of no bytes
         await self._hash_up()
+        if self.file.md5 and not self.file.sha256 and (found := await self._in_thread(self._md5)) != self.file.md5:
+            raise AdapterDamaged(f"{self.file.path} has MD5 {found}; its origin states {self.file.md5}", "digest")
         return File(self.file.path, self.received, self._digest.hexdigest())
 
     def _open(self) -> int:
@@ -207,6 +252,14 @@ class Download:
             if self._descriptor < 0:
                 self._descriptor = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             return self._descriptor
+
+    def _md5(self) -> str:
+        digest, at = hashlib.md5(usedforsecurity=False), 0
+        with disk_errors("read"):
+            while piece := os.pread(self._descriptor, READ_BACK_BYTES, at):
+                digest.update(piece)
+                at += len(piece)
+        return digest.hexdigest()
 
     def _truncate(self) -> None:
         with disk_errors():
@@ -220,7 +273,7 @@ class Download:
                 await self._write_and_hash(pieces, at, size)
                 self._hashed += size
         else:
-            await asyncio.to_thread(self._write, pieces, at, size)
+            await self._in_thread(self._write, pieces, at, size)
         self._job.done_bytes += size
         self._arrived(at, at + size)
         if self._hashed < self.received and not self._hashing.locked():
@@ -236,11 +289,11 @@ class Download:
             hash_all()
 
         if size < APART_BYTES:
-            await asyncio.to_thread(both)
+            await self._in_thread(both)
             return
-        hashing = asyncio.create_task(asyncio.to_thread(hash_all))
+        hashing = asyncio.create_task(self._in_thread(hash_all))
         try:
-            await asyncio.to_thread(self._write, pieces, at, size)
+            await self._in_thread(self._write, pieces, at, size)
         except BaseException:
             await _end_of(hashing)
             self._forget_hash()  # it counts what is not on disk
@@ -278,7 +331,7 @@ class Download:
         async with self._hashing:
             while self._hashed < self.received:
                 end = self.received
-                await asyncio.to_thread(work, self._hashed, end)
+                await self._in_thread(work, self._hashed, end)
                 self._hashed = end
 
 
@@ -303,9 +356,9 @@ async def in_parallel(download: Download, count: int, fetch_part: Callable[[int,
 
 
 @asynccontextmanager
-async def opened(open_: Callable[[], BinaryIO]) -> AsyncIterator[BinaryIO]:
+async def opened(open_: Callable[[], BinaryIO], disk: Threads | None = None) -> AsyncIterator[BinaryIO]:
     """What `open_` opens in a thread; closed at the end, also where the caller was cancelled while the thread was at it."""
-    opening = asyncio.ensure_future(asyncio.to_thread(open_))
+    opening = asyncio.ensure_future(in_thread(disk, open_))
     try:
         yield await asyncio.shield(opening)
     finally:
@@ -318,6 +371,26 @@ async def opened(open_: Callable[[], BinaryIO]) -> AsyncIterator[BinaryIO]:
 def _close(opening: asyncio.Future[BinaryIO]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         opening.result().close()
+
+
+class _Rate:
+    """How fast one stream brings its bytes. Only the time that is spent waiting for the origin counts: not the disk's, and not that of our own limit."""
+
+    def __init__(self, path: str, least_bytes_per_s: int) -> None:
+        self._path = path
+        self._least = least_bytes_per_s
+        self._waited_s = 0.0
+        self._bytes = 0
+
+    def count(self, count: int, waited_s: float) -> None:
+        """Raises OriginSlow."""
+        self._waited_s += waited_s
+        self._bytes += count
+        if self._waited_s >= RATE_WINDOW_S:
+            if self._bytes < self._least * self._waited_s:
+                sent = self._bytes / self._waited_s
+                raise OriginSlow(f"{self._path}: the origin sent {sent:.0f} bytes a second; min_bytes_per_s is {self._least}")
+            self._waited_s, self._bytes = 0.0, 0
 
 
 def _write_all(descriptor: int, pieces: list[Buffer], at: int) -> None:

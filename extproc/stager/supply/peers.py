@@ -48,6 +48,7 @@ class PeerOrigin:
     """One peer, for one download after the other."""
 
     label = LABEL
+    sends_parts = False  # a peer has judged what it has
 
     def __init__(self, client: StagerClient) -> None:
         self.client = client

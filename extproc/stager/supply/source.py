@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
@@ -15,10 +16,11 @@ import stamina.instrumentation
 from ...config import OriginSettings
 from ...core.artifact import AdapterName, File
 from ...core.breaker import Breaker
-from ...errors import OriginChanged, OriginDown, OriginFailed, OriginRefused
+from ...errors import OriginChanged, OriginDown, OriginFailed, OriginRefused, OriginSlow
+from ..threads import Threads
 from .download import Download
 from .job import Job
-from .listing import Listing, RemoteFile
+from .listing import Absent, Listing, RemoteFile
 from .origins.base import Origin, Probed
 from .pace import Pace, Slots
 
@@ -26,6 +28,7 @@ ATTEMPTS = 3  # per step and stretch without progress; with the back-off below a
 LONGEST_WAIT_S = 10.0  # an origin that asks to be left alone for longer is answered for at once, with its own Retry-After
 PROBE_S = 2.0  # an origin that has not answered a probe by then is still down
 DEFAULT_FETCHES = 8
+SUSPECT_AFTER = 3  # owners whose names the origin fails at in a row, before it is asked whether it is up at all
 
 T = TypeVar("T")
 
@@ -38,6 +41,7 @@ class Source:
     """One origin with its breaker, its places and its pace.
 
     While the breaker is open the origin is probed in the background, if it has a cheap call for that; else one caller at a time tries.
+    What such an origin says of names never opens the breaker, only a probe does: a tenant whose objects are broken closes the way to nobody else's.
     `repeats` says of a failure whether it is worth another attempt, or after how many seconds.
     """
 
@@ -53,6 +57,9 @@ class Source:
         self.is_listed = settings is None or settings.listed
         self.has_archives = settings is None or settings.archives
         self.breaker = Breaker(jitter=lambda: random.uniform(0.5, 1.0))  # noqa: S311  # nodes that failed together must not come back together
+        self.mirror_of = settings.mirror_of if settings else ""
+        self._least_bytes_per_s = settings.min_bytes_per_s if settings else 0
+        self._suspected: set[str] = set()  # owners whose names failed since the last success; SUSPECT_AFTER at most
         self._repeats = repeats or is_worth_repeating
         self._clock = clock
         self._slots = Slots(settings.max_fetches if settings else DEFAULT_FETCHES)
@@ -60,32 +67,54 @@ class Source:
         self._down_since: float | None = None
         self._probing: asyncio.Task[None] | None = None
 
-    async def resolve(self, name: AdapterName) -> Listing | None:
-        """What the origin has under `name`; None if it has not got it. Raises OriginFailed, at once while it is left alone: the next origin is asked."""
+    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
+        """What the origin has under `name`; Absent or None if that is no adapter. Raises OriginFailed, at once while it is left alone."""
         _repeated_for.set(name)
         async for attempt in _attempts(lambda error: self.breaker.state == "closed" and self._repeats(error)):
             with attempt:
                 return await self._ask(name, lambda: self.origin.resolve(name))
         raise AssertionError("the last attempt raises")
 
-    async def fetch(self, listing: Listing, file: RemoteFile, target: Path, job: Job) -> File:
-        """Bring one file to `target`. A transfer that breaks off goes on where it was, as long as each attempt brings it further."""
-        _repeated_for.set(listing.name)
-        download = Download(file, target, pace=self._pace, job=job)
+    async def fetch(self, listing: Listing, file: RemoteFile, target: Path, job: Job, disk: Threads | None = None) -> File:
+        """Bring one file to `target`; `disk`: the threads in which the node's directory is written."""
+        async with self.download(file, target, job, disk) as download:
+            await self.go_on(listing, download, job)
+            return await download.finish()
+
+    @property
+    def sends_parts(self) -> bool:
+        """Whether the beginning of a file can be had alone."""
+        return self.origin.sends_parts
+
+    @asynccontextmanager
+    async def download(self, file: RemoteFile, target: Path, job: Job, disk: Threads | None = None) -> AsyncIterator[Download]:
+        """A transfer that `go_on` carries on."""
+        download = Download(file, target, pace=self._pace, job=job, disk=disk, least_bytes_per_s=self._least_bytes_per_s)
         try:
-            async with self._slots.take(job):
-                while True:
-                    before = download.on_disk
-                    try:
-                        async for attempt in _attempts(self._repeats):
-                            with attempt:
-                                await self._ask(listing.name, lambda: self.origin.fetch(listing, file, download), lambda: download.on_disk)
-                        return await download.finish()
-                    except OriginFailed as error:
-                        if download.on_disk <= before or self._repeats(error) is False:  # 0 seconds are worth it
-                            raise
+            yield download
         finally:
             download.close()
+
+    async def go_on(self, listing: Listing, download: Download, job: Job, until: int | None = None) -> None:
+        """Bring what `download` lacks, up to the byte `until` (None: all). A transfer that breaks off goes on where it was, as long as each attempt
+        brings it further; one that is too slow is attempted ATTEMPTS times.
+        """
+        wanted = download.file.size if until is None else until
+        if wanted and download.received >= wanted:
+            return
+        _repeated_for.set(listing.name)
+        download.until = until
+        async with self._slots.take(job, owner_of(listing.name)):
+            while True:
+                before = download.on_disk
+                try:
+                    async for attempt in _attempts(self._repeats):
+                        with attempt:
+                            await self._ask(listing.name, lambda: self.origin.fetch(listing, download.file, download), lambda: download.on_disk)
+                    return
+                except OriginFailed as error:
+                    if download.on_disk <= before or isinstance(error, OriginSlow) or self._repeats(error) is False:  # 0 seconds are worth it
+                        raise
 
     async def open(self) -> None:
         """Make ready to be asked. An origin that cannot be made ready now says so when it is."""
@@ -123,39 +152,66 @@ class Source:
         now, breaker = self._clock(), self.breaker
         if error is None or isinstance(error, OriginRefused | OriginChanged):
             breaker.succeeded(now)
+            self._suspected.clear()
         elif (error.asked_to_wait_s or 0.0) > LONGEST_WAIT_S:
             breaker.open_for(now, error.asked_to_wait_s or 0.0)
-        elif error.reached and name:
-            breaker.failed(now, name)
-        else:
+        elif not name:
+            breaker.found_down(now)
+        elif not error.reached:
             breaker.not_reached(now)
+        elif isinstance(self.origin, Probed):
+            self._suspect(owner_of(name), self.origin)
+        else:
+            breaker.failed(now, owner_of(name))
         if breaker.state == "closed" and self._down_since is not None:
             log.info("the %s origin is up again after %.1f s", self.label, now - self._down_since)
             self._down_since = None
         elif breaker.state == "open" and self._down_since is None:
             self._down_since = now
             log.warning("the %s origin is left alone: %s", self.label, error.message if error is not None else "")
-        if breaker.state != "closed" and isinstance(self.origin, Probed) and (self._probing is None or self._probing.done()):
-            self._probing = asyncio.create_task(self._probe(self.origin), name=f"probe {self.label}")
+        if breaker.state != "closed" and isinstance(self.origin, Probed):
+            self._start_probing(self.origin)
 
-    async def _probe(self, origin: Probed) -> None:
-        """Until the breaker is closed, whoever closes it: ask the origin whether it is up, as often as the breaker allows."""
+    def _suspect(self, owner: str, origin: Probed) -> None:
+        """It failed at a name of `owner`. Where it fails at the names of several, it may be down: a probe tells, and meanwhile everybody may ask."""
+        self._suspected.add(owner)
+        if self.breaker.state == "half-open":  # the one who tries has failed
+            self.breaker.found_down(self._clock())
+        elif len(self._suspected) >= SUSPECT_AFTER:
+            self._suspected.clear()
+            self._start_probing(origin, at_once=True)
+
+    def _start_probing(self, origin: Probed, *, at_once: bool = False) -> None:
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe(origin, at_once=at_once), name=f"probe {self.label}")
+
+    async def _probe(self, origin: Probed, *, at_once: bool = False) -> None:
+        """Until the breaker is closed, whoever closes it: ask the origin whether it is up, as often as the breaker allows. With `at_once` first while it is closed."""
+        if at_once:
+            self._learn("", await self._ask_probe(origin))
         while self.breaker.state != "closed":
             await asyncio.sleep(max(self.breaker.wait_s(self._clock()), 0.01))
-            if self.breaker.state == "closed" or not self.breaker.allow(self._clock()):
-                continue
-            failure: OriginFailed | None = None
-            try:
-                async with asyncio.timeout(PROBE_S):
-                    await origin.probe()
-            except OriginFailed as error:
-                failure = error
-            except TimeoutError:
-                failure = OriginFailed(f"{self.label} origin: it did not answer within {PROBE_S:g} s", reached=False)
-            except Exception as error:  # whatever it stumbles over, the next probe must come
-                log.exception("probe of the %s origin", self.label)
-                failure = OriginFailed(f"{self.label} origin: {type(error).__name__}")
-            self._learn("", failure)
+            if self.breaker.state != "closed" and self.breaker.allow(self._clock()):
+                self._learn("", await self._ask_probe(origin))
+
+    async def _ask_probe(self, origin: Probed) -> OriginFailed | None:
+        """What is wrong with the whole origin; None if it is up."""
+        try:
+            async with asyncio.timeout(PROBE_S):
+                await origin.probe()
+        except OriginFailed as error:
+            return error
+        except TimeoutError:
+            return OriginFailed(f"{self.label} origin: it did not answer within {PROBE_S:g} s", reached=False)
+        except Exception as error:  # whatever it stumbles over, the next probe must come
+            log.exception("probe of the %s origin", self.label)
+            return OriginFailed(f"{self.label} origin: {type(error).__name__}")
+        return None
+
+
+def owner_of(name: str) -> str:
+    """Whose an adapter is, as far as its name tells: the organisation of `organisation/name`."""
+    return name.partition("/")[0]
 
 
 def _attempts(on: Callable[[Exception], bool | float]) -> AsyncIterator[stamina.Attempt]:

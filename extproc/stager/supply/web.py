@@ -1,9 +1,11 @@
 """HTTP as origins use it: bounded redirects that keep the scheme, no private address unless allowed, ranges, one place for errors."""
 
 import asyncio
+import base64
 import contextlib
 import email.utils
 import ipaddress
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -17,23 +19,35 @@ from .listing import RemoteFile
 
 MAX_REDIRECTS = 5
 LONGEST_RETRY_AFTER_S = 86_400.0  # a day; what is said beyond it may not even be a number
-_EMBEDDING = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))  # NAT64 (RFC 6052), IPv4-compatible (RFC 4291)
-_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215; where in it the IPv4 address stands, only the network knows
+# IPv6 networks whose last 32 bits are an IPv4 address: NAT64 (RFC 6052), IPv4-compatible (RFC 4291), IPv4-translated (RFC 2765)
+_EMBEDDING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))
+_NEVER = (
+    ipaddress.ip_network("64:ff9b:1::/48"),  # local NAT64 (RFC 8215); where in it the IPv4 address stands, only the network knows
+    ipaddress.ip_network("fec0::/10"),  # site-local: deprecated (RFC 3879), and still routed where somebody has it
+    ipaddress.ip_network("192.0.0.0/24"),  # IETF protocol assignments (RFC 6890), of which Python counts some as global
+    ipaddress.ip_network("192.88.99.0/24"),  # 6to4 relays, deprecated (RFC 7526)
+)
+_RATE_LIMIT = re.compile(r"r=(?P<left>\d+)\s*;\s*t=(?P<wait>\d+)")  # of the hub's `ratelimit: "api";r=0;t=55`
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class Web:
-    """Asks on behalf of the origin `label`. `headers` of a call go to the address asked for and to no other host."""
+    """Asks on behalf of the origin `label`. `headers` of a call go to the address asked for and to no other host.
 
-    def __init__(self, label: str, timeout_s: float, *, allow_private: bool) -> None:
+    Cookies are kept from nobody to nobody: one that is set for one tenant's token would be sent with the next one's. With `missing_is_403` the server
+    says 403 of what it has not got.
+    """
+
+    def __init__(self, label: str, timeout_s: float, *, allow_private: bool, missing_is_403: bool = False) -> None:
         self._label = label
+        self._missing_is_403 = missing_is_403
         self._allow_private = allow_private
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
         self._session: aiohttp.ClientSession | None = None
 
     async def head(self, url: str, headers: Mapping[str, str] = {}) -> aiohttp.ClientResponse | None:
         """The headers of what is at `url`, its body unread; None if nothing is there."""
-        what = url.rpartition("/")[2]
+        what = URL(url).name  # of a query, which may be a signature, nothing is told
         async with self._ask("HEAD", url, headers, what) as response:
             if response.status not in (405, 501):
                 return response if self._is_there(response) else None
@@ -45,10 +59,13 @@ class Web:
         with contextlib.suppress(OriginRefused):
             async with self._ask("HEAD", url, {}, "a probe") as response:
                 if response.status == 429 or (response.status >= 500 and response.status != 501):
-                    raise OriginFailed(f"{self._label} origin: status {response.status}", retry_after_s(response.headers.get("retry-after")))
+                    raise OriginFailed(f"{self._label} origin: status {response.status}", asked_wait_s(response.headers))
 
     async def read(self, url: str, file: RemoteFile, download: Download, headers: Mapping[str, str] = {}, *, parallel: int = 1) -> None:
         """What `download` lacks of `url`, by that many requests at once; from the start again where the server sends no ranges."""
+        if download.until is not None:
+            await self._read_part(url, file, download, headers, download.received, download.until)
+            return
         has_gaps = download.on_disk > download.received  # what lies behind them is not asked for again
         missing = download.missing(RANGE_BYTES) if file.size is not None and (parallel > 1 or has_gaps) else []
         first, *others = missing if has_gaps or len(missing) > 1 else [(download.received, None)]
@@ -117,7 +134,8 @@ class Web:
         if self._session is None:
             connector = aiohttp.TCPConnector(resolver=None if self._allow_private else _PublicOnly(self._label), limit=0)
             headers = {"accept-encoding": "identity"}  # sizes and hashes are of the file, not of its compression
-            self._session = aiohttp.ClientSession(headers=headers, timeout=self._timeout, connector=connector, auto_decompress=False)
+            jar = aiohttp.DummyCookieJar()
+            self._session = aiohttp.ClientSession(headers=headers, timeout=self._timeout, connector=connector, auto_decompress=False, cookie_jar=jar)
         return self._session
 
     def _check_literal(self, url: URL) -> None:
@@ -129,12 +147,12 @@ class Web:
                 raise _private(self._label)
 
     def _is_there(self, response: aiohttp.ClientResponse) -> bool:
-        if response.status in (404, 410):
+        if response.status in (404, 410) or (response.status == 403 and self._missing_is_403):
             return False
         if response.status in (401, 403):
             raise OriginRefused(f"{self._label} origin: status {response.status}: it wants other credentials")
         if response.status not in (200, 206):
-            raise OriginFailed(f"{self._label} origin: status {response.status}", retry_after_s(response.headers.get("retry-after")))
+            raise OriginFailed(f"{self._label} origin: status {response.status}", asked_wait_s(response.headers))
         return True
 
 
@@ -162,11 +180,9 @@ def _is_public(address: str) -> bool:
     """Raises ValueError for what is no address. An IPv4 address in an IPv6 one counts as itself: a gateway may well take it out again."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip in _LOCAL_NAT64:
-            return False
         inside = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) % 2**32) if any(ip in net for net in _EMBEDDING) else None)
         ip = inside or ip
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in net for net in _NEVER)
 
 
 def _private(label: str) -> OriginRefused:
@@ -174,8 +190,32 @@ def _private(label: str) -> OriginRefused:
 
 
 def version(response: aiohttp.ClientResponse) -> str:
-    """What the server says to tell one content from a later one."""
-    return response.headers.get("etag") or response.headers.get("last-modified") or ""
+    """What the server says to tell one content from a later one. A weak ETag counts as the strong one of that name: some servers, and proxies that
+    compress, send one on HEAD and the other on GET (RFC 9110, 8.8.3.2: the weak comparison).
+    """
+    return response.headers.get("etag", "").removeprefix("W/") or response.headers.get("last-modified") or ""
+
+
+def stated_digests(headers: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """SHA-256 and MD5 of the whole content, in hex, as far as the server states them: Repr-Digest (RFC 9530), Content-MD5 (RFC 1864)."""
+    found = re.search(r"(?:^|[,\s])sha-256=:([A-Za-z0-9+/=]+):", headers.get("repr-digest", ""))
+    return _from_base64(found[1] if found else "", 32), _from_base64(headers.get("content-md5", ""), 16)
+
+
+def _from_base64(text: str, count: int) -> str | None:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return data.hex() if len(data) == count else None
+
+
+def asked_wait_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds after which the server wants to be asked again: by Retry-After, else by the rate limits of which nothing is left."""
+    if (stated := retry_after_s(headers.get("retry-after"))) is not None:
+        return stated
+    waits = [float(limit["wait"]) for limit in _RATE_LIMIT.finditer(headers.get("ratelimit", "")[:1024]) if not int(limit["left"])]
+    return min(max(waits), LONGEST_RETRY_AFTER_S) if waits else None
 
 
 def retry_after_s(value: str | None) -> float | None:

@@ -3,25 +3,27 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ...core.artifact import AdapterName, File, Manifest
-from ...errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginChanged, OriginFailed
+from ...errors import AdapterDamaged, AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginChanged, OriginFailed, OriginRefused
 from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
-from ..adapter.check import MAX_CONFIG_BYTES, AdapterConfig, check_config, check_files, hidden_size, with_base
+from ..adapter.check import MAX_CONFIG_BYTES, AdapterConfig, check_config, check_files, check_header, header_length, hidden_size, with_base
 from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
 from ..books.holdings import Named
+from ..books.refusals import Version
 from ..node import Node
+from ..supply.download import Download
 from ..supply.job import Job
-from ..supply.listing import Listing, RemoteFile
+from ..supply.listing import Absent, Listing, RemoteFile
 from ..supply.origins.file import FileOrigin
 from ..supply.peers import Peers
 from ..supply.source import Source
-from ..syscalls import disk_errors, hash_file
+from ..syscalls import disk_errors, hash_file, hash_open
 from .evict import Remover
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_PEERS_TRIED = 3  # for one adapter; whoever waits for it waits for each of them
+HEAD_BYTES = 2**17  # of the weights, looked at before there is room for them: the header of 32 layers with seven targets has 60 kB
+PAGE_BYTES = 1024  # of a file, in which a web page shows that it is one
 RESOLVES = 3  # an adapter that is being written anew changes under us; after that many times it is the origin's fault
 
 
@@ -40,6 +44,16 @@ class Plan:
     source: Source
     listing: Listing
     origin: str  # what the manifest says; for a copy from a peer, where that had it from
+    stated: tuple[str, ...] = ()  # every SHA-256 that the weights must have
+
+
+class _Unanswered(Exception):
+    """An origin that may have the name failed, and so did its mirrors: nobody after them may answer for it."""
+
+    def __init__(self, failure: OriginFailed, labels: frozenset[str]) -> None:
+        super().__init__()
+        self.failure = failure
+        self.labels = labels
 
 
 class Fetcher:
@@ -91,26 +105,43 @@ class Fetcher:
         await self._remover.drop_unnamed(named.id)
 
     async def _from_origins(self, name: AdapterName, job: Job, known: Named | None, expected: str, tried: set[str]) -> Named | None:
-        """What the first origin that has `name` says, brought from a peer where one has the same. Raises ModelNotFound, or the first origin's failure."""
+        """What the origin whose `name` is says, brought from a peer where one has the same. Raises ModelNotFound, or that origin's failure."""
         try:
             async with self._phase(job, "resolve"):
-                source, listing = await self._resolve(name)
-        except OriginFailed:
-            if known is None and (named := await self._from_peers(name, job, expected, tried)) is not None:
-                log.warning("%s: every origin fails; a peer had it", name)
+                source, listing = await self._resolve(name, known)
+        except _Unanswered as unanswered:
+            if known is None and (named := await self._from_peers(name, job, expected, tried, origins=unanswered.labels)) is not None:
+                log.warning("%s: its origin fails; a peer had it", name)
                 return named
-            raise
-        plan = Plan(source, listing, source.label)
+            raise unanswered.failure from None
+        plan = Plan(source, listing, source.label, self._stated(name, expected))
         if known is not None and _is_same(known, plan):
             return None
-        if listing.revision.strip() and _in_place(plan) is None:
-            named = await self._from_peers(name, job, expected, tried, plan)
-            if named is not None:
-                return named
-        return await self._carry_out(plan, job, expected)
+        if (refusal := self._node.refusals.verdict(name, self._version(plan), self._node.clock())) is not None:
+            raise refusal
+        try:
+            if listing.revision.strip() and _in_place(plan) is None:
+                named = await self._from_peers(name, job, expected, tried, plan)
+                if named is not None:
+                    return named
+            try:
+                return await self._carry_out(plan, job)
+            except OriginChanged:
+                raise
+            except OriginFailed as failure:
+                if known is None and (mirrored := await self._mirror(plan)) is not None:
+                    log.warning("%s: %s; its mirror %s has the same", name, failure.message, mirrored.origin)
+                    return await self._carry_out(mirrored, job)
+                raise
+        except InvalidAdapter as error:
+            self._node.refusals.condemn(name, self._version(plan), error, self._node.clock())
+            raise
 
-    async def _from_peers(self, name: AdapterName, job: Job, expected: str, tried: set[str], plan: Plan | None = None) -> Named | None:
-        """A peer's copy: of what `plan` would bring, or of whatever it has. What is wrong with one is nobody's error: the next is taken. None if none helps.
+    async def _from_peers(
+        self, name: AdapterName, job: Job, expected: str, tried: set[str], plan: Plan | None = None, origins: Collection[str] = ()
+    ) -> Named | None:
+        """A peer's copy: of what `plan` would bring, or of whatever it has (from one of `origins`, if given). What is wrong with one is nobody's error: the
+        next is taken. None if none helps.
 
         Each copy wholly or not at all: the files of two are never mixed.
         """
@@ -121,12 +152,14 @@ class Fetcher:
                 break
             tried.add(copy.address)
             listing = copy.listing
+            if origins and copy.origin not in origins:
+                continue
             if plan is not None:
                 if copy.origin != plan.origin or not _agree(listing, plan.listing):
                     continue
                 listing = replace(listing, final=plan.listing.final)
             try:
-                named = await self._carry_out(Plan(copy.source, listing, copy.origin), job, expected)
+                named = await self._carry_out(Plan(copy.source, listing, copy.origin, self._stated(name, expected)), job)
                 self._peers.was_of_use(copy)
                 return named
             except (OriginFailed, InvalidAdapter) as error:
@@ -135,24 +168,63 @@ class Fetcher:
                 job.done_bytes = 0
         return None
 
-    async def _resolve(self, name: AdapterName) -> tuple[Source, Listing]:
-        """The first origin, in order, that has `name`. One that fails is passed over; if none of the others has it, the failure is the answer."""
+    async def _resolve(self, name: AdapterName, known: Named | None) -> tuple[Source, Listing]:
+        """The first origin, in order, that has `name`; of what is here, where that came from. Raises ModelNotFound or _Unanswered.
+
+        Order of events that this guards against: a private origin is down; the next one, a public hub, is asked for the same name; whoever has registered
+        that name there is served to everybody who trusts the private one. So after a failure only the mirrors of the origin that failed are asked.
+        """
+        own = [source for source in self._sources if known is not None and source.label == known.origin]  # none: the settings name it no longer
+        failed: list[Source] = []
         failure: OriginFailed | None = None
-        for source in self._sources:
+        instead = ""
+        for source in own or self._sources:
+            if failed and source.mirror_of not in {other.label for other in failed}:
+                continue
             try:
-                listing = await source.resolve(name)
+                found = await source.resolve(name)
             except OriginFailed as error:
                 log.warning("%s: %s", name, error.message)
+                failed.append(source)
                 if failure is None or (failure.shared and not error.shared):  # one that another node may reach sends the request there
                     failure = error
                 continue
-            if listing is not None:
-                return source, listing
+            if isinstance(found, Listing):
+                return source, found
+            if isinstance(found, Absent) and not instead:
+                instead = f"; the {source.label} origin has {found.instead}"
         if failure is not None:
-            raise failure
-        raise ModelNotFound(f"The model `{name}` does not exist: no origin has it")
+            raise _Unanswered(failure, frozenset(source.label for source in failed))
+        raise ModelNotFound(f"The model `{name}` does not exist: no origin has it{instead}")
 
-    async def _carry_out(self, plan: Plan, job: Job, expected: str) -> Named:
+    async def _mirror(self, plan: Plan) -> Plan | None:
+        """The same content at a mirror of the origin that failed: both state the SHA-256 of the weights, and it is equal."""
+        for source in self._sources:
+            if source.mirror_of == plan.source.label:
+                try:
+                    found = await source.resolve(plan.listing.name)
+                except OriginFailed as error:
+                    log.warning("%s: %s", plan.listing.name, error.message)
+                    continue
+                if (
+                    isinstance(found, Listing)
+                    and not found.archive
+                    and _agree(found, plan.listing)
+                    and all(_weights(of).sha256 for of in (found, plan.listing))
+                ):
+                    return replace(plan, source=source, listing=found, origin=source.label)
+        return None
+
+    def _stated(self, name: AdapterName, expected: str) -> tuple[str, ...]:
+        stated = (expected, self._node.settings.digests.get(name, ""), self._node.holdings.pins.get(name, ""))
+        return tuple(sorted({sha256 for sha256 in stated if sha256}))
+
+    def _version(self, plan: Plan) -> Version:
+        """What a verdict counts for: an engine that takes other adapters, or another digest asked for, is another question."""
+        engine = self._node.engine
+        return Version(plan.origin, plan.listing.revision.strip(), plan.stated, (engine.limits.max_lora_rank, tuple(base.root for base in engine.bases)))
+
+    async def _carry_out(self, plan: Plan, job: Job) -> Named:
         """Bring, verify, publish. Whatever goes wrong, nothing of it stays."""
         name, listing = plan.listing.name, plan.listing
         job.origin = plan.source.label
@@ -165,7 +237,7 @@ class Fetcher:
                 else:
                     config, files = await self._bring_files(plan, directory, job, token)
                 async with self._phase(job, "verify"):
-                    self._check_digest(name, files, expected)
+                    _check_digest(files, plan.stated)
                     width = await self._width()
                     await self._on_disk(check_files, directory, config, allow_pickle=self._node.settings.allow_pickle, width=width)
                     files, base_was = await self._name_base(directory, config, files)
@@ -218,22 +290,45 @@ class Fetcher:
                 await self._publications.join(digest, publish)
 
     async def _bring_files(self, plan: Plan, directory: Path, job: Job, token: str) -> tuple[AdapterConfig, list[File]]:
-        """The configuration first: what it rules out need not be downloaded."""
+        """The configuration first, then the header of the weights: what they rule out needs no room, and nothing is evicted for it."""
         listing = plan.listing
         size = self._check_listing(listing)
+        weights = _weights(listing)
+        _check_digest([weights], plan.stated)
         job.total_bytes = sum(file.size or 0 for file in listing.files)
         config_file = next(file for file in listing.files if file.path == CONFIG_FILE)
-        in_place = _in_place(plan)
-        bring = self._link if in_place is not None else self._fetch
+        bring = self._link if _in_place(plan) is not None else self._fetch
         async with self._phase(job, "check"):
             files = [await bring(plan, config_file, directory, job)]
-            config = await self._check_config(directory)
-        if in_place is None:
+            config = await self._check_config(plan, directory)
+        if _in_place(plan) is not None:
+            async with self._phase(job, "fetch"):
+                return config, [*files, await self._link(plan, weights, directory, job)]
+        async with self._fetching(plan, weights, directory, job) as download:
+            if plan.source.sends_parts and weights.size is not None and weights.path == WEIGHTS_FILE:
+                async with self._phase(job, "check"):
+                    await self._check_head(plan, download, config, job)
             async with self._phase(job, "reserve"):
                 await self._remover.reserve(token, size)
-        async with self._phase(job, "fetch"):
-            files += [await bring(plan, file, directory, job) for file in listing.files if file.path != CONFIG_FILE]
+            async with self._phase(job, "fetch"):
+                await plan.source.go_on(listing, download, job)
+                files.append(await self._finish(plan, download))
         return config, files
+
+    async def _check_head(self, plan: Plan, download: Download, config: AdapterConfig, job: Job) -> None:
+        """Bring the header of the weights, and judge it. What has arrived is the beginning of the file: nothing is fetched twice."""
+        size = download.file.size or 0
+        await self._bring_beginning(plan, download, job, min(HEAD_BYTES, size))
+        head = await download.head(HEAD_BYTES)
+        _check_page(plan, head)
+        header_bytes = 8 + header_length(head[:8], size)
+        await self._bring_beginning(plan, download, job, header_bytes)
+        text = (head if header_bytes <= len(head) else await download.head(header_bytes))[8:header_bytes]
+        await self._node.disk.run(check_header, text, size, config, await self._width())
+
+    async def _bring_beginning(self, plan: Plan, download: Download, job: Job, count: int) -> None:
+        if download.received < count:
+            await plan.source.go_on(plan.listing, download, job, until=count if count < (download.file.size or 0) else None)
 
     async def _bring_archive(self, plan: Plan, directory: Path, job: Job, token: str) -> tuple[AdapterConfig, list[File]]:
         """Room for the archive, then for what it holds; the archive goes before anything is published."""
@@ -255,7 +350,7 @@ class Fetcher:
             await self._on_disk(packed.unlink)
             files = [await self._on_disk(hash_file, directory / member.path, member.path) for member in chosen]
         async with self._phase(job, "check"):
-            return await self._check_config(directory), files
+            return await self._check_config(plan, directory), files
 
     def _check_listing(self, listing: Listing) -> int:
         """Bytes to reserve. Raises InvalidAdapter for what need not be fetched to be refused."""
@@ -282,9 +377,9 @@ class Fetcher:
             raise AdapterTooLarge(f"{file.path} has {file.size} bytes; {setting} {limit}")
         return file.size
 
-    async def _check_config(self, directory: Path) -> AdapterConfig:
-        with disk_errors("read"):
-            text = (directory / CONFIG_FILE).read_bytes()  # some kilobytes, written just now
+    async def _check_config(self, plan: Plan, directory: Path) -> AdapterConfig:
+        text = await self._on_disk((directory / CONFIG_FILE).read_bytes)
+        _check_page(plan, text)
         engine = self._node.settings.engine
         return check_config(text, base_model=engine.base_model, base_names=engine.base_names, max_rank=self._node.engine.limits.max_lora_rank)
 
@@ -314,32 +409,45 @@ class Fetcher:
 
     async def _fetch(self, plan: Plan, file: RemoteFile, directory: Path, job: Job) -> File:
         """One file, hashed, and compared with what the origin states of it."""
+        async with self._fetching(plan, file, directory, job) as download:
+            await plan.source.go_on(plan.listing, download, job)
+            return await self._finish(plan, download)
+
+    @contextlib.asynccontextmanager
+    async def _fetching(self, plan: Plan, file: RemoteFile, directory: Path, job: Job) -> AsyncIterator[Download]:
+        """The transfer of one file, counted however it ends."""
         if file.size is None:
             file = replace(file, limit=self._limited(file))
-        began, had = self._node.clock(), job.done_bytes
+        began, had, reserved_s = self._node.clock(), job.done_bytes, job.phases.get("reserve", 0.0)
         label, result = plan.source.label, "failed"
         try:
-            got = await plan.source.fetch(plan.listing, file, directory / file.path, job)
-            if file.size is not None and got.size != file.size:
-                raise InvalidAdapter(f"{file.path} has {got.size} bytes; the {label} origin states {file.size}", "size")
-            if file.sha256 is not None and got.sha256 != file.sha256:
-                raise InvalidAdapter(f"{file.path} has SHA-256 {got.sha256}; the {label} origin states {file.sha256}", "digest")
+            async with plan.source.download(file, directory / file.path, job, self._node.disk) as download:
+                yield download
             result = "fetched"
-            return got
         finally:
             self._node.metrics.fetched_bytes.labels(label, result).inc(max(0, job.done_bytes - had))
-            self._node.metrics.fetch_seconds.labels(label, result).observe(self._node.clock() - began)
+            waited_s = job.phases.get("reserve", 0.0) - reserved_s  # for room, in mid-transfer
+            self._node.metrics.fetch_seconds.labels(label, result).observe(self._node.clock() - began - waited_s)
+
+    async def _finish(self, plan: Plan, download: Download) -> File:
+        """Raises AdapterDamaged where what has arrived is not what the origin states."""
+        file, got, label = download.file, await download.finish(), plan.source.label
+        if file.size is not None and got.size != file.size:
+            raise AdapterDamaged(f"{file.path} has {got.size} bytes; the {label} origin states {file.size}", "size")
+        if file.sha256 is not None and got.sha256 != file.sha256:
+            raise AdapterDamaged(f"{file.path} has SHA-256 {got.sha256}; the {label} origin states {file.sha256}", "digest")
+        return got
 
     async def _link(self, plan: Plan, file: RemoteFile, directory: Path, job: Job) -> File:
         """One file of an origin on this machine, read where it is."""
         origin = _in_place(plan)
         assert origin is not None
-        original = origin.path(file)
 
         def link() -> File:
             try:
-                hashed = hash_file(original, file.path)  # its engine reads it next anyway
-                (directory / file.path).symlink_to(original)
+                with origin.open_original(file) as original:  # whose engine reads it next anyway
+                    hashed = hash_open(original, file.path)
+                (directory / file.path).symlink_to(origin.path(file))
                 return hashed
             except OSError as error:
                 raise OriginFailed(f"{origin.label} origin: {file.path}: {error.strerror}") from error
@@ -349,12 +457,6 @@ class Fetcher:
         if got.size != file.size:
             raise OriginChanged(f"{origin.label} origin: {file.path} changed after it was listed")
         return got
-
-    def _check_digest(self, name: AdapterName, files: Sequence[File], expected: str) -> None:
-        weights = next(file for file in files if file.path != CONFIG_FILE)
-        for wanted in (expected, self._node.settings.digests.get(name, ""), self._node.holdings.pins.get(name, "")):
-            if wanted and weights.sha256 != wanted:
-                raise InvalidAdapter(f"{weights.path} has SHA-256 {weights.sha256}; {wanted} is pinned", "digest")
 
     async def _on_disk(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do it in a thread; what the node's disk has against it is our error."""
@@ -374,6 +476,26 @@ class Fetcher:
 def _is_same(known: Named, plan: Plan) -> bool:
     """Whether the plan would bring what is here. A revision that is not known says nothing."""
     return bool(plan.listing.revision.strip()) and (known.origin, known.revision) == (plan.origin, plan.listing.revision)
+
+
+def _weights(listing: Listing) -> RemoteFile:
+    return next(file for file in listing.files if file.path != CONFIG_FILE)
+
+
+def _check_digest(files: Sequence[File | RemoteFile], stated: Sequence[str]) -> None:
+    """Before anything is fetched, where the origin states a digest; else, and for an archive, after it."""
+    weights = next(file for file in files if file.path != CONFIG_FILE)
+    for wanted in stated:
+        if weights.sha256 is not None and weights.sha256 != wanted:
+            raise InvalidAdapter(f"{weights.path} has SHA-256 {weights.sha256}; {wanted} is pinned", "digest")
+
+
+def _check_page(plan: Plan, head: bytes) -> None:
+    """A web page where a file should be is a log-in or an error page: the origin's fault, not the adapter's."""
+    if head[:PAGE_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        raise OriginRefused(
+            f"{plan.source.label} origin: a web page comes in place of a file of {plan.listing.name}: a log-in, or an error page with status 200"
+        )
 
 
 def _agree(copy: Listing, listing: Listing) -> bool:

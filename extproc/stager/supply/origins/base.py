@@ -10,7 +10,7 @@ from ....core.artifact import AdapterName
 from ....errors import OriginRefused
 from ...threads import Threads
 from ..download import Download
-from ..listing import Listing, RemoteFile
+from ..listing import Absent, Listing, RemoteFile
 from .names import Names
 
 
@@ -18,12 +18,13 @@ class Origin(Protocol):
     """Raises OriginFailed (worth repeating) or OriginRefused (not), nothing else; running out of disk is the disk's error."""
 
     label: str  # what logs and metrics call it
+    sends_parts: bool  # `fetch` stops where `download.until` says, and goes on from there when it is called again
 
     async def open(self) -> None:
         """Load what takes long to load, before anybody waits. Asks nobody."""
 
-    async def resolve(self, name: AdapterName) -> Listing | None:
-        """What the origin has under `name`; None if it has not got it."""
+    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
+        """What the origin has under `name`; Absent if that is no adapter, None if there is nothing."""
 
     async def fetch(self, listing: Listing, file: RemoteFile, download: Download, /) -> None:
         """Bring what `download` still lacks of one file of the listing."""

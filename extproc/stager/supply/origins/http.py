@@ -1,4 +1,4 @@
-"""A plain HTTP(S) server: `<url>/<adapter>/<file>`."""
+"""A plain HTTP(S) server: `<url>/<adapter>/<file>`. A query of the base address, as of a signed one, is put on every request."""
 
 import base64
 from urllib.parse import quote
@@ -10,18 +10,21 @@ from ....core.artifact import AdapterName
 from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, wanted
 from ..download import Download
 from ..listing import Listing, RemoteFile
-from ..web import Web, version
+from ..web import Web, stated_digests, version
 from .base import token_for
 
 
 class HttpOrigin:
     """Asks with HEAD what is there. The revision is the files' ETags (or dates): all of them, since weights can change alone."""
 
+    sends_parts = True
+
     def __init__(self, settings: OriginSettings) -> None:
         self.label = settings.label
         self._settings = settings
-        self._url = settings.url.rstrip("/")
-        self._web = Web(settings.label, settings.timeout_s, allow_private=settings.allow_private)
+        address, mark, query = settings.url.partition("?")
+        self._url, self._query = address.rstrip("/"), mark + query
+        self._web = Web(settings.label, settings.timeout_s, allow_private=settings.allow_private, missing_is_403=settings.missing_is_403)
 
     async def open(self) -> None:
         pass
@@ -47,7 +50,7 @@ class HttpOrigin:
 
     async def probe(self) -> None:
         """What stands at the base address does not matter."""
-        await self._web.probe(f"{self._url}/")
+        await self._web.probe(self._address(""))
 
     async def close(self) -> None:
         await self._web.close()
@@ -64,7 +67,7 @@ class HttpOrigin:
         return await self._web.head(self._address(key), self._credentials(name))
 
     def _address(self, key: str) -> str:
-        return f"{self._url}/{quote(key, safe='/')}"
+        return f"{self._url}/{quote(key, safe='/')}{self._query}"
 
     def _credentials(self, name: AdapterName) -> dict[str, str]:
         token = token_for(self._settings, name)
@@ -75,6 +78,8 @@ class HttpOrigin:
 
 
 def _file(path: str, key: str, head: aiohttp.ClientResponse) -> RemoteFile:
+    """A length of 0 says nothing: some servers state it of every HEAD, and no file of an adapter is empty."""
     length = head.headers.get("content-length", "")
-    size = int(length) if length.isdigit() and head.status == 200 else None
-    return RemoteFile(path, size, version=version(head), key=key)
+    size = int(length) or None if length.isdigit() and head.status == 200 else None
+    sha256, md5 = stated_digests(head.headers)
+    return RemoteFile(path, size, sha256, version(head), key, md5=md5)

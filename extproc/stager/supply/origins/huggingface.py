@@ -1,6 +1,5 @@
 """The Hugging Face hub, by its own client: `org/name` is the repository, what follows is a folder in it."""
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -9,7 +8,8 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from yarl import URL
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported; it would call home from every node
 
@@ -28,13 +28,16 @@ from huggingface_hub.file_download import HfFileMetadata
 from ....config import OriginSettings
 from ....core.artifact import AdapterName
 from ....errors import LoraExtprocError, OriginChanged, OriginFailed, OriginRefused
+from ....flight import to_the_end
 from ...adapter.files import CONFIG_FILE, archive_suffix, wanted
 from ...syscalls import disk_errors
+from ...threads import Threads
 from ..download import Download
-from ..listing import Listing, RemoteFile
-from ..web import Web, retry_after_s
+from ..listing import Absent, Listing, RemoteFile, instead
+from ..web import Web, asked_wait_s
 from .base import token_for
 
+CALL_THREADS = 8  # short calls of the hub's API, each ended by `timeout_s`
 _NOT_REACHED = ("ConnectError", "ConnectTimeout", "ConnectionError")  # as the HTTP libraries call it
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -44,7 +47,12 @@ class HuggingFaceOrigin:
 
     What the hub keeps in Xet storage is brought by the hub's client, which fetches in deduplicated chunks. Everything else is plain HTTP from
     where the hub sends us, and that we can go on with where it broke off.
+
+    The client blocks, and a transfer that was given up keeps its thread until it ends: calls and transfers have threads of their own, so that neither
+    the disk's work nor a short call waits behind a transfer.
     """
+
+    sends_parts = True
 
     def __init__(self, settings: OriginSettings) -> None:
         self.label = settings.label
@@ -52,24 +60,26 @@ class HuggingFaceOrigin:
         self._endpoint = settings.url.rstrip("/") or None
         self._timeout_s = settings.timeout_s
         self._api = HfApi(endpoint=self._endpoint, token=False, library_name="lora-extproc")
+        self._calls = Threads(CALL_THREADS, f"{self.label} call")
+        self._transfers = Threads(settings.max_fetches, f"{self.label} transfer")
         self._web = Web(settings.label, settings.timeout_s, allow_private=True)  # the operator names the hub; a mirror may well be private
 
     async def open(self) -> None:
         pass
 
-    async def resolve(self, name: AdapterName) -> Listing | None:
-        return await asyncio.to_thread(self._resolve, name)
+    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
+        return await self._calls.run(self._resolve, name)
 
     async def fetch(self, listing: Listing, file: RemoteFile, download: Download) -> None:
         repo, _, _ = _split(listing.name)
         url = hf_hub_url(repo, file.key, revision=listing.revision, endpoint=self._endpoint)
-        metadata = await asyncio.to_thread(self._metadata, listing.name, file, url)
-        if metadata.xet_file_data is not None:
+        metadata = await self._calls.run(self._metadata, listing.name, file, url)
+        if metadata.xet_file_data is not None and download.until is None:
             await self._fetch_xet(listing, file, download)
             return
         token = self._token(listing.name)
-        same_host = urlsplit(metadata.location).netloc == urlsplit(url).netloc
-        headers = {"authorization": f"Bearer {token}"} if token and same_host else {}
+        is_own = URL(metadata.location).origin() == URL(url).origin()  # scheme, host and port: not in clear text either
+        headers = {"authorization": f"Bearer {token}"} if token and is_own else {}
         parallel = self._settings.parallel if (file.size or 0) > self._settings.parallel_above_bytes else 1
         await self._web.read(metadata.location, file, download, headers, parallel=parallel)
 
@@ -79,11 +89,13 @@ class HuggingFaceOrigin:
 
     async def close(self) -> None:
         await self._web.close()
+        self._calls.close()
+        self._transfers.close()
 
     def _token(self, name: str) -> str | bool:
         return token_for(self._settings, name, "HF_TOKEN") or False  # False: not whatever the machine is logged in with
 
-    def _resolve(self, name: AdapterName) -> Listing | None:
+    def _resolve(self, name: AdapterName) -> Listing | Absent | None:
         repo, revision, folder = _split(name)
         try:
             with self._hub_errors(name):
@@ -92,7 +104,7 @@ class HuggingFaceOrigin:
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             return None
 
-    def _listing(self, name: AdapterName, info: ModelInfo, folder: str, *, final: bool) -> Listing | None:
+    def _listing(self, name: AdapterName, info: ModelInfo, folder: str, *, final: bool) -> Listing | Absent | None:
         """What the hub's list says. The client passes on whatever JSON it was sent: TypeError where that is not what it should be."""
         if info.sha is None:
             return None
@@ -103,7 +115,7 @@ class HuggingFaceOrigin:
         is_archive = CONFIG_FILE not in siblings
         if is_archive:
             if len(archives) != 1 or not self._settings.archives:
-                return None
+                return instead(siblings)
             paths = archives
         files = tuple(
             RemoteFile(
@@ -127,10 +139,10 @@ class HuggingFaceOrigin:
         abandoned = threading.Event()
         work = download.target.parent / f".hub-{download.target.name}"  # the client keeps its locks and partial files beside what it downloads
         try:
-            await download.take(await asyncio.to_thread(self._download_xet, listing, file, work, abandoned))
+            await download.take(await self._transfers.run(self._download_xet, listing, file, work, abandoned))
         finally:
             abandoned.set()
-            shutil.rmtree(work, ignore_errors=True)
+            await to_the_end(self._calls.run(shutil.rmtree, work, ignore_errors=True))
 
     def _download_xet(self, listing: Listing, file: RemoteFile, work: Path, abandoned: threading.Event) -> Path:
         repo, _, _ = _split(listing.name)
@@ -169,7 +181,7 @@ class HuggingFaceOrigin:
             status = error.response.status_code if error.response is not None else 0
             if status in (401, 403):
                 raise OriginRefused(f"{self.label} origin: status {status} for {name}") from error
-            asked = retry_after_s(error.response.headers.get("retry-after")) if error.response is not None else None
+            asked = asked_wait_s(error.response.headers) if error.response is not None else None
             raise OriginFailed(f"{self.label} origin: status {status} for {name}", asked) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):

@@ -1,10 +1,14 @@
 """Which adapters an origin has, told from the paths of all its files: what `resolve` would find, without what is refused whatever the files hold."""
 
+from heapq import merge
+from itertools import islice
+
 from ....core.artifact import AdapterName, adapter_name
 from ....errors import InvalidRequest
 from ...adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, archive_suffix
 
 MAX_NAMES = 100_000  # of one origin, ten megabytes; a list of models with more helps nobody
+RUN = 5_000  # names that are sorted at once, in about two milliseconds
 MAX_PATHS = 2_000_000  # that are looked at for them: twenty files per adapter, two thousand pages of an S3 listing
 
 
@@ -17,8 +21,8 @@ class Names:
     def __init__(self, *, archives: bool = True, pickle: bool = False) -> None:
         self._archives = archives
         self._weights = frozenset((WEIGHTS_FILE, *PICKLE_FILES) if pickle else (WEIGHTS_FILE,))
-        self._configured: set[str] = set()  # folders
-        self._weighted: set[str] = set()
+        self._configured: set[str] = set()  # folders with a configuration
+        self._weighted: set[str] = set()  # folders with weights
         self._packed: set[str] = set()  # archives without their suffixes
         self._looked_at = 0
         self._is_stopped = False
@@ -44,9 +48,14 @@ class Names:
             self._packed.add(path.removesuffix(suffix))
 
     def sorted(self) -> list[AdapterName]:
-        """The names, by code points, at most MAX_NAMES. An archive beside a folder with a configuration is never read."""
-        found = (self._configured & self._weighted) | (self._packed - self._configured)
-        return [AdapterName(name) for name in sorted(found) if _is_name(name)][:MAX_NAMES]
+        """The names, by code points, at most MAX_NAMES. An archive beside a folder with a configuration is never read. Blocks for a second.
+
+        Made in steps of milliseconds: one step in C, as of sorting a hundred thousand names at once, would stop all threads.
+        """
+        found = [name for name in self._configured if name in self._weighted and _is_name(name)]
+        found += [name for name in self._packed if name not in self._configured and _is_name(name)]
+        runs = [sorted(found[first : first + RUN]) for first in range(0, len(found), RUN)]
+        return [AdapterName(name) for name in islice(merge(*runs), MAX_NAMES)]
 
 
 def _is_name(text: str) -> bool:

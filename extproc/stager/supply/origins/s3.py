@@ -5,8 +5,6 @@ import base64
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
-from urllib.parse import unquote_plus
-from xml.etree import ElementTree
 
 import aiobotocore.session
 import aiohttp
@@ -25,15 +23,19 @@ from botocore.exceptions import (
 from ....config import OriginSettings
 from ....core.artifact import AdapterName
 from ....errors import OriginChanged, OriginFailed, OriginRefused
-from ...adapter.files import CONFIG_FILE, archive_suffix, wanted
+from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, archive_suffix, wanted
 from ...threads import Threads
 from ..download import Download, in_parallel
-from ..listing import Listing, RemoteFile
-from ..web import retry_after_s
+from ..listing import Absent, Listing, RemoteFile, instead
+from ..web import asked_wait_s
+from .keys import prepare, tell_keys
 from .names import Names
 
+ADAPTER_FILES = "adapter_"  # what the names of all files of an adapter begin with
+LOOKED_AT = 100  # objects below a name that is no adapter's, to say what is there
 READ_BYTES = 2**18  # at once; the client holds as much back for each of its requests
-_REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403", "401"}
+_FORBIDDEN = {"AccessDenied", "403"}
+_REFUSED = {*_FORBIDDEN, "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "401"}
 _NOT_FOUND = {"NoSuchKey", "404"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 
@@ -41,8 +43,10 @@ _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 class S3Origin:
     """One bucket. Credentials come from the usual chain and are refreshed by it; the revision is the objects' ETags.
 
-    Objects that were uploaded with a SHA-256 checksum are held to it.
+    Objects that were uploaded with a SHA-256 checksum are held to it. A name costs one page of a list, however much lies below it: clients choose names.
     """
+
+    sends_parts = True
 
     def __init__(self, settings: OriginSettings) -> None:
         self.label = settings.label
@@ -59,7 +63,7 @@ class S3Origin:
                 retries={"total_max_attempts": 1},  # repeating is the stager's, with one policy for all origins
                 signature_version=UNSIGNED if settings.anonymous else None,
                 s3={"addressing_style": addressing},
-                max_pool_connections=max(10, settings.max_fetches * settings.parallel),
+                max_pool_connections=max(10, settings.max_fetches * settings.parallel + 1),  # and one that lists
             ),
         }
         self._session = aiobotocore.session.get_session()
@@ -77,25 +81,65 @@ class S3Origin:
         with self._s3_errors(""):
             await self._client()
 
-    async def resolve(self, name: AdapterName) -> Listing | None:
+    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
         with self._s3_errors(name):
-            objects = await self._list(self._key(name) + "/")
+            try:
+                objects = await self._list(f"{self._key(name)}/", ADAPTER_FILES)
+            except ClientError as error:
+                if _code(error) not in _FORBIDDEN:
+                    raise
+                return await self._resolve_unlisted(name)  # who may read may not be allowed to list
             if CONFIG_FILE in objects:
-                files = [await self._file(path, objects[path]) for path in wanted(objects)]
-                return Listing(name, " ".join(file.version for file in files), tuple(files))
-            if not self._settings.archives:
-                return None
-            beside = await self._list(self._key(name) + ".")
-            for path in sorted(beside):
-                if archive_suffix("." + path) == "." + path:
-                    file = await self._file(f"archive.{path}", beside[path])
-                    return Listing(name, file.version, (file,), archive=True)
+                return await self._listing(name, objects)
+            if self._settings.archives:
+                beside = await self._list(self._key(name), ".")
+                for path in sorted(beside):
+                    if archive_suffix(path) == path:
+                        file = await self._file(f"archive{path}", beside[path])
+                        return Listing(name, file.version, (file,), archive=True)
+            return instead(await self._list(f"{self._key(name)}/", "", LOOKED_AT))
+
+    async def _listing(self, name: AdapterName, objects: dict[str, dict[str, Any]]) -> Listing:
+        files = [await self._file(path, objects[path]) for path in wanted(objects)]
+        return Listing(name, " ".join(file.version for file in files), tuple(files))
+
+    async def _resolve_unlisted(self, name: AdapterName) -> Listing | None:
+        """Object by object. Without the permission to list, S3 says 403 of what is not there: then `missing_is_403` tells whether that is what it means."""
+        objects: dict[str, dict[str, Any]] = {}
+        for path in (CONFIG_FILE, WEIGHTS_FILE, *PICKLE_FILES):
+            head = await self._head(f"{self._key(name)}/{path}")
+            if head is not None:
+                objects[path] = head
+                if path != CONFIG_FILE:
+                    break
+            elif path == CONFIG_FILE:
+                break
+        if objects:
+            return await self._listing(name, objects)
+        for suffix in ARCHIVE_SUFFIXES if self._settings.archives else ():
+            head = await self._head(self._key(name) + suffix)
+            if head is not None:
+                file = await self._file(f"archive{suffix}", head)
+                return Listing(name, file.version, (file,), archive=True)
         return None
+
+    async def _head(self, key: str) -> dict[str, Any] | None:
+        """An object as a list describes it; None if it is not there."""
+        client = await self._client()
+        try:
+            head = await client.head_object(Bucket=self._bucket, Key=key)
+        except ClientError as error:
+            if _code(error) in _NOT_FOUND or (_code(error) in _FORBIDDEN and self._settings.missing_is_403):
+                return None
+            raise
+        return {"Key": key, "Size": head["ContentLength"], "ETag": head.get("ETag", "")}
 
     async def fetch(self, listing: Listing, file: RemoteFile, download: Download) -> None:
         try:
             with self._s3_errors(listing.name):
-                if self._settings.parallel > 1 and (file.size or 0) > self._settings.parallel_above_bytes:
+                if download.until is not None:
+                    await self._read(file, download, download.received, download.until)
+                elif self._settings.parallel > 1 and (file.size or 0) > self._settings.parallel_above_bytes:
                     await in_parallel(download, self._settings.parallel, lambda begin, end: self._read(file, download, begin, end))
                 else:
                     await self._read(file, download)
@@ -104,16 +148,9 @@ class S3Origin:
             raise
 
     async def list_all(self, found: Names, threads: Threads) -> None:
-        """Page by page, over a connection of its own: what is fetched meanwhile waits for none of them."""
-        prefix = f"{self._prefix}/" if self._prefix else ""
+        """Over one connection, which the pool has beside those of fetches."""
         with self._s3_errors(""):
-            async with self._session.create_client("s3", **self._options) as client:
-                client.meta.events.register("before-parse.s3.ListObjectsV2", _leave_unparsed)
-                token: str | None = ""
-                while token is not None and not found.is_full():
-                    further = {"ContinuationToken": token} if token else {}
-                    answer = await client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, EncodingType="url", **further)
-                    token = await threads.run(_read_page, answer["Body"], prefix, found)
+            await tell_keys(await self._client(), self._bucket, f"{self._prefix}/" if self._prefix else "", found, threads)
 
     async def probe(self) -> None:
         """HEAD of the bucket. That it may not be asked for, is not there, or not in this region, is an answer, too."""
@@ -129,12 +166,12 @@ class S3Origin:
     async def close(self) -> None:
         await self._stack.aclose()
 
-    async def _list(self, prefix: str) -> dict[str, dict[str, Any]]:
+    async def _list(self, below: str, prefix: str, limit: int = 1000) -> dict[str, dict[str, Any]]:
+        """The first page of the objects whose keys go on with `prefix` behind `below`, and of the folders there, by what stands behind `below`."""
         client = await self._client()
-        objects: dict[str, dict[str, Any]] = {}
-        async for page in client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
-            objects.update({item["Key"].removeprefix(prefix): item for item in page.get("Contents", ())})
-        return objects
+        page = await client.list_objects_v2(Bucket=self._bucket, Prefix=below + prefix, Delimiter="/", MaxKeys=limit)
+        found = {item["Key"].removeprefix(below): item for item in page.get("Contents", ())}
+        return found | {folder["Prefix"].removeprefix(below): folder for folder in page.get("CommonPrefixes", ())}
 
     async def _file(self, path: str, item: dict[str, Any]) -> RemoteFile:
         sha256 = None
@@ -170,6 +207,7 @@ class S3Origin:
         async with self._opening:
             if self._opened is None:
                 self._opened = await self._stack.enter_async_context(self._session.create_client("s3", **self._options))
+                prepare(self._opened)
             return self._opened
 
     def _key(self, name: AdapterName) -> str:
@@ -183,7 +221,7 @@ class S3Origin:
         except NoCredentialsError as error:
             raise OriginRefused(f"{self.label} origin: no credentials are configured") from error
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
+            code = _code(error)
             if code in _REFUSED:
                 raise OriginRefused(f"{self.label} origin: {code}") from error
             if code in _NOT_FOUND:
@@ -191,30 +229,14 @@ class S3Origin:
             if code in _CHANGED:
                 raise OriginChanged(f"{self.label} origin: an object of {name} changed after it was listed") from error
             headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-            raise OriginFailed(f"{self.label} origin: {code or 'unknown error'}", retry_after_s(headers.get("retry-after"))) from error
+            raise OriginFailed(f"{self.label} origin: {code or 'unknown error'}", asked_wait_s(headers)) from error
         except (BotoCoreError, HTTPClientError, aiohttp.ClientError, OSError, TimeoutError) as error:
             reached = not isinstance(error, EndpointConnectionError | ConnectTimeoutError | aiohttp.ClientConnectorError)
             raise OriginFailed(f"{self.label} origin: {type(error).__name__}", reached=reached) from error
 
 
-def _leave_unparsed(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
-    """Take a page of keys away from the client's parser, which would stop the event loop for tens of milliseconds."""
-    if response_dict["status_code"] == 200:
-        customized_response_dict["Body"] = response_dict["body"]
-        response_dict["body"] = b"<ListBucketResult/>"
-
-
-def _read_page(text: bytes, prefix: str, found: Names) -> str | None:
-    """Tell `found` of the keys of one page; what continues after it, None after the last. Raises OSError for what is no page."""
-    try:
-        page = ElementTree.fromstring(text)  # noqa: S314  # as the client's own parser does; expat itself bounds what entities expand to
-    except ElementTree.ParseError as error:
-        raise OSError("a page of the listing is not XML") from error
-    space = page.tag.removesuffix("ListBucketResult")
-    decode = unquote_plus if page.findtext(f"{space}EncodingType") == "url" else str
-    for key in page.iterfind(f"{space}Contents/{space}Key"):
-        found.add(decode(key.text or "").removeprefix(prefix))
-    return page.findtext(f"{space}NextContinuationToken") or None
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _whole_sha256(head: dict[str, Any]) -> str | None:
