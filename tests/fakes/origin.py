@@ -29,7 +29,6 @@ class FakeOrigin:
 
     def __init__(self, label: str = "fake") -> None:
         self.label = label
-        self.sends_parts = False
         self.files: dict[str, Files] = {}
         self.revisions: dict[str, str] = {}  # by adapter name; "1" where none is given
         self.final: set[str] = set()  # names whose revision can never change

@@ -39,6 +39,7 @@ READ_BACK_BYTES = 2**18  # what a core's cache holds
 RATE_WINDOW_S = 30.0  # over which the least rate of a transfer is measured: a server that pauses for some seconds is not slow
 
 Buffer = bytes | memoryview
+Judge = Callable[[bytes], Awaitable[int]]  # looks at a beginning: 0 if that is well, else how many bytes it must see
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -69,11 +70,13 @@ class Download:
         self.file = file
         self.target = target
         self.received = 0  # bytes from the start on without a gap: all of them are on disk
-        self.until: int | None = None  # only so much of the file is wanted now; None: all of it
         self._pace = pace
         self._job = job or Job()
         self._disk = disk
         self._least_bytes_per_s = least_bytes_per_s
+        self._judge: Judge | None = None
+        self._judged = asyncio.Event()
+        self._needed = 0  # bytes from the start on that the judge wants to see
         self._digest = hashlib.sha256()
         self._hashed = 0
         self._hashing = asyncio.Lock()
@@ -112,24 +115,45 @@ class Download:
         if self._descriptor >= 0:
             await self._in_thread(self._truncate)
 
-    async def head(self, count: int) -> bytes:
-        """The first `count` bytes, or as many as have arrived."""
+    def hold_for(self, judge: Judge, first: int) -> None:
+        """Show `judge` the beginning of the file, at first so many bytes of it, before anything behind it is taken: what it raises ends the transfer.
+
+        The origin's answer is held back meanwhile. A request of its own for the beginning would cost a round trip, and the sums that S3 keeps of the
+        whole: its client compares them with one answer that has all.
+        """
+        self._judge, self._needed = judge, first
+
+    @property
+    def is_judged(self) -> bool:
+        return self._judge is None
+
+    async def show(self, head: bytes) -> int:
+        """Show the beginning to the judge, if it has not passed yet; how many bytes are needed, 0 if it has."""
+        if self._judge is not None and len(head) >= self._needed:
+            self._needed = await self._judge(head)
+            if not self._needed:
+                self._judge = None
+                self._judged.set()
+        return self._needed
+
+    async def _show_beginning(self, begin: int, pending: list[Buffer]) -> None:
+        """`pending` goes on where `begin` bytes on disk end."""
 
         def read() -> bytes:
             with disk_errors("read"):
-                return os.pread(self._open(), min(count, self.received), 0)
+                return os.pread(self._open(), begin, 0)
 
-        return await self._in_thread(read)
+        pending[:] = [b"".join(pending)]
+        await self.show(b"".join((await self._in_thread(read) if begin else b"", pending[0])))
 
     async def write(self, chunks: AsyncIterator[Buffer], at: int | None = None, end: int | None = None) -> None:
         """Write `chunks` from `at` (default: `received`) up to `end` (default: the file's). More bytes than that are OriginFailed; so are fewer.
 
-        What arrived before a failure is kept. Where only a beginning is wanted, what follows it is left unread.
+        What arrived before a failure is kept.
         """
         begin = at = self.received if at is None else at
         end = self.file.size if end is None else end
         rate, clock = _Rate(self.file.path, self._least_bytes_per_s), asyncio.get_running_loop().time
-        is_enough = False  # all that is wanted now has arrived, and more would follow
         pending: list[Buffer] = []
         count = 0  # bytes in them
         writing: asyncio.Task[None] | None = None
@@ -138,17 +162,20 @@ class Download:
             waiting_since = clock()
             async for chunk in chunks:
                 rate.count(len(chunk), clock() - waiting_since)
-                if self.until is not None and at + count + len(chunk) >= self.until:
-                    chunk = chunk[: max(0, self.until - at - count)]  # noqa: PLW2901
-                    is_enough = True
                 if end is not None and at + count + len(chunk) > end:
                     raise OriginFailed(f"{self.file.path}: the origin sent over {end - begin} bytes, more than it had said")
                 if self.file.limit is not None and at + count + len(chunk) > self.file.limit:
                     raise AdapterTooLarge(f"{self.file.path} has over {self.file.limit} bytes, and its origin did not say so")
                 pending.append(chunk)
                 count += len(chunk)
-                if is_enough:
-                    break
+                if not self.is_judged:
+                    if begin > self.received:  # of parts that come at once, this is not the first
+                        await self._judged.wait()
+                    elif begin + count < self._needed:
+                        waiting_since = clock()
+                        continue
+                    else:
+                        await self._show_beginning(begin, pending)
                 if count >= min(WRITE_BYTES, max(LEAST_WRITE_BYTES, PENDING_BYTES // Download.streams)) or len(pending) >= MAX_PIECES:
                     if writing is not None:
                         await asyncio.wait({writing})
@@ -164,11 +191,13 @@ class Download:
                 await _end_of(writing)
                 writing.result()
             if pending:
+                if len(pending) > MAX_PIECES:  # it broke off before there was enough to judge
+                    pending = [b"".join(pending)]
                 last = asyncio.create_task(self._put(pending, at))
                 at += count
                 await _end_of(last)
                 last.result()
-        if end is not None and at != end and not is_enough:
+        if end is not None and at != end:
             raise OriginFailed(f"{self.file.path}: the origin sent {at - begin} of {end - begin} bytes")
 
     async def copy(self, source: Any, first: bytes, threads: Threads | None = None) -> None:
@@ -183,8 +212,9 @@ class Download:
                 chunk = await in_thread(threads, source.read, WRITE_BYTES)
                 yield chunk
 
-        is_long = len(first) == WRITE_BYTES and self.file.size is not None and self.until is None
-        if is_long and await self._copy_in_kernel(source.fileno(), self.file.size or 0, threads):
+        if not self.received:
+            await self.show(first)
+        if len(first) == WRITE_BYTES and self.file.size is not None and self.is_judged and await self._copy_in_kernel(source.fileno(), self.file.size, threads):
             await in_thread(threads, source.seek, self.received)
             first = await in_thread(threads, source.read, WRITE_BYTES)
         await self.write(chunks(first))

@@ -48,7 +48,6 @@ class PeerOrigin:
     """One peer, for one download after the other."""
 
     label = LABEL
-    sends_parts = False  # a peer has judged what it has
 
     def __init__(self, client: StagerClient) -> None:
         self.client = client
@@ -60,17 +59,17 @@ class PeerOrigin:
         raise NotImplementedError("peers are asked all at once, by Peers.find")
 
     async def fetch(self, _listing: Listing, file: RemoteFile, download: Download) -> None:
-        async def chunks() -> AsyncIterator[memoryview]:
-            async with contextlib.aclosing(self.client.read(file.key, file.path, download.received)) as reading:
+        await download.write(self._chunks(file, download.received))
+
+    async def _chunks(self, file: RemoteFile, offset: int) -> AsyncIterator[memoryview]:
+        try:
+            async with contextlib.aclosing(self.client.read(file.key, file.path, offset)) as reading:
                 while True:
                     async with asyncio.timeout(SILENT_S):
                         chunk = await anext(reading, None)
                     if chunk is None:
                         return
                     yield chunk
-
-        try:
-            await download.write(chunks())
         except TimeoutError as error:
             raise OriginFailed(f"peer {self.client.address}: it sent nothing for {SILENT_S:g} s") from error
         except LoraExtprocError as error:

@@ -81,11 +81,6 @@ class Source:
             await self.go_on(listing, download, job)
             return await download.finish()
 
-    @property
-    def sends_parts(self) -> bool:
-        """Whether the beginning of a file can be had alone."""
-        return self.origin.sends_parts
-
     @asynccontextmanager
     async def download(self, file: RemoteFile, target: Path, job: Job, disk: Threads | None = None) -> AsyncIterator[Download]:
         """A transfer that `go_on` carries on."""
@@ -95,15 +90,11 @@ class Source:
         finally:
             download.close()
 
-    async def go_on(self, listing: Listing, download: Download, job: Job, until: int | None = None) -> None:
-        """Bring what `download` lacks, up to the byte `until` (None: all). A transfer that breaks off goes on where it was, as long as each attempt
-        brings it further; one that is too slow is attempted ATTEMPTS times.
+    async def go_on(self, listing: Listing, download: Download, job: Job) -> None:
+        """Bring what `download` lacks. A transfer that breaks off goes on where it was, as long as each attempt brings it further; one that is too slow
+        is attempted ATTEMPTS times.
         """
-        wanted = download.file.size if until is None else until
-        if wanted and download.received >= wanted:
-            return
         _repeated_for.set(listing.name)
-        download.until = until
         async with self._slots.take(job, owner_of(listing.name)):
             while True:
                 before = download.on_disk

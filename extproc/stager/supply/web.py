@@ -18,6 +18,7 @@ from .download import RANGE_BYTES, Download, in_parallel
 from .listing import RemoteFile
 
 MAX_REDIRECTS = 5
+FIRST_LOOK_BYTES = 2**17  # of a file whose header is wanted alone: that of 32 layers with seven targets has 60 kB
 LONGEST_RETRY_AFTER_S = 86_400.0  # a day; what is said beyond it may not even be a number
 # IPv6 networks whose last 32 bits are an IPv4 address: NAT64 (RFC 6052), IPv4-compatible (RFC 4291), IPv4-translated (RFC 2765)
 _EMBEDDING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))
@@ -63,9 +64,6 @@ class Web:
 
     async def read(self, url: str, file: RemoteFile, download: Download, headers: Mapping[str, str] = {}, *, parallel: int = 1) -> None:
         """What `download` lacks of `url`, by that many requests at once; from the start again where the server sends no ranges."""
-        if download.until is not None:
-            await self._read_part(url, file, download, headers, download.received, download.until)
-            return
         has_gaps = download.on_disk > download.received  # what lies behind them is not asked for again
         missing = download.missing(RANGE_BYTES) if file.size is not None and (parallel > 1 or has_gaps) else []
         first, *others = missing if has_gaps or len(missing) > 1 else [(download.received, None)]
@@ -76,6 +74,19 @@ class Web:
         except OriginChanged:  # every writer has ended
             await download.restart()
             raise
+
+    async def show_beginning(self, url: str, file: RemoteFile, download: Download, headers: Mapping[str, str] = {}) -> None:
+        """For a file that is brought by other means: let the download's judge see its beginning, asked for by ranges."""
+        count = min(FIRST_LOOK_BYTES, file.size or FIRST_LOOK_BYTES)
+        while not download.is_judged:
+            async with self._ask("GET", url, {**headers, "range": f"bytes=0-{count - 1}"}, file.path) as response:
+                if not self._is_there(response):
+                    raise OriginChanged(f"{self._label} origin: {file.path} is gone")
+                try:
+                    head = await response.content.readexactly(count)
+                except asyncio.IncompleteReadError as error:
+                    raise OriginFailed(f"{self._label} origin: {file.path} has not the length that was listed") from error
+            count = await download.show(head)
 
     async def _read_part(
         self, url: str, file: RemoteFile, download: Download, headers: Mapping[str, str], begin: int, end: int | None, *, alone: bool = True

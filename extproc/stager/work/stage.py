@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -17,7 +17,7 @@ from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
 from ..books.holdings import Named
 from ..books.refusals import Version
 from ..node import Node
-from ..supply.download import Download
+from ..supply.download import Download, Judge
 from ..supply.job import Job
 from ..supply.listing import Absent, Listing, RemoteFile
 from ..supply.origins.file import FileOrigin
@@ -32,7 +32,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_PEERS_TRIED = 3  # for one adapter; whoever waits for it waits for each of them
-HEAD_BYTES = 2**17  # of the weights, looked at before there is room for them: the header of 32 layers with seven targets has 60 kB
 PAGE_BYTES = 1024  # of a file, in which a web page shows that it is one
 RESOLVES = 3  # an adapter that is being written anew changes under us; after that many times it is the origin's fault
 
@@ -304,31 +303,31 @@ class Fetcher:
         if _in_place(plan) is not None:
             async with self._phase(job, "fetch"):
                 return config, [*files, await self._link(plan, weights, directory, job)]
-        async with self._fetching(plan, weights, directory, job) as download:
-            if plan.source.sends_parts and weights.size is not None and weights.path == WEIGHTS_FILE:
-                async with self._phase(job, "check"):
-                    await self._check_head(plan, download, config, job)
-            async with self._phase(job, "reserve"):
-                await self._remover.reserve(token, size)
-            async with self._phase(job, "fetch"):
-                await plan.source.go_on(listing, download, job)
-                files.append(await self._finish(plan, download))
+        async with self._phase(job, "fetch"), self._fetching(plan, weights, directory, job) as download:
+            if weights.size is not None and weights.path == WEIGHTS_FILE:
+                download.hold_for(self._judge(plan, weights.size, config, job, lambda: self._remover.reserve(token, size)), min(8, weights.size))
+            else:
+                async with self._phase(job, "reserve", inside="fetch"):
+                    await self._remover.reserve(token, size)
+            await plan.source.go_on(listing, download, job)
+            files.append(await self._finish(plan, download))
         return config, files
 
-    async def _check_head(self, plan: Plan, download: Download, config: AdapterConfig, job: Job) -> None:
-        """Bring the header of the weights, and judge it. What has arrived is the beginning of the file: nothing is fetched twice."""
-        size = download.file.size or 0
-        await self._bring_beginning(plan, download, job, min(HEAD_BYTES, size))
-        head = await download.head(HEAD_BYTES)
-        _check_page(plan, head)
-        header_bytes = 8 + header_length(head[:8], size)
-        await self._bring_beginning(plan, download, job, header_bytes)
-        text = (head if header_bytes <= len(head) else await download.head(header_bytes))[8:header_bytes]
-        await self._node.disk.run(check_header, text, size, config, await self._width())
+    def _judge(self, plan: Plan, size: int, config: AdapterConfig, job: Job, reserve: Callable[[], Awaitable[None]]) -> Judge:
+        """Judges the header of the weights when it has arrived, and makes room for the rest."""
 
-    async def _bring_beginning(self, plan: Plan, download: Download, job: Job, count: int) -> None:
-        if download.received < count:
-            await plan.source.go_on(plan.listing, download, job, until=count if count < (download.file.size or 0) else None)
+        async def judge(head: bytes) -> int:
+            async with self._phase(job, "check", inside="fetch"):
+                _check_page(plan, head)
+                header_bytes = 8 + header_length(head[:8], size)
+                if len(head) < header_bytes:
+                    return header_bytes
+                await self._node.disk.run(check_header, head[8:header_bytes], size, config, await self._width())
+            async with self._phase(job, "reserve", inside="fetch"):
+                await reserve()
+            return 0
+
+        return judge
 
     async def _bring_archive(self, plan: Plan, directory: Path, job: Job, token: str) -> tuple[AdapterConfig, list[File]]:
         """Room for the archive, then for what it holds; the archive goes before anything is published."""
@@ -418,7 +417,7 @@ class Fetcher:
         """The transfer of one file, counted however it ends."""
         if file.size is None:
             file = replace(file, limit=self._limited(file))
-        began, had, reserved_s = self._node.clock(), job.done_bytes, job.phases.get("reserve", 0.0)
+        began, had, held_s = self._node.clock(), job.done_bytes, _held_s(job)
         label, result = plan.source.label, "failed"
         try:
             async with plan.source.download(file, directory / file.path, job, self._node.disk) as download:
@@ -426,8 +425,7 @@ class Fetcher:
             result = "fetched"
         finally:
             self._node.metrics.fetched_bytes.labels(label, result).inc(max(0, job.done_bytes - had))
-            waited_s = job.phases.get("reserve", 0.0) - reserved_s  # for room, in mid-transfer
-            self._node.metrics.fetch_seconds.labels(label, result).observe(self._node.clock() - began - waited_s)
+            self._node.metrics.fetch_seconds.labels(label, result).observe(self._node.clock() - began - (_held_s(job) - held_s))
 
     async def _finish(self, plan: Plan, download: Download) -> File:
         """Raises AdapterDamaged where what has arrived is not what the origin states."""
@@ -464,13 +462,23 @@ class Fetcher:
             return await self._node.disk.run(work, *args, **kwargs)
 
     @contextlib.asynccontextmanager
-    async def _phase(self, job: Job, phase: str) -> AsyncIterator[None]:
+    async def _phase(self, job: Job, phase: str, inside: str = "") -> AsyncIterator[None]:
+        """What the flight does now. `inside` another phase, whose time stands still meanwhile, and which goes on afterwards."""
         began = self._node.clock()
         job.phase = phase
         try:
             yield
         finally:
-            job.phases[phase] = job.phases.get(phase, 0.0) + self._node.clock() - began
+            took_s = self._node.clock() - began
+            job.phases[phase] = job.phases.get(phase, 0.0) + took_s
+            if inside:
+                job.phase = inside
+                job.phases[inside] = job.phases.get(inside, 0.0) - took_s
+
+
+def _held_s(job: Job) -> float:
+    """Seconds in which transfers were held back."""
+    return job.phases.get("check", 0.0) + job.phases.get("reserve", 0.0)
 
 
 def _is_same(known: Named, plan: Plan) -> bool:

@@ -18,7 +18,6 @@ class Origin(Protocol):
     """Raises OriginFailed (worth repeating) or OriginRefused (not), nothing else; running out of disk is the disk's error."""
 
     label: str  # what logs and metrics call it
-    sends_parts: bool  # `fetch` stops where `download.until` says, and goes on from there when it is called again
 
     async def open(self) -> None:
         """Load what takes long to load, before anybody waits. Asks nobody."""

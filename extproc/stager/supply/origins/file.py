@@ -30,8 +30,6 @@ class FileOrigin:
     It is read in threads of its own, since a file server that hangs would hold those of the node's disk.
     """
 
-    sends_parts = True
-
     def __init__(self, settings: OriginSettings) -> None:
         self.label = settings.label
         self.in_place = settings.in_place

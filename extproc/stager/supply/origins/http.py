@@ -17,8 +17,6 @@ from .base import token_for
 class HttpOrigin:
     """Asks with HEAD what is there. The revision is the files' ETags (or dates): all of them, since weights can change alone."""
 
-    sends_parts = True
-
     def __init__(self, settings: OriginSettings) -> None:
         self.label = settings.label
         self._settings = settings

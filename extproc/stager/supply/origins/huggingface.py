@@ -52,8 +52,6 @@ class HuggingFaceOrigin:
     the disk's work nor a short call waits behind a transfer.
     """
 
-    sends_parts = True
-
     def __init__(self, settings: OriginSettings) -> None:
         self.label = settings.label
         self._settings = settings
@@ -74,12 +72,13 @@ class HuggingFaceOrigin:
         repo, _, _ = _split(listing.name)
         url = hf_hub_url(repo, file.key, revision=listing.revision, endpoint=self._endpoint)
         metadata = await self._calls.run(self._metadata, listing.name, file, url)
-        if metadata.xet_file_data is not None and download.until is None:
-            await self._fetch_xet(listing, file, download)
-            return
         token = self._token(listing.name)
         is_own = URL(metadata.location).origin() == URL(url).origin()  # scheme, host and port: not in clear text either
         headers = {"authorization": f"Bearer {token}"} if token and is_own else {}
+        if metadata.xet_file_data is not None:
+            await self._web.show_beginning(metadata.location, file, download, headers)
+            await self._fetch_xet(listing, file, download)
+            return
         parallel = self._settings.parallel if (file.size or 0) > self._settings.parallel_above_bytes else 1
         await self._web.read(metadata.location, file, download, headers, parallel=parallel)
 

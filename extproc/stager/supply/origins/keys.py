@@ -4,12 +4,12 @@ That takes tens of milliseconds for a thousand keys, which would stop the event 
 taken from the client as it came, and read in a thread.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import unquote_plus
-from xml.etree import ElementTree
+from xml.parsers import expat
 
 from ...threads import Threads
 from .names import Names
@@ -41,32 +41,48 @@ async def tell_keys(client: Any, bucket: str, prefix: str, found: Names, threads
 
 def read_page(text: bytes, prefix: str, found: Names) -> str:
     """Tell `found` of the keys of one page; what continues after it, "" after the last. Raises OSError for what is no page."""
-    parser = ElementTree.XMLPullParser(("end",))
-    keys: list[str] = []
-    decode: Callable[[str], str] = str
-    following = tag = ""
+    page, parser = _Page(), expat.ParserCreate(namespace_separator="}")
+    parser.buffer_text = True
+    parser.StartElementHandler, parser.CharacterDataHandler, parser.EndElementHandler = page.starts, page.reads, page.ends
     try:
-        for at in range(0, len(text) + 1, PARSED_BYTES):
-            parser.feed(text[at : at + PARSED_BYTES])
-            for _, element in parser.read_events():
-                tag = element.tag.rpartition("}")[2]
-                match tag:
-                    case "Key":
-                        keys.append(element.text or "")
-                    case "Contents":
-                        element.clear()
-                    case "EncodingType" if element.text == "url":
-                        decode = unquote_plus
-                    case "NextContinuationToken":
-                        following = element.text or ""
-        parser.close()
-    except ElementTree.ParseError as error:
+        for at in range(0, len(text), PARSED_BYTES):
+            parser.Parse(text[at : at + PARSED_BYTES])
+        parser.Parse(b"", True)
+    except expat.ExpatError as error:
         raise OSError("a page of the listing is not XML") from error
-    if tag != "ListBucketResult":  # the last to end is the root
-        raise OSError(f"a page of the listing is <{tag[:40]}>")
-    for key in keys:
-        found.add(decode(key).removeprefix(prefix))
-    return following
+    if page.root != "ListBucketResult":
+        raise OSError(f"a page of the listing is <{page.root[:40]}>")
+    for key in page.keys:
+        found.add((unquote_plus(key) if page.is_quoted else key).removeprefix(prefix))
+    return page.following
+
+
+class _Page:
+    """What of a ListBucketResult counts. No tree is made of it: a million elements would let the garbage collector look through the whole process."""
+
+    def __init__(self) -> None:
+        self.root = ""
+        self.keys: list[str] = []
+        self.is_quoted = False
+        self.following = ""
+        self._text = ""
+
+    def starts(self, name: str, _attributes: object) -> None:
+        self.root = self.root or name.rpartition("}")[2]
+        self._text = ""
+
+    def reads(self, text: str) -> None:
+        self._text += text
+
+    def ends(self, name: str) -> None:
+        match name.rpartition("}")[2]:
+            case "Key":
+                self.keys.append(self._text)
+            case "EncodingType":
+                self.is_quoted = self._text == "url"
+            case "NextContinuationToken":
+                self.following = self._text
+        self._text = ""
 
 
 @contextmanager

@@ -46,8 +46,6 @@ class S3Origin:
     Objects that were uploaded with a SHA-256 checksum are held to it. A name costs one page of a list, however much lies below it: clients choose names.
     """
 
-    sends_parts = True
-
     def __init__(self, settings: OriginSettings) -> None:
         self.label = settings.label
         self._settings = settings
@@ -137,9 +135,7 @@ class S3Origin:
     async def fetch(self, listing: Listing, file: RemoteFile, download: Download) -> None:
         try:
             with self._s3_errors(listing.name):
-                if download.until is not None:
-                    await self._read(file, download, download.received, download.until)
-                elif self._settings.parallel > 1 and (file.size or 0) > self._settings.parallel_above_bytes:
+                if self._settings.parallel > 1 and (file.size or 0) > self._settings.parallel_above_bytes:
                     await in_parallel(download, self._settings.parallel, lambda begin, end: self._read(file, download, begin, end))
                 else:
                     await self._read(file, download)
