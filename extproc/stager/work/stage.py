@@ -92,8 +92,14 @@ class Fetcher:
         raise AssertionError("the last attempt returns or raises")
 
     async def locate(self, name: AdapterName) -> str:
-        """Which origin would give `name`, without bringing it. Raises what `bring` would, as far as the listing tells."""
-        source, listing = await self._resolve(name)
+        """Which origin would give `name`, without bringing it. Raises what `bring` would, as far as the listing and earlier verdicts tell."""
+        try:
+            source, listing = await self._resolve(name, None)
+        except _Unanswered as unanswered:
+            raise unanswered.failure from None
+        plan = Plan(source, listing, source.label, self._stated(name, ""))
+        if (refusal := self._node.refusals.verdict(name, self._version(plan), self._node.clock())) is not None:
+            raise refusal
         if not listing.archive:
             self._check_listing(listing)
         return source.label
