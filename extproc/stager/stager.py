@@ -5,7 +5,6 @@ ensure ── there ────────────────────
    └─ not there ── flight (one per name) ── Fetcher.bring ── link ┘
 """
 
-import asyncio
 import contextlib
 import ctypes
 import logging
@@ -38,6 +37,7 @@ from .books.readiness import Readiness
 from .books.refusals import Refusals
 from .disk.adopt import ORIGIN as ADOPTED
 from .disk.adopt import Adopter
+from .disk.pins import Pins
 from .disk.store import Store
 from .engine.api import Engine
 from .engine.keeper import EngineKeeper
@@ -52,16 +52,16 @@ from .work.audit import Auditor, Verified
 from .work.claims import Claims
 from .work.evict import Remover
 from .work.flights import Flights
+from .work.housekeeping import Housekeeping
+from .work.kept import Kept
 from .work.refresh import Freshness
+from .work.repair import Repair, named_as
 from .work.stage import Fetcher
 
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
-TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
-FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
 DISK_THREADS = 16  # a disk serves some at once; one that hangs holds them all, and nothing else
-PINS_FILE = ".pins.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +101,18 @@ class Stager:
         self._flights = Flights(self.node, self._learn_from)
         self._remover = Remover(self.node)
         self._fetcher = Fetcher(self.node, sources, peers or Peers(settings.peers, {}, self.instance), self._remover)
-        self._adopter = Adopter(settings, store, holdings, changes, disk, clock)
+        self._kept = Kept(self.node)
+        self._adopter = Adopter(settings, store, holdings, changes, disk, self._kept.check, self._kept.check_digest, self._replaced, clock)
         self._auditor = Auditor(self.node, self._remover, self._adopter)
+        self._repair = Repair(self.node, self._remover, self._adopter, self._auditor)
         self._freshness = Freshness(self.node, self._fetcher, self._remover, self._adopter, self._flights)
         self._claims = Claims(self.node)
         self.catalogue = Catalogue(sources, settings, clock)
-        self._pins_file = asyncio.Lock()
+        self._pins = Pins(store, holdings, disk)
+        self._house = Housekeeping(self.node, self._remover, self._adopter, self._keeper, self._repair)
         self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
         self._resolving: SingleFlight[AdapterName, str] = SingleFlight()
         self._is_full = False  # what was fetched last found no room
-        self._space_told: tuple[int, int] = (-1, -1)
-        self._demand_told: tuple[int, int] = (0, 0)
-        self._next_scan = 0.0
-        self._next_trim = 0.0
-        self._scan: asyncio.Task[None] | None = None
-        self._housekeeping: asyncio.Task[None] | None = None
-        self._retiring: asyncio.Task[None] | None = None
         self._expose()
 
     @property
@@ -127,20 +123,24 @@ class Stager:
     async def open(self) -> None:
         """Take the directory and adopt what is in it. Raises StartError."""
         scan = await self.node.disk.run(self.node.store.open, keep_unnamed=self.node.engine.exists)
+        await self.node.disk.run(self._pins.open)
+        refused = await self._kept.look_at(scan.names)
         now, by_age = self.node.clock(), [*scan.unnamed, *scan.by_age()]
         for digest, disk_bytes in scan.unnamed.items():
             self.node.holdings.index.add(digest, disk_bytes, now)
             self._remover.retire(digest)
         self.node.loads.take(scan.versions)
         for name, found in scan.take():
-            own = found.name == name  # another name's revision is not in the manifest
             self.node.holdings.index.add(found.digest, found.disk_bytes, now)
-            self.node.holdings.put(name, Named(found.digest, found.origin, found.revision if own else "", final=found.final and own))
+            if name not in refused:
+                self.node.holdings.put(name, named_as(name, found))
+                continue
+            log.warning("%s: not served any more: %s", name, refused[name])
+            await self._take_name(name, found.digest)
         self.node.holdings.index.order(by_age)
         del by_age
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps a tenth of what a hundred thousand took on the way
             trim(0)
-        await self.node.disk.run(self._read_pins)
         await self.node.disk.run(self._adopter.open)
         await self._fetcher.open()
         index = self.node.holdings.index
@@ -149,13 +149,19 @@ class Stager:
         )
         for left in scan.removed[:20]:
             log.info("%s: removed %s: it was not whole, or a newer version is there", self.node.settings.dir, left)
-        if self.node.settings.adopt:
-            await asyncio.wait({self._start_scan()}, timeout=FIRST_SCAN_S)
+        await self._house.scan_first()
         self.node.holdings.sort()
         self._claims.open()
         await self._keeper.open()
         self.node.readiness.set("start", None)
-        self._housekeeping = asyncio.create_task(self._keep_house(), name="housekeeping")
+        self._house.open(HOUSEKEEPING_S)
+
+    async def _take_name(self, name: AdapterName, id_: ArtifactId) -> None:
+        """What today's settings refuse goes when the engine lets it go. Until then vLLM's resolver may read a registered adapter through its link again."""
+        self._remover.retire(id_)
+        if not self.node.engine.exists or self.node.engine.loads:
+            with contextlib.suppress(LoraExtprocError):
+                await self.node.disk.run(self.node.store.unlink, name)
 
     def drain(self) -> None:
         """Tell routers that this node will be gone soon."""
@@ -164,10 +170,8 @@ class Stager:
 
     async def close(self) -> None:
         """Give up flights, leave nothing half done, and let the directory go."""
-        for task in (self._housekeeping, self._retiring, self._scan):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await self._house.close()
+        await self._repair.close()
         await self._keeper.close()
         await self._freshness.close()
         await self._in_flight.close()
@@ -204,23 +208,37 @@ class Stager:
 
     async def _ensure(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
         began = self.node.clock()
+        held = await self._hold(name, priority, holder, sha256, loading)
+        if loading is Loading.NONE:
+            return held
+        try:
+            return await self._load(name, held, holder, began, loading)
+        except LoraExtprocError as error:
+            if not await self._repair.look(name, error):
+                raise
+        held = await self._hold(name, priority, holder, sha256, loading)  # once: what is lost again at once is lost for a reason
+        return await self._load(name, held, holder, began, loading)
+
+    async def _hold(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
+        """Wait until it is on disk, and lease it."""
+        began = self.node.clock()
         held = self._lease(name, began, holder, staged=False, waited_s=0.0)
-        if held is None:
-            if (refusal := self.node.refusals.answer(name, sha256, began)) is not None:
-                self.node.metrics.negative_hits.inc()
-                raise refusal
-            self._flights.hurry(name, priority)
-            try:
-                landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256, loading))
-            except InvalidAdapter as error:
-                if error.stated in ("", sha256):
-                    raise
-                return await self._ensure(name, priority, holder, sha256, loading)  # refused for what the first caller stated, which says nothing to this one
-            now = self.node.clock()
-            held = self._lease(name, now, holder, staged=landed.staged, waited_s=now - began) or landed
-        elif not self.is_draining:
-            self._freshness.revalidate(name)
-        return held if loading is Loading.NONE else await self._load(name, held, holder, began, loading)
+        if held is not None:
+            if not self.is_draining:
+                self._freshness.revalidate(name)
+            return held
+        if (refusal := self.node.refusals.answer(name, sha256, began)) is not None:
+            self.node.metrics.negative_hits.inc()
+            raise refusal
+        self._flights.hurry(name, priority)
+        try:
+            landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256, loading))
+        except InvalidAdapter as error:
+            if error.stated in ("", sha256):
+                raise
+            return await self._hold(name, priority, holder, sha256, loading)  # refused for what the first caller stated, which says nothing to this one
+        now = self.node.clock()
+        return self._lease(name, now, holder, staged=landed.staged, waited_s=now - began) or replace(landed, waited_s=now - began)
 
     async def _load(self, name: AdapterName, held: Ensured, holder: str, began: float, loading: Loading) -> Ensured:
         """Let the engine know what is leased. A version that took its place meanwhile is taken instead; what the engine refuses is leased no longer."""
@@ -267,24 +285,24 @@ class Stager:
     async def pin(self, raw_name: str, sha256: str = "") -> str:
         """Put the adapter on disk and hold it without an end; its digest. Survives restarts. Raises a StageError."""
         held = await self.ensure(raw_name, sha256=sha256)
-        name = adapter_name(raw_name)
-        before = self.node.holdings.pins.get(name)
-        self.node.holdings.pin(name, sha256)
-        try:
-            await self._write_pins()
-        except LoraExtprocError:  # a pin that would not survive is none
-            if before is None:
-                self.node.holdings.unpin(name)
-            else:
-                self.node.holdings.pin(name, before)
-            raise
+        with self._disk_failures():
+            await self._pins.pin(adapter_name(raw_name), sha256)
         return held.digest
 
     async def unpin(self, raw_name: str) -> None:
-        """Let it be evicted again when its time comes."""
-        self.node.holdings.unpin(adapter_name(raw_name))
+        """Let it be evicted again when its time comes. Raises NoSpace or DiskFailed, and then it is pinned as before."""
         self.node.refusals.forget(adapter_name(raw_name))  # what was refused may have been so for the digest of the pin
-        await self._write_pins()
+        with self._disk_failures():
+            await self._pins.unpin(adapter_name(raw_name))
+
+    @contextlib.contextmanager
+    def _disk_failures(self) -> Iterator[None]:
+        """Let the node be not ready when its disk fails."""
+        try:
+            yield
+        except DiskFailed as error:
+            self.node.readiness.set("disk", error.message)
+            raise
 
     async def evict(self, raw_name: str) -> int:
         """Remove one adapter unless somebody holds it; the bytes freed. Raises ModelNotFound or AdapterInUse."""
@@ -348,20 +366,23 @@ class Stager:
 
     @contextlib.contextmanager
     def reading(self, digest: str, path: str) -> Iterator[Path]:
-        """The path of one file of a published artifact, which stays as long as it is read. Raises ModelNotFound."""
-        holder, id_ = f"read {secrets.token_hex(4)}", ArtifactId(digest)
-        index = self.node.holdings.index
-        entry = index.get(id_)
-        if entry is None or "/" in path or path.startswith(".") or not path:
+        """The path of one file of a published artifact, which stays as long as it is read. A peer's read is no demand: nobody is sent here for it.
+
+        Raises ModelNotFound.
+        """
+        id_, index = ArtifactId(digest), self.node.holdings.index
+        if "/" in path or path.startswith(".") or not path or not index.hold(id_):
             raise ModelNotFound(f"{digest[:64]!r} has no file {path[:80]!r} on this node")
-        index.lease(id_, float("inf"), entry.last_used, holder)
         try:
             yield self.node.store.path(id_) / path
+        except DiskFailed:
+            self._repair.look_soon(id_, is_due=True)
+            raise
         finally:
-            index.release(holder, id_)
+            index.let_go(id_)
 
     def leased_s(self, id_: ArtifactId) -> float:
-        """Seconds until the last lease ends; 0 without one. Who reads it for another node counts as one that was just granted."""
+        """Seconds until the last lease ends; 0 without one."""
         entry = self.node.holdings.index.get(id_)
         return min(max(0.0, entry.leased_until - self.node.clock()), self.node.settings.lease_s) if entry is not None else 0.0
 
@@ -387,6 +408,7 @@ class Stager:
             return None
         entry = index.get(named.id)
         assert entry is not None
+        self._repair.look_soon(named.id)
         return Ensured(named.digest, entry.size, staged, named.origin, self.node.settings.lease_s, waited_s)
 
     async def _fly(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
@@ -428,7 +450,7 @@ class Stager:
             kept = self._lease(name, self.node.clock(), holder, staged=False, waited_s=0.0)
             if kept is not None:
                 return kept
-        if self.node.settings.adopt and self._adopter.is_there(name):  # two looks: less than a thread takes to wake up
+        if self.node.settings.adopt and await self._adopter.is_there(name):
             await self._adopter.adopt(name)
             return self._lease(name, self.node.clock(), holder, staged=False, waited_s=0.0)
         return None
@@ -451,81 +473,16 @@ class Stager:
         manifest = await self.manifest(name)
         return next((file.sha256 for file in manifest.files if file.path != CONFIG_FILE), "") if manifest is not None else ""
 
-    def _read_pins(self) -> None:
-        pins = self.node.store.read_json(PINS_FILE)
-        for name, sha256 in pins.items() if isinstance(pins, dict) else ():
-            with contextlib.suppress(LoraExtprocError):
-                self.node.holdings.pin(adapter_name(str(name)), str(sha256))
-
-    async def _write_pins(self) -> None:
-        async with self._pins_file:  # else of two at once the older list may be written last
-            try:
-                await self.node.disk.run(self.node.store.write_json, PINS_FILE, dict(self.node.holdings.pins))
-            except DiskFailed as error:
-                self.node.readiness.set("disk", error.message)
-                raise
-
     # -- the node's state
-
-    async def _keep_house(self) -> None:
-        """Every second: the disk's health, room in advance, what others put here. The engine's is asked apart: here nothing may wait for it."""
-        while True:
-            try:
-                await self._check_disk()
-                await self._trim()
-                if self._retiring is None or self._retiring.done():  # an engine may take its time to let something go
-                    self._retiring = asyncio.create_task(self._remover.remove_retired(), name="retired")
-                if self.node.settings.adopt and self.node.clock() >= self._next_scan and self._scan is not None and self._scan.done():
-                    self._start_scan()
-                self._tell_space()
-                self._tell_demand()
-            except Exception:  # whatever one round stumbles over, the next must come
-                log.exception("housekeeping")
-            await asyncio.sleep(HOUSEKEEPING_S)
-
-    def _start_scan(self) -> asyncio.Task[None]:
-        """In a task of its own: what others put here may be terabytes, which are hashed once."""
-        self._next_scan = self.node.clock() + self.node.settings.scan_s
-        self._scan = asyncio.create_task(self._adopter.scan(), name="scan")
-        return self._scan
-
-    async def _check_disk(self) -> None:
-        """After a failure: whether the disk can be written again."""
-        if self.node.store.has_leftovers:
-            await self.node.disk.run(self.node.store.clear_leftovers)
-        if "disk" in self.node.readiness:
-            try:
-                await self.node.disk.run(self.node.store.probe)
-            except NoSpace:
-                pass  # it can be written, when there is room
-            except DiskFailed:
-                return
-            self.node.readiness.set("disk", None)
-
-    async def _trim(self) -> None:
-        """Room in advance, unless it would be in vain: what has to stay counts as used just now, and the order in which they go would be lost."""
-        index, settings = self.node.holdings.index, self.node.settings
-        if not self._keeper.is_well or "disk" in self.node.readiness or self.node.clock() < self._next_trim:
-            return
-        is_above = index.used_bytes + index.reserved_bytes > settings.high_watermark * settings.max_bytes
-        if is_above and settings.high_watermark < 1 and not await self._remover.trim(int(settings.low_watermark * settings.max_bytes)):
-            self._next_trim = self.node.clock() + TRIM_PAUSE_S
-
-    def _tell_space(self) -> None:
-        index = self.node.holdings.index
-        if (index.used_bytes, index.reserved_bytes) != self._space_told:
-            self._space_told = (index.used_bytes, index.reserved_bytes)
-            self.node.changes.tell("space")
-
-    def _tell_demand(self) -> None:
-        if self.demand != self._demand_told:
-            self._demand_told = self.demand
-            self.node.changes.tell("demand")
 
     @property
     def demand(self) -> tuple[int, int]:
         """How many adapters are leased, and how many the engine keeps in memory (0: not known)."""
-        return self.node.holdings.index.in_demand(self.node.clock(), self.node.settings.lease_s), self.node.engine.limits.max_cpu_loras
+        return self._house.demand
+
+    def _replaced(self, id_: ArtifactId) -> None:
+        """Others exchanged or removed their own files: under the old name the engine would read something else, or nothing."""
+        self._repair.tell_engine(id_)
 
     def _expose(self) -> None:
         """Gauges read when they are asked, so that a scrape shows the moment and not the last round of the house."""

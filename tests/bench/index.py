@@ -21,7 +21,7 @@ from rich.table import Table
 
 from extproc.client import StagerClient
 from extproc.core.artifact import File, Manifest
-from extproc.stager.disk.store import MANIFEST_FILE
+from extproc.stager.disk.layout import MANIFEST_FILE
 from extproc.up.processes import free_ports
 from tests.fakes.adapters import CONFIG, WEIGHTS, small_files
 

@@ -39,7 +39,8 @@ class Disk:
         return self.place / "node"
 
     def fill(self) -> None:
-        """Leave no room for a byte."""
+        """Leave no room for a byte: what was deleted a moment ago is free when the journal is written, so that comes first."""
+        run("sync", "-f", str(self.place))
         with (self.place / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
             while True:
                 ballast.write(os.urandom(4096))  # which no file system compresses

@@ -9,7 +9,8 @@ import pytest
 
 from extproc.core.artifact import adapter_name
 from extproc.stager import stager as stager_module
-from extproc.stager.disk.store import MANIFEST_FILE, Store
+from extproc.stager.disk.layout import MANIFEST_FILE
+from extproc.stager.disk.store import Store
 from tests.bench.index import PER_FOLDER, fill, folder, name
 from tests.fakes.adapters import CONFIG, WEIGHTS, read_files, size_of, small_files
 from tests.fakes.origin import FakeOrigin

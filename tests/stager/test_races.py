@@ -29,7 +29,7 @@ def on_disk(node: Path) -> tuple[set[str], int, int]:
 
 def balanced(stager: Stager) -> bool:
     index = stager.node.holdings.index
-    return {entry.id for entry in index.entries()} == {path.name for path in stager.node.store._store.iterdir()} and not index.reserved_bytes
+    return {entry.id for entry in index.entries()} == {path.name for path in stager.node.store.content.iterdir()} and not index.reserved_bytes
 
 
 def test_one_names_folder_goes_while_another_name_comes_into_it(node: Path) -> None:

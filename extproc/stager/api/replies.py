@@ -48,17 +48,17 @@ def list_reply(stager: Stager) -> pb.ListReply:
 
 
 async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes:
-    """An encoded ModelsReply: base models and adapters as vLLM would list them.
+    """An encoded ModelsReply: base models and adapters as vLLM would list them, without those that the engine has refused.
 
     It is made of slices, since parts of an encoded message that follow each other are one message, and a hundred thousand adapters would stop the
     event loop for a tenth of a second. What comes or goes between two slices is listed, or not.
     """
-    holdings, path = stager.node.holdings, stager.node.store.path
+    holdings, path, refuses = stager.node.holdings, stager.node.store.path, stager.node.loads.refuses
     bases = [] if after else [pb.Model(id=base.id, root=base.root, max_model_len=base.max_model_len) for base in stager.node.engine.bases]
     refused = [] if after else sorted(stager.node.refusals.forbidden(stager.node.clock()))
     parts, left = [pb.ModelsReply(bases=bases, refused=refused).SerializeToString()], limit or len(holdings)
     while left and (names := holdings.after(after, min(left, MODELS_SLICE))):
-        adapters = [pb.Model(id=name, root=str(path(named.id))) for name in names if (named := holdings.get(name)) is not None]
+        adapters = [pb.Model(id=name, root=str(path(named.id))) for name in names if (named := holdings.get(name)) is not None and not refuses(name, named.id)]
         parts.append(pb.ModelsReply(adapters=adapters).SerializeToString())
         after, left = names[-1], left - len(names)
         await asyncio.sleep(0)

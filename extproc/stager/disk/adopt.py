@@ -1,31 +1,34 @@
 """Adapters that others put into the node's directory: a training job, rsync. Served when complete, never changed, deleted only if that is allowed."""
 
 import logging
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...config import StagerSettings
 from ...core.artifact import AdapterName, ArtifactId, File, Manifest, content_digest
 from ...errors import DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
-from ..adapter.check import check_config, check_files
-from ..adapter.files import CONFIG_FILE, wanted
+from ..adapter.files import wanted
 from ..books.changes import Changes
 from ..books.holdings import Holdings, Named
 from ..syscalls import disk_errors, hash_file
 from ..threads import Threads
-from .store import Store
+from .store import Store, read_memory
 
 log = logging.getLogger(__name__)
 
 ORIGIN = "adopted"
 MEMORY_FILE = ".adopted.json"  # hashes by name and stamp: terabytes need not be read again at every start
+FORBIDDEN = ("base_model", "digest", "rank")  # refusals of what is whole; anything else may be a new version that is half written
 SAVE_EVERY_S = 10.0  # while many are being hashed: what a crash may cost
 
 
 class Adopter:
-    """Finds them, by a look through the whole directory now and then or when one is asked for, and keeps the holdings true to them."""
+    """Finds them, by a look through the whole directory now and then or when one is asked for, and keeps the holdings true to them.
+
+    `check(directory)` and, when they are hashed, `check_files(name, files)` say with an InvalidAdapter what is not served here. `replaced(id)` is told
+    of an artifact in whose place its owner has put another.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,9 @@ class Adopter:
         holdings: Holdings,
         changes: Changes,
         disk: Threads,
+        check: Callable[[Path], None] = lambda _: None,
+        check_files: Callable[[AdapterName, Sequence[File]], None] = lambda _, __: None,
+        replaced: Callable[[ArtifactId], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -42,6 +48,9 @@ class Adopter:
         self._holdings = holdings
         self._changes = changes
         self._disk = disk
+        self._check = check
+        self._check_files = check_files
+        self._replaced = replaced
         self._clock = clock
         self._wall_clock = wall_clock
         self._hashes: dict[str, dict[str, object]] = {}
@@ -52,14 +61,13 @@ class Adopter:
 
     def open(self) -> None:
         """Read what an earlier process has hashed. Blocks."""
-        memory = self._store.read_json(MEMORY_FILE)
+        memory = read_memory(self._store, MEMORY_FILE)
         if isinstance(memory, dict):
             self._hashes = {str(name): entry for name, entry in memory.items() if isinstance(entry, dict)}
 
-    def is_there(self, name: AdapterName) -> bool:
-        """Whether others have something under `name`."""
-        path = self._store.directory / name
-        return not os.path.islink(path) and os.path.isfile(path / CONFIG_FILE)  # noqa: PTH113, PTH114  # which say no where they may not look
+    async def is_there(self, name: AdapterName) -> bool:
+        """Whether others have something under `name`. Raises DiskFailed where this process may not look."""
+        return await self._disk.run(self._store.has_foreign, name)
 
     async def look(self, name: AdapterName) -> Manifest:
         """Verify and hash it. Raises InvalidAdapter, also where it is not complete yet or still being written."""
@@ -75,12 +83,13 @@ class Adopter:
             self._is_blind = True
             return
         self._is_blind = False
+        self._adopted = {name for name in self._adopted if self._holds(name)}  # what was evicted, or came from an origin since, is not theirs
         for name in dict.fromkeys((*there, *self._adopted)):
             named = self._holdings.get(name)
             try:
                 if named is None:
                     await self.adopt(name)
-                elif named.revision != await self._disk.run(self.revision, name):
+                elif named.id.is_adopted and named.revision != await self._disk.run(self.revision, name):
                     await self.look_again(name, named)
             except (LoraExtprocError, OSError) as error:
                 log.debug("%s: %s", name, error)
@@ -91,6 +100,10 @@ class Adopter:
             self._is_saved = False
         await self._save()
 
+    def _holds(self, name: AdapterName) -> bool:
+        named = self._holdings.get(name)
+        return named is not None and named.id.is_adopted
+
     async def adopt(self, name: AdapterName) -> None:
         """Serve it from where it is. Raises InvalidAdapter."""
         manifest = await self.look(name)
@@ -100,24 +113,35 @@ class Adopter:
 
     async def look_again(self, name: AdapterName, known: Named) -> bool:
         """Others may have changed it, or taken it away; True if so."""
-        if not await self._disk.run(self.is_there, name):
-            self._adopted.discard(name)
+        if not await self.is_there(name):
             if self._holdings.get(name) is not known or self._holdings.index.is_leaving(known.id):
                 return False  # it was we
-            self._holdings.drop(name)
-            self._holdings.index.removed(known.id)
-            self._changes.tell("evicted", name)
+            self._drop(name, known)
             log.info("%s: others took it away", name)
             return True
-        manifest = await self.look(name)
+        try:
+            manifest = await self.look(name)
+        except InvalidAdapter as error:
+            if error.what in FORBIDDEN and self._holdings.get(name) is known:
+                self._drop(name, known)
+                log.warning("%s: others changed it in place, and it is not served any more: %s", name, error.message)
+            raise
         if manifest.revision == known.revision or self._holdings.get(name) is not known:
             return False
         named = self._take(name, manifest, "refreshed")
         if named.id != known.id:
             self._holdings.index.inherit(named.id, known.id)
             self._holdings.index.removed(known.id)
+            self._replaced(known.id)
         log.warning("%s: others changed it in place; an engine that has it loaded may answer with either version", name)
         return True
+
+    def _drop(self, name: AdapterName, known: Named) -> None:
+        self._adopted.discard(name)
+        self._holdings.drop(name)
+        self._holdings.index.removed(known.id)
+        self._changes.tell("evicted", name)
+        self._replaced(known.id)
 
     def _take(self, name: AdapterName, manifest: Manifest, kind: str) -> Named:
         named = Named(ArtifactId.adopted(manifest.digest, name), manifest.origin, manifest.revision)
@@ -150,11 +174,7 @@ class Adopter:
                 stamp, youngest = _stamp(directory)
                 if self._wall_clock() - youngest < self._settings.scan_s:
                     raise InvalidAdapter(f"{name}: others put it on this node, and wrote to it less than {self._settings.scan_s:g} s ago", "incomplete")
-                engine = self._settings.engine
-                text = (directory / CONFIG_FILE).read_bytes()
-                names = engine.base_names if engine.mode == "api" else ()  # what others put here is not changed
-                config = check_config(text, base_model=engine.base_model, base_names=names, max_rank=engine.max_lora_rank)
-                check_files(directory, config, allow_pickle=self._settings.allow_pickle)
+                self._check(directory)
                 files = self._hashed(name, directory, stamp)
             except (FileNotFoundError, NotADirectoryError):
                 raise InvalidAdapter(f"{name}: others put it on this node, and it is not complete", "incomplete") from None
@@ -162,6 +182,7 @@ class Adopter:
                 raise InvalidAdapter(f"{name}: others put it on this node, and this process may not read it", "incomplete") from None
         if self.revision(name) != stamp:
             raise InvalidAdapter(f"{name}: others write to it", "incomplete")
+        self._check_files(name, files)
         return Manifest(files, name, ORIGIN, stamp)
 
     def _hashed(self, name: AdapterName, directory: Path, stamp: str) -> tuple[File, ...]:
@@ -191,12 +212,13 @@ def _hash_all(directory: Path) -> tuple[File, ...]:
 
 
 def _stamp(directory: Path) -> tuple[str, float]:
-    """Lengths and times of the files that count, and when one was last changed. Raises FileNotFoundError where one is missing.
+    """What tells the files that count from what they were before, and when one was last changed. Raises FileNotFoundError where one is missing.
 
-    The latter is the kernel's own time of change: the other is whatever rsync or tar brought along, and may be in the future.
+    The kernel's own time of change and the inode belong to it: the time of modification is whatever rsync or tar brought along, may be in the future,
+    and may be put back after a change. The moment is the kernel's as well.
     """
     paths = wanted(entry.name for entry in directory.iterdir() if entry.is_file())
     if len(paths) < 2:
         raise FileNotFoundError
     stats = [(directory / path).stat() for path in paths]
-    return " ".join(f"{stat.st_size}.{stat.st_mtime_ns}" for stat in stats), max(stat.st_ctime for stat in stats)
+    return " ".join(f"{stat.st_size}.{stat.st_mtime_ns}.{stat.st_ctime_ns}.{stat.st_ino}" for stat in stats), max(stat.st_ctime for stat in stats)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 IN_TRANSIT_S = 0.5  # what was sent to the engine under a name that is about to mean something else has arrived by then
 LOOKS = 5  # at a list that changes under the look
+MAX_REFUSED = 10_000  # versions that the engine refused
 MAX_RELOADED = 64  # after a restart of an engine whose slots are not known
 
 
@@ -65,7 +66,7 @@ class Loads:
         self._unloading: set[str] = set()
         self._changes = 0  # of the two above: a list that was asked for before one of them says nothing
         self._unsettled: dict[ArtifactId, set[str]] = {}  # artifacts that were unloaded and not seen at rest since -> the names that were theirs
-        self._refused: dict[Load, tuple[float, InvalidAdapter]] = {}
+        self._refused: dict[Load, tuple[float, InvalidAdapter]] = {}  # -> until when that is the answer; at most MAX_REFUSED
         self._flights: SingleFlight[tuple[str, Load], None] = SingleFlight()
 
     async def close(self) -> None:
@@ -246,6 +247,15 @@ class Loads:
             return Load(adapter, named.id)
         return None
 
+    def refuses(self, adapter: AdapterName, id_: ArtifactId) -> bool:
+        """Whether the engine has refused this version the last time."""
+        return Load(adapter, id_) in self._refused
+
+    def pardon(self, id_: ArtifactId) -> None:
+        """The files that it refused are not there any more."""
+        for load in [load for load in self._refused if load.id == id_]:
+            del self._refused[load]
+
     def _refuse(self, load: Load) -> None:
         until, error = self._refused.get(load, (0.0, None))
         if error is not None and self._clock() < until:
@@ -265,9 +275,9 @@ class Loads:
             result = "loaded"
         except InvalidAdapter as error:
             result = error.reason
-            if self._refused_s:
-                self._refused = {refused: kept for refused, kept in self._refused.items() if kept[0] > self._clock()}
-                self._refused[load] = (self._clock() + self._refused_s, error)
+            if len(self._refused) >= MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
+            self._refused[load] = (self._clock() + self._refused_s, error)  # kept beyond that time: who lists what can be served leaves it out
             self._metrics.verify_failures.labels(error.what).inc()
             log.warning("%s: %s", load.adapter, error.message)
             raise

@@ -46,7 +46,7 @@ class Auditor:
             entry = self._node.holdings.index.get(named.id) if named is not None else None
             if named is None or entry is None:
                 continue
-            why = await self._node.disk.run(self._differs, name, named)
+            why = await self.differs(name, named)
             names, removed = self._node.holdings.names_of(named.id), False
             if why:
                 self._node.metrics.verify_failures.labels("disk").inc()
@@ -57,8 +57,11 @@ class Auditor:
             for each in names if removed else (name,):
                 yield Verified(each, named.digest, entry.size, why, removed)
 
+    async def differs(self, name: AdapterName, named: Named) -> str:
+        """Why what is on disk is not what was published, read from end to end; "" if it is."""
+        return await self._node.disk.run(self._differs, name, named)
+
     def _differs(self, name: AdapterName, named: Named) -> str:
-        """Why what is on disk is not what was published; "" if it is. Blocks."""
         directory = self._node.store.path(named.id)
         try:
             if named.id.is_adopted:

@@ -16,10 +16,12 @@ import pytest
 import yaml
 
 from extproc.client import StagerClient
-from extproc.core.artifact import ArtifactId, Manifest, adapter_name
+from extproc.core.artifact import AdapterName, ArtifactId, Manifest, adapter_name, versioned_name
 from extproc.errors import InvalidAdapter, NoSpace, StageError, StagerUnavailable, StartError
 from extproc.process.sockets import listen
-from extproc.stager.disk.store import MANIFEST_FILE, Store
+from extproc.stager.disk import layout as layout_module
+from extproc.stager.disk.layout import MANIFEST_FILE
+from extproc.stager.disk.store import Store
 from extproc.stager.syscalls import disk_errors, hash_file
 from tests.fakes.adapters import Files, read_files, small_files
 from tests.fakes.http import FileServer
@@ -52,8 +54,8 @@ def serve(store: Store, files: Files, name: str = NAME) -> ArtifactId:
 
 
 def visible(node: Path) -> list[str]:
-    """What an engine can see: every path below the directory, without our own two."""
-    return sorted(str(path.relative_to(node)) for path in node.rglob("*") if path.relative_to(node).parts[0] not in (".store", ".staging"))
+    """What an engine can see: every path below the directory that does not begin with a dot, as our own do."""
+    return sorted(str(path.relative_to(node)) for path in node.rglob("*") if not path.relative_to(node).parts[0].startswith("."))
 
 
 def reopened(node: Path) -> Store:
@@ -312,33 +314,114 @@ def test_a_name_that_is_a_foreign_file_is_refused(store: Store, node: Path, make
     assert not (node / "sql").is_symlink() or (node / "sql").readlink() == Path("target")
 
 
-# -- names that cannot stand beside each other
+# -- an adapter and its checkpoints
 
 
-def test_a_name_below_a_served_name_is_refused(store: Store, node: Path) -> None:
-    """`acme` is a link into .store: `acme/x` would lie in its content."""
-    digest = serve(store, small_files(seed=1), "acme")
-    for name in ("acme/x", "acme/x/y"):
-        with pytest.raises(InvalidAdapter, match=name):
-            serve(store, small_files(seed=2), name)
-    assert visible(node) == ["acme"]
-    assert sorted(path.name for path in store.path(digest).iterdir()) == [MANIFEST_FILE, "adapter_config.json", "adapter_model.safetensors"]
+RUN, CHECKPOINT = adapter_name("acme/sql"), adapter_name("acme/sql/checkpoint-500")
+SHOWN = {RUN: small_files(seed=1), CHECKPOINT: small_files(seed=2)}
 
 
-def test_a_name_above_a_served_name_is_refused(store: Store, node: Path) -> None:
-    """`acme/` is a folder: `acme` cannot be a link."""
-    serve(store, small_files(seed=1), "acme/x")
-    with pytest.raises(InvalidAdapter, match="acme"):
-        serve(store, small_files(seed=2), "acme")
-    assert visible(node) == ["acme", "acme/x"]
+def shown(node: Path) -> dict[str, Files]:
+    """What vLLM's resolver reads for each of the names: it joins the directory and the name, and opens the files there."""
+    paths = {name: [node / name / path for path in SHOWN[name]] for name in SHOWN}
+    return {name: {path.name: path.read_bytes() for path in files} for name, files in paths.items() if all(path.is_file() for path in files)}
 
 
-def test_a_name_is_free_again_when_what_it_conflicted_with_is_gone(store: Store, node: Path) -> None:
-    """Unlinking `acme/x` removes the folder that was in the way of `acme`."""
-    serve(store, small_files(seed=1), "acme/x")
-    store.unlink(adapter_name("acme/x"))
-    serve(store, small_files(seed=2), "acme")
-    assert visible(node) == ["acme"]
+@pytest.mark.parametrize("first", [RUN, CHECKPOINT])
+def test_an_adapter_and_its_checkpoint_are_both_served(store: Store, node: Path, first: str) -> None:
+    """Whichever comes first, and after a restart."""
+    ids = {name: serve(store, SHOWN[name], name) for name in sorted(SHOWN, key=lambda name: name != first)}
+    assert shown(node) == SHOWN
+    store.close()
+    again = Store(node)
+    scan = again.open()
+    assert scan.names == ids
+    assert not scan.removed
+    assert shown(node) == SHOWN
+    assert all(again.shows(adapter_name(name), id_) for name, id_ in ids.items())
+    again.close()
+
+
+@pytest.mark.parametrize("gone", [RUN, CHECKPOINT])
+def test_of_an_adapter_and_its_checkpoint_one_may_go(store: Store, node: Path, gone: AdapterName) -> None:
+    """The other stays, and the first may come back; when both are gone, nothing is left of their folders."""
+    for name, files in SHOWN.items():
+        serve(store, files, name)
+    store.unlink(gone)
+    assert shown(node) == {name: files for name, files in SHOWN.items() if name != gone}
+    serve(store, SHOWN[gone], gone)
+    assert shown(node) == SHOWN
+    for name in SHOWN:
+        store.unlink(name)
+    assert visible(node) == []
+
+
+def test_an_adapter_with_checkpoints_moves_to_new_content_in_one_step(store: Store, node: Path) -> None:
+    """All its files lead through one link, which is replaced; what only the old version had goes."""
+    for name, files in SHOWN.items():
+        serve(store, files, name)
+    pickled = {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}
+    new = serve(store, pickled, RUN)
+    assert store.shows(RUN, new)
+    assert read_files(node / RUN) == pickled
+    assert (node / RUN / ".adapter").readlink() == Path("../../.store") / new
+    assert shown(node) == {CHECKPOINT: SHOWN[CHECKPOINT]}
+
+
+def test_versions_of_a_checkpoint_lie_beside_it(store: Store, node: Path) -> None:
+    """vLLM's resolver finds them by their own name, below what was a link until then."""
+    run, checkpoint = (serve(store, files, name) for name, files in list(SHOWN.items())[:1] * 2)
+    version = versioned_name(CHECKPOINT, checkpoint)
+    store.link_version(version, checkpoint)
+    assert (node / version).resolve() == store.path(checkpoint)
+    assert store.shows(RUN, run)
+    store.unlink(version)
+    assert store.shows(RUN, run)
+
+
+def test_a_file_system_that_cannot_exchange_takes_two_steps(store: Store, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS: what was a link is a folder in the end, all the same."""
+    monkeypatch.setattr(layout_module, "exchange", lambda *_: False)
+    for name, files in SHOWN.items():
+        serve(store, files, name)
+    assert shown(node) == SHOWN
+
+
+def test_a_crash_in_mid_unlinking_leaves_nothing_in_the_folder(store: Store, node: Path) -> None:
+    """The link that all files lead through goes first; a start takes the rest."""
+    ids = {name: serve(store, files, name) for name, files in SHOWN.items()}
+    store.retire(ids[RUN])
+    (node / RUN / ".adapter").unlink()
+    store.close()
+    again = Store(node)
+    assert again.open().names == {CHECKPOINT: ids[CHECKPOINT]}
+    assert visible(node) == ["acme", RUN, CHECKPOINT]
+    again.close()
+
+
+def test_only_links_of_ours_are_taken_away(store: Store, node: Path, tmp_path: Path) -> None:
+    """A link that somebody else has put at the name stays."""
+    id_ = serve(store, small_files(), "sql")
+    (node / "sql").unlink()
+    (node / "sql").symlink_to(tmp_path)
+    store.unlink("sql", id_)
+    assert (node / "sql").readlink() == tmp_path
+
+
+def test_what_is_not_whole_is_published_again(store: Store, node: Path) -> None:
+    """Content that is there is left alone, unless a file of it is missing."""
+    id_ = serve(store, small_files())
+    assert store.is_whole(id_)
+    (store.path(id_) / "adapter_model.safetensors").unlink()
+    assert not store.is_whole(id_)
+    store.discard_damaged(id_)
+    assert not store.path(id_).exists()
+    (store.path(id_)).mkdir()
+    assert serve(store, small_files()) == id_
+    assert store.is_whole(id_)
+    assert read_files(node / NAME) == small_files()
+    store.discard_damaged(id_)
+    assert store.is_whole(id_)
 
 
 # -- the directory
