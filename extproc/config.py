@@ -340,6 +340,12 @@ class EngineSettings(Group):
         return self
 
 
+class VerifySettings(Group):
+    finite: bool = True
+    """Refuse weights that hold infinities or NaNs: every byte is read once more, after the hash. One such adapter can spoil the answers of others that
+    the engine runs next. false: not looked at, for adapters of a trusted pipeline whose check costs too much."""
+
+
 class StagerSettings(Group):
     listen: Address = "127.0.0.1:9102"
     """gRPC for routers and the command line."""
@@ -385,6 +391,8 @@ class StagerSettings(Group):
     """A flight that takes longer is given up."""
     allow_pickle: bool = False
     """Accept `.bin` weights. They can run code in the engine when loaded."""
+    verify: VerifySettings = VerifySettings()
+    """What is checked of an adapter beyond what its engine would refuse."""
     origins: tuple[OriginSettings, ...] = ()
     """Where adapters are looked for, in this order. The first that has a name has it for good; one that fails is passed over for its mirrors only."""
     peers: PeerSettings = PeerSettings()

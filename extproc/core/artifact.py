@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NewType
 
 from ..errors import InvalidRequest
@@ -111,6 +111,7 @@ class Manifest:
     in_place: bool = False  # the files are links to where the origin has them
     final: bool = False  # the revision can never mean anything else
     base_was: str = ""  # the base model that the configuration named before it was changed to the name that this engine needs
+    options: dict[str, bool] = field(default_factory=dict)  # of the engine's load call, such as is_3d_lora_weight
 
     @property
     def size(self) -> int:
@@ -136,7 +137,8 @@ class Manifest:
             raw: dict[str, Any] = json.loads(text)
             files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in raw["files"])
             flags = raw.get("in_place") is True, raw.get("final") is True
-            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), *flags, str(raw.get("base_was", "")))
+            options = {str(key): value is True for key, value in raw.get("options", {}).items()}  # an earlier version wrote none
+            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), *flags, str(raw.get("base_was", "")), options)
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error}") from error
 

@@ -170,9 +170,15 @@ TABLE: tuple[Feature, ...] = (
     WRAPPED, NAMED, OTHER_TENSOR, ONE_SIDED, EMPTY, NOT_A_MATRIX, OTHER_RANK, NO_MATRIX,
 )  # fmt: skip
 
+# Of a configuration, what is read here; everything else may hold anything.
+KEYS = frozenset({
+    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "use_dora", "init_lora_weights",
+    "bias", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora", "trainable_token_indices",
+})  # fmt: skip
+
 
 def complaint(config: Config) -> str:
-    """What no engine can read in a configuration; "" if nothing. Other keys than these may hold anything."""
+    """What no engine can read in a configuration; "" if nothing."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not _is_count(rank):
         return f"has r {_told(rank)}; a positive whole number is needed"

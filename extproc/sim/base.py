@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import StartError
+
 _ATTENTION, _MLP, _EDGES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"), ("embed_tokens", "lm_head")
 _LAYER = re.compile(r"model\.layers\.(\d+)\..+")
 
@@ -27,13 +29,16 @@ class Base:
 
     @classmethod
     def of(cls, root: str) -> "Base":
-        """The model below `root`. Raises ValueError or KeyError if its configuration is none."""
-        try:
-            with open(os.path.join(root, "config.json"), "rb") as file:
-                config = json.load(file)
-        except (FileNotFoundError, NotADirectoryError):
+        """The model below `root`, which may be a name only. Raises StartError if its configuration is none that is known here."""
+        path = os.path.join(root, "config.json")
+        if not root or not os.path.exists(path):
             return cls()
-        return cls._from_config(config.get("text_config") or config)
+        try:
+            with open(path, "rb") as file:
+                config = json.load(file)
+            return cls._from_config(config.get("text_config") or config)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StartError(f"{path}: not the configuration of a language model: {error!r}") from None
 
     @classmethod
     def _from_config(cls, config: Mapping[str, Any]) -> "Base":

@@ -10,6 +10,8 @@ NAMES = tuple(f"demo/{name}" for name in ("sql", "legal", "support", "medical", 
 BASE_MODEL = "demo/base"
 
 _PIECE_BYTES = 2**26  # written at once; a multiple of the generator's words, so that the bytes are the same as in one piece
+# Of a BF16 number the higher byte has the sign and seven bits of the exponent: any byte becomes one of a number between 2^-15 and 2^-7, as weights are.
+_SMALL = bytes(value & 0x83 | 0x38 for value in range(256))
 _HIDDEN, _LAYERS = 4096, 16
 _RANKS = (16, 24, 32, 40)  # 2 bytes x 16 layers x 2 modules x 2 matrices x 4096 x rank = 8.4 to 21 MB; two modules more double it
 
@@ -52,7 +54,9 @@ def write_adapter(
         file.write(text)
         source = random.Random(seed)  # noqa: S311  # the same adapter each time, not a secret
         for begin in range(0, offset, _PIECE_BYTES):
-            file.write(source.randbytes(min(_PIECE_BYTES, offset - begin)))
+            piece = bytearray(source.randbytes(min(_PIECE_BYTES, offset - begin)))
+            piece[1::2] = piece[1::2].translate(_SMALL)
+            file.write(piece)
     write_config(directory, base_model=base_model, rank=rank, modules=modules)
     return weights
 

@@ -227,7 +227,8 @@ async def rig(models: int) -> AsyncIterator[Rig]:
 
 async def show(rig: Rig, hostile: HttpInput | FrameInput | None, nothing: Row | None) -> Row:
     """Send one input, twice or more, and judge what was seen beside the row of `nothing`; None sends nothing."""
-    stops, waits, peaks, residents, failures = [], [], [], [], 0
+    residents: list[float] = []
+    stops, waits, peaks, failures = [], [], [], 0
     answers: dict[str, None] = {}
     body = await asyncio.to_thread(hostile.body) if isinstance(hostile, HttpInput) else b""  # made before anything is measured
     sent = len(body)

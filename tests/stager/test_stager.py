@@ -392,8 +392,12 @@ def _rank_too_high(_: FakeOrigin, files: Files) -> None:
     _change_config(files, r=16)
 
 
-def _code(_: FakeOrigin, files: Files) -> None:
-    _change_config(files, auto_map={"AutoModel": "evil.Model"})
+def _dora(_: FakeOrigin, files: Files) -> None:
+    _change_config(files, use_dora=True)
+
+
+def _not_finite(_: FakeOrigin, files: Files) -> None:
+    files[WEIGHTS] = files[WEIGHTS][:-2] + b"\xc0\x7f"  # BF16's NaN
 
 
 REFUSED = [
@@ -407,7 +411,8 @@ REFUSED = [
     _other_base,
     _other_rank,
     _rank_too_high,
-    _code,
+    _dora,
+    _not_finite,
 ]
 
 
@@ -430,7 +435,7 @@ async def test_what_is_not_servable_is_refused_and_leaves_nothing(open_stager: O
     assert (await stager.ensure("acme/a")).staged
 
 
-@pytest.mark.parametrize("spoil", [_pickle_only, _other_base, _rank_too_high, _code])
+@pytest.mark.parametrize("spoil", [_pickle_only, _other_base, _rank_too_high, _dora])
 async def test_what_the_configuration_rules_out_is_not_downloaded(open_stager: OpenStager, origin: FakeOrigin, spoil: object) -> None:
     """The weights may have gigabytes."""
     assert callable(spoil)

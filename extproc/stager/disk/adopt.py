@@ -8,6 +8,7 @@ from pathlib import Path
 from ...config import StagerSettings
 from ...core.artifact import AdapterName, ArtifactId, File, Manifest, content_digest
 from ...errors import DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
+from ..adapter.check import Checked
 from ..adapter.files import wanted
 from ..books.changes import Changes
 from ..books.holdings import Holdings, Named
@@ -37,7 +38,7 @@ class Adopter:
         holdings: Holdings,
         changes: Changes,
         disk: Threads,
-        check: Callable[[Path], None] = lambda _: None,
+        check: Callable[[Path], Checked] = lambda _: Checked(0, {}),
         check_files: Callable[[AdapterName, Sequence[File]], None] = lambda _, __: None,
         replaced: Callable[[ArtifactId], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
@@ -174,7 +175,7 @@ class Adopter:
                 stamp, youngest = _stamp(directory)
                 if self._wall_clock() - youngest < self._settings.scan_s:
                     raise InvalidAdapter(f"{name}: others put it on this node, and wrote to it less than {self._settings.scan_s:g} s ago", "incomplete")
-                self._check(directory)
+                checked = self._check(directory)
                 files = self._hashed(name, directory, stamp)
             except (FileNotFoundError, NotADirectoryError):
                 raise InvalidAdapter(f"{name}: others put it on this node, and it is not complete", "incomplete") from None
@@ -183,7 +184,7 @@ class Adopter:
         if self.revision(name) != stamp:
             raise InvalidAdapter(f"{name}: others write to it", "incomplete")
         self._check_files(name, files)
-        return Manifest(files, name, ORIGIN, stamp)
+        return Manifest(files, name, ORIGIN, stamp, options=checked.options)
 
     def _hashed(self, name: AdapterName, directory: Path, stamp: str) -> tuple[File, ...]:
         known = self._hashes.get(name)

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from ...core.artifact import ArtifactId, Manifest
 from ...errors import DiskFailed, StageError, StartError
+from ..adapter.check import options
 from ..syscalls import disk_errors, fsync
+from ..threads import through
 from .layout import MANIFEST_FILE, RETIRED_FILE, Layout
 from .recover import Scan, look_through, read_whole
 
@@ -104,6 +106,13 @@ class Store(Layout):
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def load_options(self, id_: ArtifactId) -> dict[str, bool]:
+        """What an engine's load call must say of an artifact beside its place. Raises StageError, or InvalidAdapter where others have broken it since."""
+        if not id_.is_adopted:
+            return self.manifest(id_).options
+        with disk_errors("read"):
+            return through(options(self.path(id_)))
 
     def probe(self) -> None:
         """Write and take back one file. Raises NoSpace or DiskFailed where the disk cannot be written."""

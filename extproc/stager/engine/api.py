@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,15 @@ class Engine:
             slots = int(found[1])
             self.limits = Limits(slots, self.limits.max_cpu_loras, self.limits.max_lora_rank)
 
-    async def load(self, name: str, directory: Path) -> None:
-        """Let it know the adapter in `directory` as `name`. Knows it already is fine. Raises InvalidAdapter with what it has against the adapter."""
+    async def load(self, name: str, directory: Path, options: Mapping[str, bool] | None = None) -> None:
+        """Let it know the adapter in `directory` as `name`. Knows it already is fine. Raises InvalidAdapter with what it has against the adapter.
+
+        `options` go into the call as they are: what the adapter's layout asks for (`features.load_options`).
+        """
         async with self._loading:
-            status, body = await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, self._settings.load_timeout_s)
+            status, body = await self._call(
+                "POST", "/v1/load_lora_adapter", {**(options or {}), "lora_name": name, "lora_path": str(directory)}, self._settings.load_timeout_s
+            )
             said = _said(body)
             if status == 200:
                 return

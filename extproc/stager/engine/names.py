@@ -294,7 +294,8 @@ class Loads:
         if (other := self._known.get(name)) is not None:  # an adapter's own name that leads to another version
             await asyncio.sleep(IN_TRANSIT_S)
             await self.unload(name, other.id)
-        await self._engine.load(name, self._store.path(load.id))
+        options = await self._disk.run(self._store.load_options, load.id)
+        await self._engine.load(name, self._store.path(load.id), options)
 
 
 def leads_to(name: str, id_: ArtifactId) -> bool:

@@ -6,6 +6,7 @@ request still names it; if that is gone by then, the request fails and the serve
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import EngineUnreachable
@@ -25,7 +26,7 @@ class SglangEngine(Engine):
         base = self.bases[0].id if self.bases else self._settings.base_model
         return f"{base}{SEPARATOR}{name}"
 
-    async def load(self, name: str, directory: Path) -> None:
+    async def load(self, name: str, directory: Path, options: Mapping[str, bool] | None = None) -> None:  # noqa: ARG002  # its call knows none
         async with self._loading:
             status, success, said = await self._lora("/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, self._settings.load_timeout_s)
             if success:

@@ -8,15 +8,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 
 from ...core.artifact import AdapterName, ArtifactId, File, adapter_name
 from ...errors import DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
-from ..adapter.check import MAX_CONFIG_BYTES, check_config, check_files
+from ..adapter.check import Checked, check
 from ..adapter.files import CONFIG_FILE
+from ..adapter.rules import Rules
 from ..disk.store import read_memory
 from ..node import Node
 from ..syscalls import disk_errors
+from ..threads import through
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +34,9 @@ class Kept:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def check(self, directory: Path) -> None:
+    def check(self, directory: Path) -> Checked:
         """Whether the adapter in `directory` may be served by this node. Raises InvalidAdapter, OSError where it cannot be read."""
-        engine, settings = self._node.settings.engine, self._node.settings
-        with (directory / CONFIG_FILE).open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-        names = engine.base_names if engine.mode == "api" else ()  # vLLM's resolver compares byte for byte, and what others put here is not changed
-        config = check_config(text, base_model=engine.base_model, base_names=names, max_rank=self._node.engine.limits.max_lora_rank)
-        check_files(directory, config, allow_pickle=settings.allow_pickle)
+        return through(check(directory, self._rules()))
 
     def check_digest(self, name: AdapterName, files: Sequence[File]) -> None:
         """Whether the weights are those that the settings or a pin state for the name. Raises InvalidAdapter."""
@@ -49,16 +47,15 @@ class Kept:
 
     def rules(self) -> str:
         """What `check` depends on, as a digest."""
-        engine = self._node.settings.engine
-        values = [
-            CHECK_VERSION,
-            engine.mode,
-            engine.base_model,
-            sorted(engine.base_names),
-            self._node.engine.limits.max_lora_rank,
-            self._node.settings.allow_pickle,
-        ]
+        values = [CHECK_VERSION, *astuple(self._checked_again())]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def _rules(self) -> Rules:
+        return Rules.of(self._node.settings, max_rank=self._node.engine.limits.max_lora_rank, adopted=True)
+
+    def _checked_again(self) -> Rules:
+        """Without a look at all weights, which would take an hour per terabyte: `lora-extproc verify` reads them."""
+        return replace(self._rules(), finite=False)
 
     async def look_at(self, named: Mapping[AdapterName, ArtifactId]) -> dict[AdapterName, str]:
         """Of the names that a start found, those that today's settings refuse, and why. A disk that cannot be read refuses none."""
@@ -87,7 +84,7 @@ class Kept:
         refused: dict[AdapterName, str] = {}
         for name, id_ in named.items():
             try:
-                self.check(self._node.store.path(id_))
+                through(check(self._node.store.path(id_), self._checked_again()))
             except InvalidAdapter as error:
                 refused[name] = error.message
             except OSError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,12 @@ from ...core.artifact import AdapterName, File, Manifest
 from ...errors import AdapterDamaged, AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginChanged, OriginFailed, OriginRefused
 from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
-from ..adapter.check import MAX_CONFIG_BYTES, AdapterConfig, check_config, check_files, check_header, header_length, hidden_size, with_base
+from ..adapter.check import check_header, check_weights
+from ..adapter.config import MAX_CONFIG_BYTES, AdapterConfig, check_config, read_limited, with_base
 from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
+from ..adapter.rules import Rules
+from ..adapter.safetensors import PREFIX_BYTES, header_length
+from ..adapter.width import hidden_size
 from ..books.holdings import Named
 from ..books.refusals import Version
 from ..node import Node
@@ -24,6 +29,7 @@ from ..supply.origins.file import FileOrigin
 from ..supply.peers import Peers
 from ..supply.source import Source
 from ..syscalls import disk_errors, hash_file, hash_open
+from ..threads import Threads
 from .evict import Remover
 
 log = logging.getLogger(__name__)
@@ -31,6 +37,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MAX_CHECKS = 2  # at once: they compute, and each may keep the event loop from the interpreter for 5 ms (sys.getswitchinterval)
 MAX_PEERS_TRIED = 3  # for one adapter; whoever waits for it waits for each of them
 PAGE_BYTES = 1024  # of a file, in which a web page shows that it is one
 RESOLVES = 3  # an adapter that is being written anew changes under us; after that many times it is the origin's fault
@@ -64,6 +71,7 @@ class Fetcher:
         self._peers = peers
         self._remover = remover
         self._widths: dict[str, int] = {}  # of base models, by the path of their configuration
+        self._checks = Threads(MAX_CHECKS, "check")
         self._publications: SingleFlight[str, None] = SingleFlight()  # by digest
 
     async def open(self) -> None:
@@ -74,6 +82,7 @@ class Fetcher:
         for source in self._sources:
             await source.close()
         await self._peers.close()
+        self._checks.close()
 
     async def bring(self, name: AdapterName, job: Job, *, known: Named | None = None, expected: str = "") -> Named | None:
         """Resolve `name` and publish what its origin has; not linked yet, and held in the index until `let_go`. None if that is what `known` says.
@@ -243,12 +252,15 @@ class Fetcher:
                     config, files = await self._bring_files(plan, directory, job, token)
                 async with self._phase(job, "verify"):
                     _check_digest(files, plan.stated)
-                    width = await self._width()
-                    await self._on_disk(check_files, directory, config, allow_pickle=self._node.settings.allow_pickle, width=width)
+                    rules = self._rules(await self._width())
+                    with disk_errors("read"):
+                        checked = await self._checks.walk(check_weights(directory, config, rules))
                     files, base_was = await self._name_base(directory, config, files)
                 async with self._phase(job, "publish"):
                     in_place = _in_place(plan)
-                    manifest = Manifest(tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final, base_was)
+                    manifest = Manifest(
+                        tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final, base_was, checked.options
+                    )
                     named = Named(manifest.digest, plan.origin, listing.revision, self._node.clock(), final=listing.final)
                     try:
                         await to_the_end(self._publish(directory, manifest, token))
@@ -311,7 +323,7 @@ class Fetcher:
                 return config, [*files, await self._link(plan, weights, directory, job)]
         async with self._phase(job, "fetch"), self._fetching(plan, weights, directory, job) as download:
             if weights.size is not None and weights.path == WEIGHTS_FILE:
-                download.hold_for(self._judge(plan, weights.size, config, job, lambda: self._remover.reserve(token, size)), min(8, weights.size))
+                download.hold_for(self._judge(plan, weights.size, config, job, lambda: self._remover.reserve(token, size)), min(PREFIX_BYTES, weights.size))
             else:
                 async with self._phase(job, "reserve", inside="fetch"):
                     await self._remover.reserve(token, size)
@@ -325,10 +337,10 @@ class Fetcher:
         async def judge(head: bytes) -> int:
             async with self._phase(job, "check", inside="fetch"):
                 _check_page(plan, head)
-                header_bytes = 8 + header_length(head[:8], size)
+                header_bytes = PREFIX_BYTES + header_length(head[:PREFIX_BYTES], size)
                 if len(head) < header_bytes:
                     return header_bytes
-                await self._node.disk.run(check_header, head[8:header_bytes], size, config, await self._width())
+                await self._checks.walk(check_header(io.BytesIO(head[:header_bytes]), size, config, self._rules(await self._width())))
             async with self._phase(job, "reserve", inside="fetch"):
                 await reserve()
             return 0
@@ -383,10 +395,17 @@ class Fetcher:
         return file.size
 
     async def _check_config(self, plan: Plan, directory: Path) -> AdapterConfig:
-        text = await self._on_disk((directory / CONFIG_FILE).read_bytes)
-        _check_page(plan, text)
-        engine = self._node.settings.engine
-        return check_config(text, base_model=engine.base_model, base_names=engine.base_names, max_rank=self._node.engine.limits.max_lora_rank)
+        def read() -> AdapterConfig:
+            with (directory / CONFIG_FILE).open("rb") as file:  # perhaps a link to where an origin on another disk has it
+                text = read_limited(file)
+            _check_page(plan, text)
+            return check_config(text, self._rules())
+
+        with disk_errors("read"):
+            return await self._checks.run(read)
+
+    def _rules(self, width: int = 0) -> Rules:
+        return Rules.of(self._node.settings, max_rank=self._node.engine.limits.max_lora_rank, width=width)
 
     async def _name_base(self, directory: Path, config: AdapterConfig, files: list[File]) -> tuple[list[File], str]:
         """For vLLM's resolver: a base model that the adapter calls by another name is named as the engine does, in our copy; what it was called before."""

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +155,16 @@ def plain_words(text: str, directory: Path) -> str:
     return re.sub(r"\{('[^{}]*')\}", lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", text)
 
 
-async def judge(engine: Engine, command: Command, logs: Path, names: Sequence[str] | None = None) -> dict[str, Verdict]:
-    """The verdict of `engine` on each of its adapters; an engine that died of one is started again."""
-    verdicts: dict[str, Verdict] = {}
-    left = list(adapters(engine) if names is None else names)
+async def judge(engines: Sequence[Engine], command: Command, logs: Path, only: Sequence[str] = ()) -> dict[str, dict[str, Verdict]]:
+    """The verdicts of engines that are started alike, by name and adapter: on `only`, or on all of theirs. One that died of an adapter is started again."""
+    verdicts: dict[str, dict[str, Verdict]] = {engine.name: {} for engine in engines}
+    left = [(engine, name) for engine in engines for name in adapters(engine) if not only or name in only]
     while left:
         async with running(command, logs) as asked:
             while left:
-                name = left.pop(0)
-                verdicts[name] = await asked.verdict(HERE / name, engine)
-                if asked.child.process.returncode is not None or verdicts[name].answer not in (None, 200):
+                engine, name = left.pop(0)
+                verdict = verdicts[engine.name][name] = await asked.verdict(HERE / name, engine)
+                if asked.child.process.returncode is not None or verdict.answer not in (None, 200):
                     break
     return verdicts
 
@@ -173,21 +174,18 @@ def kept() -> dict[str, dict[str, Verdict]]:
     return {engine: {name: Verdict(**verdict) for name, verdict in said.items()} for engine, said in json.loads(VERDICTS.read_text())["engines"].items()}
 
 
-async def _ask_all(interpreter: Path, bases: Path, only: Sequence[str]) -> dict[str, dict[str, Verdict]]:
-    """What every engine says of `only`; of all if there is none."""
-    engines: dict[str, dict[str, Verdict]] = {}
-    for engine in ENGINES:
-        names = [name for name in adapters(engine) if not only or name in only]
-        if names:
-            engines[engine.name] = await judge(engine, partial(vllm_command, interpreter, engine, bases), bases, names)
-            for name, verdict in engines[engine.name].items():
-                print(engine.name, name, verdict, flush=True)
-    return engines
+async def ask_all(interpreter: Path, bases: Path, only: Sequence[str] = ()) -> dict[str, dict[str, Verdict]]:
+    """What a real vLLM says in each way to start it, one after another."""
+    said: dict[str, dict[str, Verdict]] = {}
+    for _, alike in groupby(ENGINES, key=lambda engine: (engine.base, engine.flags)):
+        engines = list(alike)
+        said |= await judge(engines, partial(vllm_command, interpreter, engines[0], bases), bases, only)
+    return said
 
 
 def write_bases(interpreter: Path, directory: Path) -> None:
     """The base models, by the transformers that vLLM has."""
-    subprocess.run([interpreter, "-m", "tests.golden.peft.bases", directory], check=True)
+    subprocess.run([interpreter, "-m", "tests.golden.peft.bases", directory], check=True, cwd=HERE.parents[2])
 
 
 def main() -> None:
@@ -199,7 +197,10 @@ def main() -> None:
     version = subprocess.run([arguments.vllm_python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as temporary:
         write_bases(arguments.vllm_python, Path(temporary))
-        said = asyncio.run(_ask_all(arguments.vllm_python, Path(temporary), arguments.names))
+        said = asyncio.run(ask_all(arguments.vllm_python, Path(temporary), arguments.names))
+    for engine_name, verdicts in said.items():
+        for name, verdict in verdicts.items():
+            print(engine_name, name, verdict)
     before = kept() if arguments.names else {}
     engines = {engine.name: {**before.get(engine.name, {}), **said.get(engine.name, {})} for engine in ENGINES}
     ordered = {engine: {name: asdict(verdict) for name, verdict in sorted(of.items())} for engine, of in engines.items()}
