@@ -7,7 +7,6 @@ three can know another rule. Read in the sources of vLLM 0.24 to 0.32 (`vllm/lor
 An adapter comes in as two values: `adapter_config.json` as the mapping that JSON gives, and the header of its weights as tensor name -> shape.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -80,6 +79,10 @@ WHOLE_MODULES = frozenset({"classifier", "score"})  # that vLLM takes from `modu
 # Names that wrappers of a training framework put before the module's own: torch.compile, FSDP, activation checkpointing, DeepSpeed.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 FIRST_WRAPPER = "module"  # DistributedDataParallel's; as the first part only, since a model may have a module of that name further down
+
+MAX_RANK = 2**31 - 1  # of an int in the engines' kernels; the highest that vLLM can be started for is 512
+MAX_SCALE = 1e308  # of lora_alpha, which engines divide as a floating-point number
+MAX_TOLD_CHARACTERS = 100  # of a name in a message; real ones have up to 150, and begin alike
 
 PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
 BASE_WEIGHTS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
@@ -167,7 +170,7 @@ NO_MATRIX = Feature("weights without LoRA matrices", "no `lora_A` or `lora_B` at
 TABLE: tuple[Feature, ...] = (
     RSLORA, PATTERNS, EXPERTS, EMBEDDING, BASE_WEIGHT, BARE, EXPRESSION, NO_TARGETS, NO_METHOD, HEAD,
     WHOLE, DORA, CHANGED_BASE, BIAS, LORA_BIAS, ALORA, REPLICATION, BDLORA, QALORA, TOKENS, OTHER_METHOD,
-    WRAPPED, NAMED, OTHER_TENSOR, ONE_SIDED, EMPTY, NOT_A_MATRIX, OTHER_RANK, NO_MATRIX,
+    WRAPPED, NAMED, EMPTY, NOT_A_MATRIX, OTHER_TENSOR, OTHER_RANK, ONE_SIDED, NO_MATRIX,
 )  # fmt: skip
 
 # Of a configuration, what is read here; everything else may hold anything.
@@ -294,17 +297,20 @@ def _is_fused(module: str) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_RANK
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_SCALE  # false for NaN, too
 
 
 def _told(value: object) -> str:
     """A value of the adapter's in a message: short, whatever it is."""
-    text = repr(value[:100] if isinstance(value, str) else value) if isinstance(value, str | int | float | None) else f"of type {type(value).__name__}"
-    return text if len(text) <= 102 else f"{text[:100]}…"
+    if isinstance(value, str):
+        return repr(value if len(value) <= MAX_TOLD_CHARACTERS else f"{value[:MAX_TOLD_CHARACTERS]}…")
+    if isinstance(value, int) and abs(value) > MAX_RANK:
+        return "of more digits than any"
+    return repr(value) if value is None or isinstance(value, int | float) else f"of type {type(value).__name__}"
 
 
 def _told_ranks(values: frozenset[int]) -> str:

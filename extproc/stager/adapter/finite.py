@@ -4,7 +4,7 @@ Both have all bits of the exponent set (IEEE 754-2019, 3.4), or, in the 8-bit fo
 bytes of each element tell, and those are gathered by a slice and searched for by `memchr`: no arithmetic, and no array library for it.
 """
 
-from typing import IO, NoReturn
+from typing import IO
 
 from ..threads import Steps
 from .files import WEIGHTS_FILE, refuse
@@ -38,17 +38,20 @@ _TABLES = {values: bytes(value in values for value in range(256)) for _, bytes_ 
 
 def check_finite(file: IO[bytes], header: Header) -> Steps[None]:
     """Read all weights of floating-point types. Raises InvalidAdapter with the first tensor that holds an infinity or a NaN."""
-    blocks = 0
-    for dtype, begin, end in _runs(header):
+    at = blocks = 0
+    for dtype, end in header.runs:
+        if dtype not in _PATTERNS:
+            at = end
+            continue
         size = _PATTERNS[dtype][0]
-        file.seek(header.data_begin + begin)
-        at = begin
+        file.seek(header.data_begin + at)
         while at < end:
             block = file.read(min(BLOCK_BYTES, end - at))
             if not block or len(block) % size:
                 refuse(WEIGHTS_FILE, "is cut short: it became shorter while it was read")
             if (index := first_non_finite(dtype, block)) >= 0:
-                _refuse(header, at + index * size)
+                name = header.name_at(at + index * size)
+                refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} holds an infinity or a NaN, which can spoil others' answers; stager.verify.finite allows it")
             at += len(block)
             blocks += 1
             if blocks % BLOCKS_PER_STEP == 0:
@@ -68,19 +71,3 @@ def first_non_finite(dtype: str, block: bytes) -> int:
         both = int.from_bytes(marks, "little") & int.from_bytes(block[place::size].translate(_TABLES[values]), "little")
         marks = both.to_bytes(len(marks), "little")
     return marks.find(1)
-
-
-def _runs(header: Header) -> list[tuple[str, int, int]]:
-    """dtype, begin and end of neighbours of one type that may be non-finite: thousands of small tensors are read in a few blocks."""
-    runs: list[tuple[str, int, int]] = []
-    for begin, end, dtype, _ in header.in_order():
-        if runs and runs[-1][0] == dtype and runs[-1][2] == begin:
-            runs[-1] = (dtype, runs[-1][1], end)
-        elif dtype in _PATTERNS:
-            runs.append((dtype, begin, end))
-    return runs
-
-
-def _refuse(header: Header, at: int) -> NoReturn:
-    name = next(name for _, end, _, name in header.in_order() if at < end)
-    refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} holds an infinity or a NaN, which can spoil the answers of other adapters; stager.verify.finite allows it")

@@ -7,6 +7,8 @@ interpreter for as long as the header's author wants; here it is given one tenso
 
 import codecs
 import re
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from json import JSONDecoder
@@ -18,7 +20,9 @@ from .files import WEIGHTS_FILE, foreign, refuse
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 32 * 2**20  # the format allows 100 MB; 138,000 tensors, two for each expert of the largest models, take 22 MB
-MAX_TENSORS = 200_000
+MAX_TENSORS = 150_000
+MAX_UNUSUAL_TENSORS = 50_000  # that are not written as the format's own writer or Python's json does: each costs ten microseconds
+MAX_METADATA = 10_000  # entries; real ones have up to a hundred
 MAX_DIMENSIONS = 8  # a LoRA matrix has 2, stacked experts 3
 MAX_NAME_CHARACTERS = 1024  # real ones have up to 150
 MAX_DESCRIPTION_CHARACTERS = 4096  # of one tensor: real ones have up to 100
@@ -35,24 +39,25 @@ DTYPE_BITS = {
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _N = r"(?:0|[1-9][0-9]{0,18})"
-# A tensor as the format's own writer spells it: read in one go, three times as fast as JSON in general.
-_USUAL = re.compile(rf'([^"\\\x00-\x1f]{{1,200}})":{{"dtype":"([A-Z0-9_]{{1,16}})","shape":\[({_N}(?:,{_N}){{0,7}})\],"data_offsets":\[({_N}),({_N})\]}}')
+# A tensor as the format's own writer spells it, or Python's json: read in one go, three times as fast as JSON in general.
+_USUAL = re.compile(
+    rf'([^"\\\x00-\x1f]{{1,200}})": ?{{"dtype": ?"([A-Z0-9_]{{1,16}})", ?"shape": ?\[({_N}(?:, ?{_N}){{0,7}})\], ?"data_offsets": ?\[({_N}), ?({_N})\]}}'
+)
 
 
 @dataclass(slots=True)
 class Header:
-    """What a header says. Tuples of numbers and texts alone: of 200,000 objects of a class the garbage collector would look at each."""
+    """What a header says of the data. Few objects for each tensor: the interpreter frees hundreds of thousands in one piece, and nobody else runs."""
 
     data_begin: int  # in the file, in bytes
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    places: dict[int, tuple[int, str, str]] = field(default_factory=dict)  # begin -> end, dtype, name; in bytes of the data, without empty tensors
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by name; equal ones are one object
+    names: list[str] = field(default_factory=list)  # in the order of the data, without empty tensors
+    ends: "array[int]" = field(default_factory=lambda: array("q"))  # of each of those, in bytes of the data; it begins where the one before ends
+    runs: list[tuple[str, int]] = field(default_factory=list)  # dtype and end of each run of neighbours that have it
 
-    def in_order(self) -> Iterator[tuple[int, int, str, str]]:
-        """begin, end, dtype and name of each tensor, from the first byte of the data to the first that no tensor begins at."""
-        at = 0
-        while (place := self.places.get(at)) is not None:
-            yield (at, *place)
-            at = place[0]
+    def name_at(self, offset: int) -> str:
+        """Whose byte of the data it is."""
+        return self.names[bisect_right(self.ends, offset)]
 
 
 def header_length(first: bytes, file_size: int) -> int:
@@ -73,6 +78,8 @@ def read_header(file: IO[bytes], file_size: int) -> Steps[Header]:
     """All of it, checked. `file` stands at its begin and need not go on behind the header. Raises InvalidAdapter."""
     length = header_length(file.read(PREFIX_BYTES), file_size)
     header = Header(PREFIX_BYTES + length)
+    layout = _Layout(header)
+    unusual = 0
     text = _Text(file, length)
     if text.peek() != "{":
         refuse(WEIGHTS_FILE, "has a header that does not begin with '{'")
@@ -82,19 +89,22 @@ def read_header(file: IO[bytes], file_size: int) -> Steps[Header]:
             refuse(WEIGHTS_FILE, f"has a broken header: a name appears twice, {name[:100]!r}")
         if usual is not None:
             _, dtype, shape, begin, end = usual.groups()
-            _take(header, name, dtype, list(map(int, shape.split(","))), int(begin), int(end))
+            layout.take(name, dtype, list(map(int, shape.split(","))), int(begin), int(end))
         elif name == "__metadata__":
             has_metadata = True
             yield from _read_metadata(text)
         else:
-            _take(header, name, *_described(name, text.value()))
+            layout.take(name, *_described(name, text.value()))
+            unusual += 1
+            if unusual > MAX_UNUSUAL_TENSORS:
+                refuse(WEIGHTS_FILE, f"has over {MAX_UNUSUAL_TENSORS} tensors that are written in another way than the format's own writer does")
         if len(header.shapes) > MAX_TENSORS:
             refuse(WEIGHTS_FILE, f"has over {MAX_TENSORS} tensors")
         if len(header.shapes) % TENSORS_PER_STEP == 0:
             yield
     if text.next():
         refuse(WEIGHTS_FILE, "has a broken header: something follows its end")
-    yield from _check_layout(header, file_size - header.data_begin)
+    layout.check(file_size - header.data_begin)
     return header
 
 
@@ -106,7 +116,9 @@ def _read_metadata(text: "_Text") -> Steps[None]:
         if text.value() is not None:
             refuse(WEIGHTS_FILE, "has a __metadata__ that is not made of strings")
         return
-    for number, _ in enumerate(text.members()):
+    for number, _ in enumerate(text.members(), 1):
+        if number > MAX_METADATA:
+            refuse(WEIGHTS_FILE, f"has over {MAX_METADATA} entries in its __metadata__")
         if text.next() != '"':
             refuse(WEIGHTS_FILE, "has a __metadata__ that is not made of strings")
         text.string(MAX_TEXT_CHARACTERS)
@@ -125,39 +137,62 @@ def _described(name: str, raw: Any) -> tuple[str, list[int], int, int]:
     return dtype if isinstance(dtype, str) else "", shape, offsets[0], offsets[1]
 
 
-def _take(header: Header, name: str, dtype: str, shape: list[int], begin: int, end: int) -> None:
-    """One more tensor, if what is said of it agrees."""
-    if len(shape) > MAX_DIMENSIONS:
-        refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
-    bits = DTYPE_BITS.get(dtype)
-    if bits is None:
-        refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has an unknown dtype, {dtype[:20]!r}")
-    count = 1
-    for number in shape:
-        count *= number
-        if max(count, number) > MAX_NUMBER:  # while multiplying: a product of long numbers takes long
-            refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has a shape of over {MAX_NUMBER} elements")
-    if not begin <= end <= MAX_NUMBER:
-        refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has a range that ends before it begins, or too late")
-    if count * bits != (end - begin) * 8:
-        refuse(WEIGHTS_FILE, f"tensor {name[:100]!r}: shape {shape} of {dtype} does not take {end - begin} bytes")
-    if begin < end and header.places.setdefault(begin, (end, dtype, name))[2] != name:
-        refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} begins at byte {begin} of the data, where another does")
-    header.shapes[name] = tuple(shape)
+class _Layout:
+    """Ranges without holes or overlap: each begins where one ends. They mostly come in that order, and are kept only while they do not."""
 
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        self._at = 0  # up to here the data is covered
+        self._later: dict[int, tuple[int, str, str]] = {}  # begin -> end, dtype and name of what begins elsewhere
+        self._known: dict[tuple[int, ...], tuple[int, ...]] = {}  # shapes that were seen: an adapter has a handful
 
-def _check_layout(header: Header, data_bytes: int) -> Steps[None]:
-    """Ranges without holes or overlap that end where the data ends: each begins where one ends. Sorting them would hold the interpreter."""
-    at = reached = 0
-    for _, end, _, _ in header.in_order():
-        at, reached = end, reached + 1
-        if reached % TENSORS_PER_STEP == 0:
-            yield
-    if reached < len(header.places):
-        began = min(header.places.keys() - {begin for begin, _, _, _ in header.in_order()})
-        refuse(WEIGHTS_FILE, f"tensor {header.places[began][2][:100]!r} begins at byte {began} of the data; {at} was expected")
-    if at != data_bytes:
-        refuse(WEIGHTS_FILE, f"tensors take {at} bytes; the file holds {data_bytes} (cut short or padded)")
+    def take(self, name: str, dtype: str, shape: list[int], begin: int, end: int) -> None:
+        """One more tensor, if what is said of it agrees. Raises InvalidAdapter."""
+        if len(shape) > MAX_DIMENSIONS:
+            refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}")
+        bits = DTYPE_BITS.get(dtype)
+        if bits is None:
+            refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has an unknown dtype, {dtype[:20]!r}")
+        count = 1
+        for number in shape:
+            count *= number
+            if count > MAX_NUMBER or number > MAX_NUMBER:  # while multiplying: a product of long numbers takes long
+                refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has a shape of over {MAX_NUMBER} elements")
+        if not begin <= end <= MAX_NUMBER:
+            refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} has a range that ends before it begins, or too late")
+        if count * bits != (end - begin) * 8:
+            refuse(WEIGHTS_FILE, f"tensor {name[:100]!r}: shape {shape} of {dtype} does not take {end - begin} bytes")
+        known = tuple(shape)
+        self._header.shapes[name] = self._known.setdefault(known, known)
+        if begin == self._at < end:
+            self._cover(end, dtype, name)
+        elif begin < end and (begin < self._at or self._later.setdefault(begin, (end, dtype, name))[2] != name):
+            refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} begins at byte {begin} of the data, where another does or goes on")
+
+    def _cover(self, end: int, dtype: str, name: str) -> None:
+        header = self._header
+        while True:
+            self._at = end
+            header.names.append(name)
+            header.ends.append(end)
+            if header.runs and header.runs[-1][0] == dtype:
+                header.runs[-1] = (dtype, end)
+            else:
+                header.runs.append((dtype, end))
+            if end not in self._later:
+                return
+            end, dtype, name = self._later.pop(end)
+
+    def check(self, data_bytes: int) -> None:
+        """After the last. Raises InvalidAdapter."""
+        if self._later:
+            begin = min(self._later)
+            name = self._later[begin][2]
+            while self._later:  # one by one: of 100,000 the interpreter would free all in one piece
+                self._later.popitem()
+            refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} begins at byte {begin} of the data; {self._at} was expected")
+        if self._at != data_bytes:
+            refuse(WEIGHTS_FILE, f"tensors take {self._at} bytes; the file holds {data_bytes} (cut short or padded)")
 
 
 class _Text:
