@@ -145,6 +145,10 @@ NO_TARGETS = Feature(
 EXPERTS = Feature(
     "experts in one tensor (`target_parameters`)", "`...experts.lora_A` and `...experts.base_layer.lora_A`, of rank r × experts", _SERVES, _IGNORES,
 )  # fmt: skip
+HALF_OF_EXPERTS = Feature(
+    "one of the two tensors of experts without the other", "`...experts.lora_A` without `...experts.base_layer.lora_A`, or the reverse", _REFUSES, _IGNORES,
+    "train gate_up_proj and down_proj",
+)  # fmt: skip
 EMBEDDING = Feature("LoRA on embeddings", "`lora_embedding_A`, `lora_embedding_B`", _SERVES, _SERVES)
 BASE_WEIGHT = Feature("the base model's embeddings beside it, passed over", "`...embed_tokens.base_layer.weight`, `...lm_head...`", _SERVES, _SERVES)
 BARE = Feature("names without PEFT's prefix", "names that do not begin with `base_model.model.`", _SERVES, _SERVES)
@@ -168,7 +172,7 @@ OTHER_RANK = Feature(
 NO_MATRIX = Feature("weights without LoRA matrices", "no `lora_A` or `lora_B` at all", _REFUSES, _IGNORES)
 
 TABLE: tuple[Feature, ...] = (
-    RSLORA, PATTERNS, EXPERTS, EMBEDDING, BASE_WEIGHT, BARE, EXPRESSION, NO_TARGETS, NO_METHOD, HEAD,
+    RSLORA, PATTERNS, EXPERTS, HALF_OF_EXPERTS, EMBEDDING, BASE_WEIGHT, BARE, EXPRESSION, NO_TARGETS, NO_METHOD, HEAD,
     WHOLE, DORA, CHANGED_BASE, BIAS, LORA_BIAS, ALORA, REPLICATION, BDLORA, QALORA, TOKENS, OTHER_METHOD,
     WRAPPED, NAMED, EMPTY, NOT_A_MATRIX, OTHER_TENSOR, OTHER_RANK, ONE_SIDED, NO_MATRIX,
 )  # fmt: skip
@@ -258,6 +262,8 @@ def of_tensors(config: Config, shapes: Shapes) -> list[Found]:
         if seen != 3:
             show(ONE_SIDED, f"module {_told(module)} has a lora_{'AB'[seen - 1]} alone")
             break
+    if half := next((module for module in sides if _is_fused(module) and _other_half(module) not in sides), ""):
+        show(HALF_OF_EXPERTS, f"module {_told(half)} is without {_told(_other_half(half))}")
     if not sides:
         show(NO_MATRIX, "holds no lora_A or lora_B tensor")
     return sorted(found.values(), key=lambda one: TABLE.index(one.feature))
@@ -294,6 +300,11 @@ def _told_history(history: History) -> str:
 
 def _is_fused(module: str) -> bool:
     return module.endswith((".experts", ".experts.base_layer"))
+
+
+def _other_half(module: str) -> str:
+    """Where PEFT saves the other of a layer's two tensors of experts; one parameter alone is always in `...experts`, whichever it is."""
+    return module.removesuffix(".base_layer") if module.endswith(".base_layer") else f"{module}.base_layer"
 
 
 def _is_count(value: object) -> bool:

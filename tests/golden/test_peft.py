@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from extproc.errors import InvalidAdapter
 from extproc.sim.adapters import Adapters, SimError
 from extproc.sim.checkpoint import BASE_SHA256
-from extproc.up.tiny import SERVED_NAME, write_base
+from extproc.stager.adapter.check import check
+from extproc.stager.adapter.rules import Rules
+from extproc.stager.threads import through
+from extproc.up.tiny import HIDDEN, SERVED_NAME, write_base
 from tests.golden.peft.bases import LLAMA, MOE, MOE_CONFIG
 from tests.golden.peft.judge import ENGINES, HERE, MAX_RANK, MIXED, Engine, Verdict, kept, plain_words
 
@@ -54,3 +58,46 @@ async def test_the_simulated_engine_says_what_vllm_said(engine: Engine, name: st
         assert said.status == 500
         return
     assert said == VERDICTS[engine.name][name]
+
+
+# What the stager says otherwise than vLLM, and why.
+STRICTER = {
+    "a_without_b_scaling_one": "half of a pair", "b_without_a": "half of a pair", "b_without_a_scaling_one": "half of a pair",
+    "prefix_on_some": "a part of it would be without effect",
+    "rank_differs": "scaled by another rank than it was trained with", "rank_smaller": "scaled by another rank than it was trained with",
+    "rank_fraction": "no whole number", "config_not_a_number": "alpha is no number",
+    "narrow": "another width than the base model's: it was trained for another model",
+    "nan": "spoils other answers", "all_nan": "spoils other answers", "infinite": "spoils other answers",
+    "pickle_bin": "may run code; stager.allow_pickle", "pickle_pt": "may run code; stager.allow_pickle",
+}  # fmt: skip
+LEFT_TO_THE_ENGINE = {
+    "unknown_module": "which modules there are, the base model's code knows", "fused_name": "which modules there are, the base model's code knows",
+    "vocabulary_differs": "padded by some engines", "modules_to_save_score": "a classifier serves it",
+    "only_layer_beyond": "how many layers there are is not compared", "alpha_zero": "it asks for the base model's answer",
+}  # fmt: skip
+
+
+def changes_answers(name: str) -> bool:
+    """Whether vLLM loads it and its answers are not the base model's, by the engine that can do most."""
+    verdict = VERDICTS["moe_mixed_3d" if name.startswith("moe_") else "llama"][name]
+    return verdict.status == 200 and verdict.differs is not False
+
+
+def refusal(name: str) -> str:
+    """Why the stager refuses it, where it knows the base model's width and the engine's highest rank; "" if it does not."""
+    try:
+        through(check(HERE / name, Rules(max_rank=MAX_RANK, width=HIDDEN)))
+    except InvalidAdapter as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in ASKED}))
+def test_the_stager_refuses_what_vllm_refuses_and_nothing_else(name: str) -> None:
+    """But for what is written down above."""
+    why = refusal(name)
+    if name in STRICTER or name in LEFT_TO_THE_ENGINE:
+        assert (why != "") is (name in STRICTER)
+    else:
+        assert (why == "") is changes_answers(name), why
+    assert len(why) <= 300

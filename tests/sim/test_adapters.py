@@ -9,10 +9,12 @@ import pytest
 
 from extproc.sim.adapters import Adapters, EngineDeadError, SimError
 from extproc.sim.base import Base
-from extproc.sim.checkpoint import Abilities, Loaded, LoadError, read_adapter
+from extproc.sim.checkpoint import BASE_SHA256, Abilities, Loaded, LoadError, read_adapter
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.adapters import CONFIG, WEIGHTS, safetensors, sha256, small_files, write_small
 from tests.fakes.wait import turns, until
+from tests.golden.peft.bases import MOE_CONFIG
+from tests.golden.peft.judge import HERE
 
 
 @pytest.fixture
@@ -264,3 +266,40 @@ def test_a_tensor_of_another_rank_is_accepted(loras: Path) -> None:
     config = json.loads((loras / "alpha" / CONFIG).read_text())
     (loras / "alpha" / CONFIG).write_text(json.dumps({**config, "r": 2}))
     read(loras / "alpha")
+
+
+# -- what PEFT wrote
+
+
+def golden(base: Path, *, mixed: bool) -> Adapters:
+    """An engine for the goldens, which has room for one of them in memory."""
+    limits = {"max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": 8}
+    return Adapters(base_model="tiny", root=str(base), cache_dir=str(HERE), mixed_moe_format=mixed, **limits)
+
+
+async def test_experts_in_one_tensor_are_read_again_as_they_were_loaded(tmp_path: Path) -> None:
+    """What the load call said of them counts until the name is forgotten; a resolver never says it."""
+    (tmp_path / "config.json").write_text(json.dumps(MOE_CONFIG))
+    adapters = golden(tmp_path, mixed=True)
+    for name in ("moe_parameters", "moe_attention"):
+        await adapters.load(name, str(HERE / name), in_place=False, is_3d=name == "moe_parameters")
+    weights = sha256((HERE / "moe_parameters" / WEIGHTS).read_bytes())
+    assert await ask(adapters, "moe_parameters") == weights
+    adapters.unload("moe_parameters")
+    with pytest.raises(SimError, match="contains fused 3D MoE weights"):
+        await adapters.load("moe_parameters", str(HERE / "moe_parameters"), in_place=False)
+
+
+@pytest.mark.parametrize(("name", "status"), [("config_bom", 400), ("config_utf16", 400), ("config_list", 500), ("peft_type_missing", 500)])
+async def test_the_resolver_reads_a_configuration_as_text(name: str, status: int) -> None:
+    """UTF-8 without a mark, an object, and its method in it."""
+    adapters = Adapters(base_model="tiny", root="", cache_dir=str(HERE), max_loras=1, max_cpu_loras=1, max_lora_rank=8)
+    with pytest.raises(SimError) as raised:
+        await adapters.resolve(name)
+    assert raised.value.status == status
+
+
+async def test_an_adapter_without_effect_answers_as_the_base_model() -> None:
+    """Names that no module has are passed over without a word."""
+    adapters = Adapters(base_model="tiny", root="", cache_dir=str(HERE), max_loras=1, max_cpu_loras=1, max_lora_rank=8)
+    assert await ask(adapters, "prefix_orig_mod") == BASE_SHA256

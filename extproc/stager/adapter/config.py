@@ -69,6 +69,7 @@ def _members(text: bytes) -> dict[str, msgspec.Raw]:
     if what := foreign(text):
         refuse(CONFIG_FILE, what)
     try:
+        text.decode()  # of what is passed over, msgspec does not look whether it is UTF-8; engines do
         return msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         refuse(CONFIG_FILE, "is not a JSON object" if isinstance(error, msgspec.ValidationError) else "is not JSON in UTF-8, or too deeply nested")

@@ -136,8 +136,6 @@ async def test_a_load_that_makes_no_sense_is_told_so(served: Served, body: dict[
 async def test_wrong_base_and_narrow_tensors_are_taken_without_a_word(served: Served) -> None:
     """Which is why they are checked before."""
     for kind, how in (("wrongbase", {"base_model": "some/other"}), ("badshape", {"width": 32})):
-        if (served.kind, kind) == ("sim", "badshape"):
-            continue  # it has no model to be narrower than
         await served.engine.load(kind, served.add(f"odd/{kind}", seed=3, **how))
         await served.engine.unload(kind)
 
@@ -162,6 +160,27 @@ async def test_a_version_is_found_through_a_link(served: Served) -> None:
     await served.engine.unload(name)
     (served.directory / name).unlink()
     assert (await ask(served.session, served.url, name, "hi")).status == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(("options", "counted"), [(None, []), ({"include_usage": True}, [5]), ({"include_usage": False, "continuous_usage_stats": True}, [])])
+async def test_a_stream_counts_its_tokens_where_it_was_asked_to(served: Served, path: str, options: dict[str, bool] | None, counted: list[int]) -> None:
+    """In one more chunk without choices: what load generators and chat front ends read."""
+    body = {"model": "tiny", "max_tokens": 5, "ignore_eos": True, "stream": True, "stream_options": options}
+    body |= {"prompt": "hi"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    async with served.session.post(served.url + path, json=body) as response:
+        lines = [line.decode().removeprefix("data: ").strip() async for line in response.content if line.startswith(b"data: ")]
+    assert (response.status, lines[-1]) == (200, "[DONE]")
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks if not chunk["choices"]] == counted
+    assert not any(chunk.get("usage") for chunk in chunks if chunk["choices"])
+
+
+async def test_stream_options_without_a_stream_are_refused(served: Served) -> None:
+    status, text = await served.post("/v1/completions", {"model": "tiny", "prompt": "hi", "stream_options": {"include_usage": True}})
+    error = json.loads(text)["error"]
+    assert (status, error["type"]) == (400, "BadRequestError")
+    assert "Stream options can only be defined when `stream=True`." in error["message"]
 
 
 async def test_sleeping_is_told_where_it_can(served: Served) -> None:

@@ -247,6 +247,7 @@ CASES: dict[str, Case] = {
     "moe_parameters": Case(lora(target_modules=[], target_parameters=EXPERTS), base=MOE),
     "moe_parameters_and_modules": Case(lora(target_parameters=EXPERTS), base=MOE),
     "moe_parameters_rank_pattern": Case(lora(target_modules=[], target_parameters=EXPERTS, rank_pattern={"gate_up_proj": 4, "down_proj": 4}), base=MOE),
+    "moe_gate_up_only": Case(lora(target_modules=[], target_parameters=EXPERTS[:1]), base=MOE),
     "moe_down_only": Case(lora(target_modules=[], target_parameters=EXPERTS[1:]), base=MOE),
     "moe_all_linear": Case(lora(target_modules="all-linear"), base=MOE),
     "moe_one_by_one": Case(lora(), base=MOE, edits=(keys(target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]), tensors(one_expert_each))),

@@ -81,7 +81,7 @@ def test_what_vllm_serves_passes(tmp_path: Path, tensors: dict[str, tuple[int, .
         ({f"{E}.0.up_proj.lora_A.weight": (4,), f"{E}.0.up_proj.lora_B.weight": (8, 4)}, "1 dimensions"),
         ({"foo.bar": (4,)}, "no LoRA matrices"),
         (pair(f"{E}.0.up_proj", 8), "rank 8, the configuration 4: vLLM would load it, scaled by the configuration's r"),
-        (pair(E, 30), "no multiple of 4"),
+        ({**pair(E, 30), **pair(f"{E}.base_layer", 8)}, "no multiple of 4"),
         ({"model.embed_tokens.lora_embedding_A": (5, 30), "model.embed_tokens.lora_embedding_B": (8, 5)}, "has rank 5"),
     ],
 )
