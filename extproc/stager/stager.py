@@ -227,7 +227,7 @@ class Stager:
             if not self.is_draining:
                 self._freshness.revalidate(name)
             return held
-        if (refusal := self.node.refusals.answer(name, sha256, began)) is not None:
+        if (refusal := self.node.refusals.answer(name, began)) is not None:
             self.node.metrics.negative_hits.inc()
             raise refusal
         self._flights.hurry(name, priority)
@@ -343,7 +343,7 @@ class Stager:
             return named.origin
         if self.node.settings.adopt and self._adopter.is_there(name):
             return ADOPTED
-        refusal = self.node.refusals.answer(name, "", self.node.clock())
+        refusal = self.node.refusals.answer(name, self.node.clock())
         try:
             if refusal is not None:
                 raise refusal

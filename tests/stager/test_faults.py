@@ -16,7 +16,18 @@ from huggingface_hub import close_session
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
-from extproc.errors import AdapterTooLarge, InvalidAdapter, LoraExtprocError, ModelNotFound, OriginChanged, OriginDown, OriginFailed, OriginRefused, StageError
+from extproc.errors import (
+    AdapterDamaged,
+    AdapterTooLarge,
+    InvalidAdapter,
+    LoraExtprocError,
+    ModelNotFound,
+    OriginChanged,
+    OriginDown,
+    OriginFailed,
+    OriginRefused,
+    StageError,
+)
 from extproc.stager.stager import Stager
 from extproc.stager.supply import web
 from extproc.up.demo import write_adapter
@@ -123,8 +134,10 @@ async def test_a_transfer_goes_on_where_it_broke_off(tmp_path: Path, files: File
         async with serving(kind, files, timeout_s=5.0 if end != "stall" else 0.2) as (server, origin), node(tmp_path / f"{at}", origin) as stager:
             server.fault(WEIGHTS, at=at, end=end)
             await ends_right(stager, files)
-            assert begins(server.gets(WEIGHTS)) == [0, at]
-            assert server.sent_bytes == sum(map(len, files.values()))
+            first, second = begins(server.gets(WEIGHTS))
+            assert first == 0
+            assert second == at if at <= 65_536 else 65_536 <= second <= at  # what has come while the header is judged is lost with its connection
+            assert server.sent_bytes == sum(map(len, files.values())) + at - second
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +220,7 @@ async def test_a_length_that_is_not_true_ends_in_an_error(tmp_path: Path, files:
             server.sizes[f"/models/{NAME}/{path}"] = said
         else:
             server.fault(path, times=99, method="HEAD", states=said)
-        with pytest.raises(OriginFailed):
+        with pytest.raises((OriginFailed, InvalidAdapter)):  # a header that does not fit to the length is seen first
             await stager.ensure(NAME)
         assert nothing_there(stager)
 
@@ -249,7 +262,7 @@ async def test_a_hub_that_lies_about_a_length_ends_in_an_error(tmp_path: Path, f
     for path in (CONFIG, WEIGHTS):
         async with hub_with(files) as (hub, origin), node(tmp_path / "node", origin) as stager:
             hub.fault("wrong_length", "/api/models/*", times=99, delta=delta, file=path)
-            with pytest.raises(OriginFailed):
+            with pytest.raises((OriginFailed, InvalidAdapter)):
                 await stager.ensure(NAME)
             assert nothing_there(stager)
 
@@ -340,7 +353,7 @@ async def test_s3_s_checksum_is_held_to_after_a_break_as_well(tmp_path: Path, fi
         async with node(tmp_path / "wrong", origin) as stager:
             server.fault(WEIGHTS, at=100_000)
             server.fault(WEIGHTS, times=99, body=other[WEIGHTS])  # under the ETag of the right ones
-            await ends_wrong(stager, InvalidAdapter, "SHA-256")
+            await ends_wrong(stager, AdapterDamaged, "SHA-256")
         server.faults = []
         async with node(tmp_path / "right", origin) as stager:
             server.fault(WEIGHTS, at=100_000)
@@ -360,7 +373,7 @@ async def test_s3_s_other_checksum_is_held_to(tmp_path: Path, files: Files, path
         server.faults = []
         server.state_crc32(f"{NAME}/{path}", zlib.crc32(files[path]))
         async with node(tmp_path / "once", origin) as stager:
-            server.fault(path, body=bytes(len(files[path])))
+            server.fault(path, body=files[path][:-100] + bytes(100))
             await ends_right(stager, files)
 
 
@@ -372,10 +385,10 @@ async def test_a_checksum_of_parts_says_nothing_of_the_whole(tmp_path: Path, fil
 
 
 async def test_a_hub_s_digest_is_held_to(tmp_path: Path, files: Files) -> None:
-    """That of the LFS pointer."""
+    """That of the LFS pointer. Bytes that are wrong from the first on are no header."""
     async with hub_with(files) as (hub, origin), node(tmp_path / "node", origin) as stager:
         hub.fault("wrong_bytes", f"/cdn/*{WEIGHTS}", times=99)
-        await ends_wrong(stager, InvalidAdapter, "SHA-256")
+        await ends_wrong(stager, InvalidAdapter)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "huggingface"])

@@ -248,14 +248,17 @@ async def test_origins_are_asked_in_order(open_stager: OpenStager) -> None:
     assert (first.resolved["acme/a"], third.resolved["acme/a"]) == (1, 0)
 
 
-async def test_an_origin_that_is_down_is_passed_over(open_stager: OpenStager) -> None:
-    """After its attempts, the second serves."""
+@pytest.mark.parametrize("failure", [OriginFailed("down"), OriginRefused("forbidden")])
+async def test_an_origin_that_fails_hands_its_names_to_no_other(open_stager: OpenStager, failure: OriginFailed) -> None:
+    """Whoever has registered the name at a public origin would be served in its place."""
     first, second = FakeOrigin("first"), FakeOrigin("second")
-    first.down = OriginFailed("down")
+    first.down = failure
     second.add("acme/a", small_files())
     stager = await open_stager(first, second)
-    assert (await stager.ensure("acme/a")).origin == "second"
-    assert first.resolved["acme/a"] == ATTEMPTS
+    with pytest.raises(type(failure), match=str(failure)):
+        await stager.ensure("acme/a")
+    assert first.resolved["acme/a"] == (ATTEMPTS if failure.retryable else 1)
+    assert not second.resolved
 
 
 async def test_files_of_two_origins_are_never_mixed(open_stager: OpenStager, node: Path) -> None:
@@ -274,20 +277,20 @@ async def test_files_of_two_origins_are_never_mixed(open_stager: OpenStager, nod
         await wait
     assert not second.fetched
     assert clean(node)
-    first.down = OriginFailed("down")
-    assert (await stager.ensure("acme/a")).origin == "second"
-    assert visible(node)["acme/a"] == other
+    first.stalls = {}
+    assert (await stager.ensure("acme/a")).origin == "first"
+    assert visible(node)["acme/a"] == small_files()
 
 
 async def test_an_origin_that_is_down_may_have_it(open_stager: OpenStager, clock: Clock) -> None:
-    """Where no other has it, the failure is the answer, and it is not remembered: 502, never 404. It is left alone for a while, then asked again."""
+    """The failure is the answer, and it is not remembered: 502, never 404. It is left alone for a while, then asked again."""
     first, second = FakeOrigin("first"), FakeOrigin("second")
     first.down = OriginFailed("first is down", reached=False)
     stager = await open_stager(first, second)
     for _ in range(2):
         with pytest.raises(OriginFailed, match="first is down"):
             await stager.ensure("acme/a")
-    assert second.resolved["acme/a"] == 2
+    assert not second.resolved
     first.down = None
     with pytest.raises(OriginFailed, match="first origin is down; it is asked again in"):
         await stager.ensure("acme/a")
@@ -417,8 +420,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("spoil", REFUSED)
-async def test_what_is_not_servable_is_refused_and_leaves_nothing(open_stager: OpenStager, origin: FakeOrigin, node: Path, spoil: object) -> None:
-    """422, no link for an engine to follow, no room taken, and nobody remembers: when it is put right, it is served."""
+async def test_what_is_not_servable_is_refused_and_leaves_nothing(open_stager: OpenStager, origin: FakeOrigin, node: Path, clock: Clock, spoil: object) -> None:
+    """422, no link for an engine to follow, no room taken; when it is put right, under a new revision, it is served."""
     assert callable(spoil)
     files = small_files()
     origin.add("acme/a", files)
@@ -432,6 +435,8 @@ async def test_what_is_not_servable_is_refused_and_leaves_nothing(open_stager: O
     assert (stager.node.holdings.index.used_bytes, stager.node.holdings.index.reserved_bytes) == (0, 0)
     origin.says.clear()
     origin.add("acme/a", small_files())
+    origin.revisions["acme/a"] = "2"
+    clock.now += stager.node.settings.negative_ttl_s
     assert (await stager.ensure("acme/a")).staged
 
 
@@ -1036,9 +1041,9 @@ async def test_room_that_is_still_being_made_is_not_used(open_stager: OpenStager
     first = asyncio.create_task(stager.ensure("acme/x"))
     await asked.wait()
     second = asyncio.create_task(stager.ensure("acme/y"))
-    await until(lambda: origin.fetched["acme/y", CONFIG])
+    await until(lambda: (job := stager.job("acme/y")) is not None and job.phase == "reserve")
     await turns(200)
-    assert origin.fetched["acme/y", WEIGHTS] == 0
+    assert all((job := stager.job(name)) is not None and job.phase == "reserve" for name in ("acme/x", "acme/y"))
     go_on.set()
     for flight in (first, second):
         with pytest.raises(NoSpace):

@@ -53,8 +53,10 @@ def members(archive: Path, *, max_bytes: int) -> list[Member]:
             if count >= MAX_MEMBERS:
                 _refuse(archive, f"has over {MAX_MEMBERS} members")
             path = posixpath.normpath(name)
-            if name.startswith("/") or path == ".." or path.startswith("../") or "\\" in name or "\0" in name:
+            if name.startswith("/") or path == ".." or path.startswith("../") or "\0" in name:
                 _refuse(archive, f"has a member that leaves the directory: {name!r}")
+            if "\\" in name:
+                _refuse(archive, f"has a member with a backslash in its name: {name!r}")
             if kind not in ("file", "directory") or size < 0:
                 _refuse(archive, f"has a member that is neither a file nor a directory, or cannot be read: {name!r}")
             if kind == "file":
@@ -182,7 +184,9 @@ class _Zip:
             mode = member.external_attr >> 16
             special = mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
             unread = member.flag_bits & 0x1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # encrypted, or lzma's memory
-            yield member.filename, member.file_size, "other" if special or unread else "directory" if member.is_dir() else "file"
+            # Windows' own tools write backslashes, against the format's rules (APPNOTE 4.4.17); what looks like a path there is one.
+            name = member.filename.replace("\\", "/")
+            yield name, member.file_size, "other" if special or unread else "directory" if name.endswith("/") else "file"
 
     def open(self) -> IO[bytes]:
         assert self._at is not None

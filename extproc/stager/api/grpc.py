@@ -252,7 +252,8 @@ async def _errors(context: Context) -> AsyncIterator[None]:
         yield
     except LoraExtprocError as error:
         code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.UNAVAILABLE)
-        metadata = [(ERROR_METADATA, type(error).__name__)]
+        metadata = [(ERROR_METADATA, type(error).__name__)]  # first: whatever becomes of the text, the router must know which error it is
         if error.retry_after_s is not None:
             metadata.append((RETRY_AFTER_METADATA, str(error.retry_after_s)))
-        await context.abort(code, error.message, tuple(metadata))
+        text = error.message.encode(errors="backslashreplace").decode()  # the library raises on half a surrogate pair, as JSON may hold in a tensor's name
+        await context.abort(code, text, tuple(metadata))

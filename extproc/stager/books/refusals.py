@@ -58,22 +58,19 @@ class Refusals:
         return len(self._names)
 
     def learn(self, name: AdapterName, error: LoraExtprocError, now: float) -> None:
-        """A flight of `name` ended in this: whoever asks within `negative_ttl_s` is answered with it."""
-        if self._short_s and isinstance(error, ModelNotFound | OriginRefused | InvalidAdapter):
-            known = self._name(name)
-            known.answer, known.until = copy.copy(error).bare(), now + self._short_s
+        """A flight of `name` ended in this: what no origin has or gives is answered with it within `negative_ttl_s`."""
+        if isinstance(error, ModelNotFound | OriginRefused):
+            self._answer_with(name, error, now)
 
-    def answer(self, name: AdapterName, sha256: str, now: float) -> LoraExtprocError | None:
-        """What to answer who asks for `name` now, with weights of that digest ("": any), without asking an origin; None: look for it."""
+    def answer(self, name: AdapterName, now: float) -> LoraExtprocError | None:
+        """What to answer who asks for `name` now, without asking an origin; None: look for it."""
         known = self._names.get(name)
-        if known is None or known.answer is None or now >= known.until:
-            return None
-        if isinstance(known.answer, InvalidAdapter) and known.answer.stated not in ("", sha256):  # refused for a digest that somebody else had named
-            return None
-        return copy.copy(known.answer)
+        return copy.copy(known.answer) if known is not None and known.answer is not None and now < known.until else None
 
     def condemn(self, name: AdapterName, version: Version, error: InvalidAdapter, now: float) -> None:
-        """That version of `name` was fetched, or looked into, and refused."""
+        """That version of `name` was fetched, or looked into, and refused. What was refused for its digest is no answer to who states another."""
+        if error.what != "digest":
+            self._answer_with(name, error, now)
         known = self._name(name)
         before = next((verdict for verdict in known.verdicts if verdict.version == version), None)
         lasts_s = self._long_s if version.revision else min(self._short_s, self._long_s)
@@ -83,10 +80,16 @@ class Refusals:
         known.verdicts.append(_Verdict(version, copy.copy(error).bare(), now + lasts_s, lasts_s))
 
     def verdict(self, name: AdapterName, version: Version, now: float) -> InvalidAdapter | None:
-        """Why that version of `name` was refused; None if it was not, or so long ago that it is looked at again."""
+        """Why that version of `name` was refused, which is then the answer for another `negative_ttl_s`; None if it was not, or so long ago that it is
+        looked at again.
+        """
         known = self._names.get(name)
         found = next((verdict for verdict in known.verdicts if verdict.version == version and now < verdict.until), None) if known is not None else None
-        return copy.copy(found.error) if found is not None else None
+        if found is None:
+            return None
+        if found.error.what != "digest":
+            self._answer_with(name, found.error, now)
+        return copy.copy(found.error)
 
     def forbids(self, name: AdapterName, now: float) -> InvalidAdapter | None:
         """Why `name`, as far as is known, cannot be served: the latest verdict. For lists; says nothing of an older version that is on this node."""
@@ -108,6 +111,11 @@ class Refusals:
             known.answer = None
             if not known.verdicts:
                 del self._names[name]
+
+    def _answer_with(self, name: AdapterName, error: LoraExtprocError, now: float) -> None:
+        if self._short_s:
+            known = self._name(name)
+            known.answer, known.until = copy.copy(error).bare(), now + self._short_s
 
     def _name(self, name: AdapterName) -> _Name:
         if name not in self._names and len(self._names) >= self._max_names:

@@ -56,6 +56,8 @@ def instead(paths: Iterable[str]) -> Absent | None:
         return Absent(f"adapters one folder deeper ({_shown(named)}): name one of them")
     if any(_MODEL.fullmatch(path) for path in files):
         return Absent("a full model there, no adapter")
+    if folders and not files:
+        return Absent(f"only folders there ({_shown(folders)}): name an adapter in one of them")
     return Absent(f"files there, but no {CONFIG_FILE}") if paths else None
 
 

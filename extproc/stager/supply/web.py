@@ -127,7 +127,7 @@ class Web:
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 self._check_literal(at)
-                sent = dict(headers) if at.origin() == own.origin() else {k: v for k, v in headers.items() if k == "range"}
+                sent = dict(headers) if is_same_origin(at, own) else {k: v for k, v in headers.items() if k == "range"}
                 async with self._client().request(method, at, headers=sent, allow_redirects=False) as response:
                     if response.status not in _REDIRECTS or "location" not in response.headers:
                         yield response
@@ -198,6 +198,11 @@ def _is_public(address: str) -> bool:
 
 def _private(label: str) -> OriginRefused:
     return OriginRefused(f"{label} origin: its address is private, loopback or link-local; allow_private is off")
+
+
+def is_same_origin(one: URL, other: URL) -> bool:
+    """Scheme, host and port: whoever may see the credentials of one may see those of the other (RFC 6454, 5)."""
+    return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
 
 
 def version(response: aiohttp.ClientResponse) -> str:

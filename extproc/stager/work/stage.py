@@ -15,7 +15,7 @@ from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
 from ..adapter.check import check_header, check_weights
 from ..adapter.config import MAX_CONFIG_BYTES, AdapterConfig, check_config, read_limited, with_base
-from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
+from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, foreign
 from ..adapter.rules import Rules
 from ..adapter.safetensors import PREFIX_BYTES, header_length
 from ..adapter.width import hidden_size
@@ -39,7 +39,6 @@ T = TypeVar("T")
 
 MAX_CHECKS = 2  # at once: they compute, and each may keep the event loop from the interpreter for 5 ms (sys.getswitchinterval)
 MAX_PEERS_TRIED = 3  # for one adapter; whoever waits for it waits for each of them
-PAGE_BYTES = 1024  # of a file, in which a web page shows that it is one
 RESOLVES = 3  # an adapter that is being written anew changes under us; after that many times it is the origin's fault
 
 
@@ -133,22 +132,16 @@ class Fetcher:
             return None
         if (refusal := self._node.refusals.verdict(name, self._version(plan), self._node.clock())) is not None:
             raise refusal
+        if listing.revision.strip() and _in_place(plan) is None and (named := await self._from_peers(name, job, expected, tried, plan)) is not None:
+            return named
         try:
-            if listing.revision.strip() and _in_place(plan) is None:
-                named = await self._from_peers(name, job, expected, tried, plan)
-                if named is not None:
-                    return named
-            try:
-                return await self._carry_out(plan, job)
-            except OriginChanged:
-                raise
-            except OriginFailed as failure:
-                if known is None and (mirrored := await self._mirror(plan)) is not None:
-                    log.warning("%s: %s; its mirror %s has the same", name, failure.message, mirrored.origin)
-                    return await self._carry_out(mirrored, job)
-                raise
-        except InvalidAdapter as error:
-            self._node.refusals.condemn(name, self._version(plan), error, self._node.clock())
+            return await self._carry_out(plan, job)
+        except OriginChanged:
+            raise
+        except OriginFailed as failure:
+            if known is None and (mirrored := await self._mirror(plan)) is not None:
+                log.warning("%s: %s; its mirror %s has the same", name, failure.message, mirrored.origin)
+                return await self._carry_out(mirrored, job)
             raise
 
     async def _from_peers(
@@ -235,8 +228,8 @@ class Fetcher:
 
     def _version(self, plan: Plan) -> Version:
         """What a verdict counts for: an engine that takes other adapters, or another digest asked for, is another question."""
-        engine = self._node.engine
-        return Version(plan.origin, plan.listing.revision.strip(), plan.stated, (engine.limits.max_lora_rank, tuple(base.root for base in engine.bases)))
+        bases = tuple(base.root for base in self._node.engine.bases)
+        return Version(plan.origin, plan.listing.revision.strip(), plan.stated, (self._rules(), bases))
 
     async def _carry_out(self, plan: Plan, job: Job) -> Named:
         """Bring, verify, publish. Whatever goes wrong, nothing of it stays."""
@@ -267,6 +260,10 @@ class Fetcher:
                     except asyncio.CancelledError:  # it is published all the same
                         await self.let_go(named)
                         raise
+            except InvalidAdapter as error:
+                if plan.source in self._sources:  # of what a peer sends, its origin is not to blame
+                    self._node.refusals.condemn(name, self._version(plan), error, self._node.clock())
+                raise
             finally:
                 index.abort(token)
         return named
@@ -525,10 +522,8 @@ def _check_digest(files: Sequence[File | RemoteFile], stated: Sequence[str]) -> 
 
 def _check_page(plan: Plan, head: bytes) -> None:
     """A web page where a file should be is a log-in or an error page: the origin's fault, not the adapter's."""
-    if head[:PAGE_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
-        raise OriginRefused(
-            f"{plan.source.label} origin: a web page comes in place of a file of {plan.listing.name}: a log-in, or an error page with status 200"
-        )
+    if "web page" in (what := foreign(head)):
+        raise OriginRefused(f"{plan.source.label} origin: a file of {plan.listing.name} {what}")
 
 
 def _agree(copy: Listing, listing: Listing) -> bool:

@@ -15,12 +15,13 @@ import stamina.instrumentation
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.core.breaker import Breaker
-from extproc.errors import LoraExtprocError, NoSpace, OriginChanged, OriginDown, OriginFailed, OriginRefused
+from extproc.errors import LoraExtprocError, NoSpace, OriginChanged, OriginDown, OriginFailed, OriginRefused, OriginSlow
 from extproc.stager.supply.download import Download
 from extproc.stager.supply.job import Job
 from extproc.stager.supply.listing import Listing, RemoteFile
 from extproc.stager.supply.origins import build_origin
 from extproc.stager.supply.origins.base import Probed
+from extproc.stager.supply.pace import Slots
 from extproc.stager.supply.source import ATTEMPTS, LONGEST_WAIT_S, Source, log_repetitions
 from tests.fakes.adapters import WEIGHTS, sha256, small_files
 from tests.fakes.faulty import FaultyServer, running
@@ -311,7 +312,7 @@ async def test_several_broken_objects_are_a_broken_origin(clock: Clock, caplog: 
     source = Source(origin, clock=clock)
     for number in range(3):
         with pytest.raises(OriginFailed) as raised:
-            await source.resolve(adapter_name(f"acme/{number}"))
+            await source.resolve(adapter_name(f"owner{number}/a"))
         assert raised.value.shared
     for _ in range(3):
         with pytest.raises(OriginDown) as raised:
@@ -364,7 +365,7 @@ def test_what_an_origin_asks_for_is_kept_by_probes_too() -> None:
         source = Source(origin, clock=loop.time)
         stall = origin.stall(NAME, WEIGHTS)
         listing = await source.resolve(NAME)
-        assert listing is not None
+        assert isinstance(listing, Listing)
         file = next(file for file in listing.files if file.path == WEIGHTS)
         with tempfile.TemporaryDirectory() as directory:
             fetching = asyncio.create_task(source.fetch(listing, file, Path(directory) / "file", Job()))
@@ -396,22 +397,112 @@ def test_what_an_origin_asks_for_is_kept_by_probes_too() -> None:
     on_a_virtual_loop(main)
 
 
-def test_three_broken_objects_do_not_keep_an_origin_closed() -> None:
-    """It answers the probe, which asks for none of them: the others are served again at once."""
+@pytest.mark.parametrize("is_down", [False, True])
+def test_broken_objects_of_several_owners_have_the_origin_probed(is_down: bool) -> None:
+    """It is left alone if the probe fails, too, and for no moment if it answers: a tenant can have any number of broken objects."""
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        origin = ProbedOrigin(loop.time)
+        origin.add(NAME, small_files())
+        origin.probe_failure = OriginFailed("status 500") if is_down else None
+        source = Source(origin, clock=loop.time)
+        for number in range(9):
+            origin.resolve_failures = [OriginFailed("status 500")] * ATTEMPTS
+            with pytest.raises(OriginFailed):
+                await source.resolve(adapter_name(f"owner{number}/a"))
+            if is_down and number == 2:
+                break
+            assert source.breaker.state == "closed"
+        await asyncio.sleep(0.001)
+        assert origin.probes
+        assert source.breaker.state == ("open" if is_down else "closed")
+        await source.close()
+
+    on_a_virtual_loop(main)
+
+
+def test_one_owner_s_broken_objects_cost_no_probe() -> None:
+    """However many: the others' are served meanwhile."""
 
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         origin = ProbedOrigin(loop.time)
         origin.add(NAME, small_files())
         source = Source(origin, clock=loop.time)
-        for number in range(3):
+        for number in range(9):
             origin.resolve_failures = [OriginFailed("status 500")] * ATTEMPTS
             with pytest.raises(OriginFailed):
                 await source.resolve(adapter_name(f"acme/{number}"))
-        origin.resolve_failures = []
-        assert source.breaker.state == "open"
-        await asyncio.sleep(1.0)
+        assert not origin.probes
         assert await source.resolve(NAME) is not None
         await source.close()
+
+    on_a_virtual_loop(main)
+
+
+def test_one_owner_does_not_hold_every_place() -> None:
+    """One place of four is kept for others; and of two who wait, the one who holds fewer goes first."""
+
+    async def main(_: asyncio.AbstractEventLoop) -> None:
+        slots, order = Slots(4), []
+        go_on = asyncio.Event()
+
+        async def hold(owner: str, number: int) -> None:
+            async with slots.take(Job(), owner):
+                order.append(f"{owner}{number}")
+                await go_on.wait()
+
+        tasks = [asyncio.create_task(hold("busy", number)) for number in range(6)]
+        await asyncio.sleep(0)
+        assert order == ["busy0", "busy1", "busy2"]
+        tasks.append(asyncio.create_task(hold("other", 0)))
+        await asyncio.sleep(0)
+        assert order[3:] == ["other0"]
+        tasks.append(asyncio.create_task(hold("third", 0)))
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(*tasks)
+        assert order[4:] == ["third0", "busy3", "busy4", "busy5"]
+
+    on_a_virtual_loop(main)
+
+
+def test_a_transfer_that_trickles_is_given_up(tmp_path: Path) -> None:
+    """A byte a second keeps no connection silent. After three windows its place is free again, and the origin is not down for it."""
+
+    class Trickling(FakeOrigin):
+        async def fetch(self, listing: Listing, file: RemoteFile, download: Download) -> None:
+            async def chunks() -> AsyncIterator[bytes]:
+                while True:
+                    await asyncio.sleep(1.0)
+                    yield b"x"
+
+            self.fetched[listing.name, file.path] += 1
+            await download.write(chunks())
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        origin, began = Trickling(), loop.time()
+        source = Source(origin, OriginSettings(type="http", url="http://nowhere", min_bytes_per_s=10), loop.time)
+        file = RemoteFile(WEIGHTS, 2**20)
+        with pytest.raises(OriginSlow, match="min_bytes_per_s is 10"):
+            await source.fetch(Listing(NAME, "1", (file,)), file, tmp_path / "file", Job())
+        assert origin.fetched.total() == ATTEMPTS
+        assert loop.time() - began < 100
+        assert source.breaker.state == "closed"
+
+    on_a_virtual_loop(main)
+
+
+def test_a_transfer_that_waits_for_our_own_limit_is_not_slow(tmp_path: Path) -> None:
+    """The pace of `max_bytes_per_s`, which all transfers of an origin share, is not the origin's."""
+    size = 8 * 2**20
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        origin = FragileOrigin(step=size)
+        origin.data = bytes(size)
+        settings = OriginSettings(type="http", url="http://nowhere", min_bytes_per_s=200_000, max_bytes_per_s=100_000)
+        file, began = RemoteFile(WEIGHTS, size), loop.time()
+        await Source(origin, settings, loop.time).fetch(Listing(NAME, "1", (file,)), file, tmp_path / "file", Job())
+        assert loop.time() - began > 50
 
     on_a_virtual_loop(main)
 

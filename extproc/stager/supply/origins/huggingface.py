@@ -34,7 +34,7 @@ from ...syscalls import disk_errors
 from ...threads import Threads
 from ..download import Download
 from ..listing import Absent, Listing, RemoteFile, instead
-from ..web import Web, asked_wait_s
+from ..web import Web, asked_wait_s, is_same_origin
 from .base import token_for
 
 CALL_THREADS = 8  # short calls of the hub's API, each ended by `timeout_s`
@@ -73,7 +73,7 @@ class HuggingFaceOrigin:
         url = hf_hub_url(repo, file.key, revision=listing.revision, endpoint=self._endpoint)
         metadata = await self._calls.run(self._metadata, listing.name, file, url)
         token = self._token(listing.name)
-        is_own = URL(metadata.location).origin() == URL(url).origin()  # scheme, host and port: not in clear text either
+        is_own = is_same_origin(URL(metadata.location), URL(url))  # not in clear text either
         headers = {"authorization": f"Bearer {token}"} if token and is_own else {}
         if metadata.xet_file_data is not None:
             await self._web.show_beginning(metadata.location, file, download, headers)

@@ -21,7 +21,7 @@ from extproc.core.artifact import AdapterName, adapter_name
 from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.process.sockets import listen
 from extproc.stager.supply.download import Download
-from extproc.stager.supply.listing import Listing, RemoteFile
+from extproc.stager.supply.listing import Absent, Listing, RemoteFile
 from extproc.stager.supply.origins.s3 import S3Origin
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, sha256, small_files, write_small
 from tests.fakes.rclone import ACCESS_KEY, SECRET_KEY, rclone
@@ -92,7 +92,7 @@ async def open_origin(server: tuple[str, Path]) -> AsyncIterator[OpenOrigin]:
 
 async def resolved(origin: S3Origin, name: AdapterName = NAME) -> Listing:
     listing = await origin.resolve(name)
-    assert listing is not None
+    assert isinstance(listing, Listing)
     return listing
 
 
@@ -119,8 +119,10 @@ async def test_what_is_not_there_is_not_found(open_origin: OpenOrigin, bucket: P
     (bucket / "lora" / "weights").mkdir()
     (bucket / "lora" / "weights" / WEIGHTS).write_bytes(b"x")
     origin = open_origin()
-    for name in ("nosuch", "acme", "acme/sq", "acme/sql/below", "weights"):
+    for name in ("nosuch", "acme/sq", "acme/sql/below"):
         assert await origin.resolve(adapter_name(name)) is None
+    assert await origin.resolve(adapter_name("acme")) == Absent("only folders there (sql): name an adapter in one of them")
+    assert await origin.resolve(adapter_name("weights")) == Absent(f"files there, but no {CONFIG}")
 
 
 async def test_folders_below_an_adapter_are_not_part_of_it(open_origin: OpenOrigin, bucket: Path) -> None:
