@@ -148,7 +148,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What a node can answer for: adapters sorted by id. `more`: there are some after the last of these. `refused`: names that are invalid there."""
+    """What a node can answer for: adapters sorted by id. `more`: there are some after the last of these. `refused`: names that cannot be served there."""
 
     bases: tuple[Model, ...] = ()
     adapters: tuple[Model, ...] = ()

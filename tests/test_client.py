@@ -14,6 +14,7 @@ from extproc.client import (
     ERROR_METADATA,
     MAX_CLAIMED,
     SERVICE,
+    Catalogue,
     Claimed,
     Evicted,
     Loading,
@@ -43,6 +44,8 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
     "Claim": (pb.ClaimRequest, pb.ClaimReply),
     "Release": (pb.ReleaseRequest, pb.ReleaseReply),
     "Models": (pb.ModelsRequest, pb.ModelsReply),
+    "Catalogue": (pb.CatalogueRequest, pb.CatalogueReply),
+    "Resolve": (pb.ResolveRequest, pb.ResolveReply),
     "List": (pb.ListRequest, pb.ListReply),
     "Pin": (pb.PinRequest, pb.PinReply),
     "Evict": (pb.EvictRequest, pb.EvictReply),
@@ -121,7 +124,7 @@ def all_methods(client: StagerClient) -> list[Awaitable[Any]]:
         client.refresh("a"),
         client.find("a"),
     ]
-    unary += [client.claim([CLAIMED]), client.models(), client.ensure("a", on_progress=print)]
+    unary += [client.claim([CLAIMED]), client.models(), client.catalogue(), client.resolve("a"), client.ensure("a", on_progress=print)]
     return [*unary, *map(all_of, (client.stage("a"), client.verify(), client.watch(), client.read("d", "f")))]
 
 
@@ -370,6 +373,23 @@ async def test_an_answer_to_a_claim_that_fits_not_is_an_unavailable_stager(start
 
     with pytest.raises(StagerUnavailable, match="answers 2 of 1"):
         await (await start(Claim=claim)).claim([CLAIMED])
+
+
+async def test_what_could_be_served_comes_in_pages_and_by_name(start: Start) -> None:
+    """With the version that the caller has, and the origin's label."""
+    asked: list[pb.CatalogueRequest] = []
+
+    async def catalogue(request: pb.CatalogueRequest, _: Context) -> pb.CatalogueReply:
+        asked.append(request)
+        return pb.CatalogueReply(version="2", names=["b"], more=True)
+
+    async def resolve(request: pb.ResolveRequest, _: Context) -> pb.ResolveReply:
+        return pb.ResolveReply(origin=f"of {request.adapter}")
+
+    client = await start(Catalogue=catalogue, Resolve=resolve)
+    assert await client.catalogue("1", "a", 7) == Catalogue("2", ("b",), more=True)
+    assert asked == [pb.CatalogueRequest(version="1", after="a", limit=7)]
+    assert await client.resolve("b") == "of b"
 
 
 async def test_models_come_in_pages(start: Start) -> None:

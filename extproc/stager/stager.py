@@ -91,7 +91,7 @@ class Stager:
         instance: str = "",
     ) -> None:
         store, holdings, changes, disk = Store(Path(settings.dir)), Holdings(settings.max_bytes), Changes(), Threads(DISK_THREADS, "disk")
-        loads = Loads(engine, store, holdings, metrics, disk, settings.negative_ttl_s, clock)
+        loads = Loads(engine, store, holdings, metrics, disk, settings.negative_ttl_s, clock, partial(changes.tell, "refused"))
         refusals = Refusals(settings.negative_ttl_s, settings.refusal_ttl_s)
         self.node = Node(settings, store, holdings, engine, loads, changes, Readiness(changes), refusals, metrics, disk, clock)
         self.instance = instance or secrets.token_hex(8)
@@ -340,8 +340,10 @@ class Stager:
         """Which origin would give the adapter, or gave it; stages nothing. Raises ModelNotFound, also for what is refused unseen, or OriginFailed."""
         name = adapter_name(raw_name)
         if (named := self.node.holdings.get(name)) is not None:
+            if self.node.loads.refuses(name, named.id):
+                raise ModelNotFound(f"The model `{name}` cannot be served: this node's engine refuses it")
             return named.origin
-        if self.node.settings.adopt and self._adopter.is_there(name):
+        if self.node.settings.adopt and await self._adopter.is_there(name):
             return ADOPTED
         refusal = self.node.refusals.answer(name, self.node.clock())
         try:

@@ -3,14 +3,16 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from extproc.core.artifact import AdapterName
 from extproc.errors import LoraExtprocError
 from extproc.stager.supply.download import Download
 from extproc.stager.supply.listing import Listing, RemoteFile
+from extproc.stager.supply.origins.names import Names
+from extproc.stager.threads import Threads
 
-from .adapters import Files
+from .adapters import CONFIG, WEIGHTS, Files
 
 
 class Stall:
@@ -88,6 +90,27 @@ class FakeOrigin:
 
     async def close(self) -> None:
         self.closed = True
+
+
+class ListableOrigin(FakeOrigin):
+    """Tells `names`, or fails with `failure`, once `gate` is open."""
+
+    def __init__(self, label: str = "fake", names: Sequence[str] = ()) -> None:
+        super().__init__(label)
+        self.names = list(names)
+        self.failure: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.listings = 0
+
+    async def list_all(self, found: Names, _threads: Threads) -> None:
+        self.listings += 1
+        await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        for name in self.names:
+            for file in (CONFIG, WEIGHTS):
+                found.add(f"{name}/{file}")
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:

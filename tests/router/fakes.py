@@ -64,6 +64,7 @@ class ScriptedStager(StagerClient):
         self.listed = Models()
         self.listings = 0
         self.origins: list[str] = []  # what they have, in order
+        self.has_listed = True  # its origins, since its start
         self.unlisted: set[str] = set()  # what they have beside it
         self.catalogues: list[tuple[str, str]] = []  # with which version, after which name
         self.resolved: list[str] = []
@@ -122,6 +123,8 @@ class ScriptedStager(StagerClient):
     async def catalogue(self, version: str = "", after: str = "", limit: int = 0) -> Catalogue:
         self.catalogues.append((version, after))
         await self._answer()
+        if not self.has_listed:
+            return Catalogue()
         current = str(hash(tuple(self.origins)))
         if version == current and not after:
             return Catalogue(current)

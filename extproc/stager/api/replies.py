@@ -55,12 +55,14 @@ async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes
     """
     holdings, path, refuses = stager.node.holdings, stager.node.store.path, stager.node.loads.refuses
     bases = [] if after else [pb.Model(id=base.id, root=base.root, max_model_len=base.max_model_len) for base in stager.node.engine.bases]
-    refused = [] if after else sorted(stager.node.refusals.forbidden(stager.node.clock()))
-    parts, left = [pb.ModelsReply(bases=bases, refused=refused).SerializeToString()], limit or len(holdings)
-    while left and (names := holdings.after(after, min(left, MODELS_SLICE))):
-        adapters = [pb.Model(id=name, root=str(path(named.id))) for name in names if (named := holdings.get(name)) is not None and not refuses(name, named.id)]
-        parts.append(pb.ModelsReply(adapters=adapters).SerializeToString())
-        after, left = names[-1], left - len(names)
+    invalid = [] if after else sorted(stager.node.refusals.forbidden(stager.node.clock()))
+    parts, left = [pb.ModelsReply(bases=bases, refused=invalid).SerializeToString()], limit or len(holdings)
+    while left > 0 and (names := holdings.after(after, min(left, MODELS_SLICE))):
+        here = [(name, named) for name in names if (named := holdings.get(name)) is not None]
+        refused = {name for name, named in here if refuses(name, named.id)}
+        adapters = [pb.Model(id=name, root=str(path(named.id))) for name, named in here if name not in refused]
+        parts.append(pb.ModelsReply(adapters=adapters, refused=sorted(refused)).SerializeToString())
+        after, left = names[-1], left - len(adapters)  # a page without any adapter would look like the last
         await asyncio.sleep(0)
     parts.append(pb.ModelsReply(more=bool(holdings.after(after, 1))).SerializeToString())
     return b"".join(parts)

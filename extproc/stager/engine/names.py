@@ -53,6 +53,7 @@ class Loads:
         disk: Threads,
         refused_s: float,
         clock: Callable[[], float] = time.monotonic,
+        on_refused: Callable[[AdapterName], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -61,6 +62,7 @@ class Loads:
         self._disk = disk
         self._refused_s = refused_s
         self._clock = clock
+        self._on_refused = on_refused  # told of each version once
         self._known: dict[str, Load] = {}
         self._is_compared = False  # with the engine's own list, since the start
         self._unloading: set[str] = set()
@@ -275,6 +277,8 @@ class Loads:
             result = "loaded"
         except InvalidAdapter as error:
             result = error.reason
+            if load not in self._refused:
+                self._on_refused(load.adapter)
             if len(self._refused) >= MAX_REFUSED:
                 del self._refused[next(iter(self._refused))]
             self._refused[load] = (self._clock() + self._refused_s, error)  # kept beyond that time: who lists what can be served leaves it out

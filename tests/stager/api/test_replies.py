@@ -11,17 +11,18 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.client import Loading, Progress
+from extproc.client import Catalogue, Loading, Progress, Refused
 from extproc.core.artifact import ArtifactId, adapter_name
-from extproc.errors import InvalidAdapter, NoSpace
+from extproc.errors import InvalidAdapter, InvalidRequest, ModelNotFound, NoSpace, OriginFailed
 from extproc.stager.api import grpc as service_module
 from extproc.stager.api import replies as replies_module
 from extproc.stager.books.holdings import Holdings, Named
-from tests.fakes.adapters import WEIGHTS, size_of, small_files
+from tests.fakes.adapters import CONFIG, WEIGHTS, size_of, small_files
 from tests.fakes.engine import RunningEngine, running_engine
-from tests.fakes.origin import FakeOrigin
+from tests.fakes.origin import FakeOrigin, ListableOrigin
+from tests.fakes.wait import Clock
 
-from ..conftest import OpenStager, ServeNode
+from ..conftest import OpenStager, ServeNode, next_of, until_node_state
 
 
 @pytest.fixture
@@ -92,6 +93,106 @@ def test_the_sorted_names_are_the_names(steps: list[tuple[bool, str]]) -> None:
             holdings.drop(adapter_name(name))
         if number >= 5:
             assert holdings.after("", 10**6) == sorted(holdings)
+
+
+# -- what could be served
+
+
+async def test_the_catalogue_comes_in_pages(serve_node: ServeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted, `more` on all but the last, and no page of no size."""
+    monkeypatch.setattr(replies_module, "CATALOGUE_PAGE", 4)
+    names = [f"acme/{number}" for number in range(9)]
+    client = (await serve_node(ListableOrigin(names=names))).ask()
+    first = await client.catalogue()
+    assert (first.names, first.more) == (tuple(names[:4]), True)
+    assert await client.catalogue("", "acme/3", 3) == Catalogue(first.version, tuple(names[4:7]), more=True)
+    assert await client.catalogue("", "acme/6", 100) == Catalogue(first.version, tuple(names[7:]))
+    assert await client.catalogue("", "acme/8") == Catalogue(first.version)
+
+
+async def test_a_catalogue_that_is_known_is_not_sent_again(serve_node: ServeNode, clock: Clock) -> None:
+    """Only its version, until a listing brings other names."""
+    origin = ListableOrigin(names=["a"])
+    client = (await serve_node(origin)).ask()
+    version = (await client.catalogue()).version
+    assert await client.catalogue(version) == Catalogue(version)
+    origin.names.append("b")
+    clock.now += 1000.0
+    assert (await client.catalogue(version)).names == ("a", "b")
+
+
+async def test_one_name_is_looked_for_without_staging_it(serve_node: ServeNode, origin: FakeOrigin) -> None:
+    """On disk, or at an origin; what none has is not asked for again at once, nor is what was refused."""
+    origin.add("acme/a", small_files())
+    origin.add("acme/bare", {CONFIG: small_files()[CONFIG]})
+    node = await serve_node()
+    client = node.ask()
+    for _ in range(2):
+        assert await client.resolve("acme/a") == "fake"
+        for name, why in (("acme/none", "no origin has it"), ("acme/bare", "cannot be served: acme/bare has no weights file")):
+            with pytest.raises(ModelNotFound, match=why):
+                await client.resolve(name)
+    assert (origin.fetched, origin.resolved["acme/none"], len(node.stager.node.holdings)) == ({}, 1, 0)
+    await client.ensure("acme/a")
+    asked = origin.resolved["acme/a"]
+    assert await client.resolve("acme/a") == "fake"
+    assert origin.resolved["acme/a"] == asked
+    with pytest.raises(InvalidRequest):
+        await client.resolve("../a")
+
+
+async def test_an_origin_that_fails_is_the_answer_for_one_name(serve_node: ServeNode, origin: FakeOrigin) -> None:
+    """As for a request."""
+    origin.down = OriginFailed("fake origin: 503")
+    with pytest.raises(OriginFailed, match="503"):
+        await (await serve_node()).ask().resolve("acme/a")
+
+
+async def test_what_was_found_invalid_is_told(serve_node: ServeNode, origin: FakeOrigin, clock: Clock) -> None:
+    """Beside what is on disk and to watchers, until it is forgotten; whoever looks for it hears why, as long as its origin has the same."""
+    origin.add("acme/bad", {**small_files(), WEIGHTS: b"rubbish"})
+    node = await serve_node()
+    client = node.ask()
+    watching = client.watch()
+    await until_node_state(watching)
+    with pytest.raises(InvalidAdapter) as refused:
+        await client.ensure("acme/bad")
+    assert await next_of(watching, Refused) == Refused("acme/bad")
+    assert (await client.models()).refused == ("acme/bad",)
+    assert (await client.models("acme/a")).refused == ()
+    for wait_s in (0.0, 20.0):  # while the answer is remembered, and while the verdict is
+        clock.now += wait_s
+        with pytest.raises(ModelNotFound) as missing:
+            await client.resolve("acme/bad")
+        assert missing.value.message == f"The model `acme/bad` cannot be served: {refused.value.message}"
+    origin.add("acme/bad", small_files())
+    origin.revisions["acme/bad"] = "2"
+    clock.now += 20.0
+    assert await client.resolve("acme/bad") == "fake"
+    await client.ensure("acme/bad")
+    models = await client.models()
+    assert [model.id for model in models.adapters] == ["acme/bad"]
+
+
+async def test_what_the_engine_refused_is_told(serve_node: ServeNode, origin: FakeOrigin, engine: RunningEngine) -> None:
+    """It is on disk, and not listed; watchers hear of it once, and whoever looks for it is told that it cannot be served. No page is without an adapter."""
+
+    async def refuse(path: str) -> web.Response | None:
+        return web.Response(status=400) if path == "/v1/load_lora_adapter" else None
+
+    engine.step = refuse
+    origin.add("acme/a", small_files())
+    node = await serve_node(engine_url=engine.url)
+    client = node.ask()
+    for _ in range(2):
+        with pytest.raises(InvalidAdapter, match="engine refuses"):
+            await client.ensure("acme/a", loading=Loading.VERSIONED)
+    assert [change.adapter for change in node.stager.node.changes._kept if change.kind == "refused"] == ["acme/a"]
+    put(node.stager.node.holdings, "acme/b")
+    page = await client.models(limit=1)
+    assert ([model.id for model in page.adapters], page.refused, page.more) == (["acme/b"], ("acme/a",), False)
+    with pytest.raises(ModelNotFound, match="engine refuses it"):
+        await client.resolve("acme/a")
 
 
 # -- progress
