@@ -359,6 +359,9 @@ class StagerSettings(Group):
     """Over this part of `max_bytes`, eviction starts in the background, so that the next request need not wait for it. 1: only when needed."""
     low_watermark: Share = 0.9
     """And ends at this part."""
+    free_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """This part of the file system is left free: where others fill it, or it is smaller than `max_bytes`, eviction counts what is really there. The default
+    is 10 GB of a terabyte, which others need some seconds to write, and the file system is looked at every second. 0: nothing is left free."""
     max_adapter_bytes: Bytes = 8 * 2**30
     """A larger adapter is refused; so is an archive that unpacks to more."""
     max_file_bytes: Bytes = 8 * 2**30

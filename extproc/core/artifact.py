@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NewType
 
 from ..errors import InvalidRequest
+from .blocks import artifact_bytes
 
 AdapterName = NewType("AdapterName", str)
 
@@ -119,8 +120,8 @@ class Manifest:
 
     @property
     def disk_bytes(self) -> int:
-        """What the files take of this node's disk."""
-        return 0 if self.in_place else self.size
+        """What the artifact takes of this node's budget: nothing, where its files are links to the origin's."""
+        return 0 if self.in_place else artifact_bytes(file.size for file in self.files)
 
     @property
     def digest(self) -> ArtifactId:

@@ -1,33 +1,37 @@
 """Which artifacts a node's disk holds, and what must go to make room: a byte-bounded LRU that decides and never deletes.
 
-Bytes are counted from the moment room is reserved until the caller says they are gone, so parallel fetches cannot overshoot. Not safe for
-concurrent use; every method is short and synchronous. `now` is any clock that does not go back, in seconds.
+Bytes are counted from the moment room is reserved until the caller says they are gone, so parallel fetches cannot overshoot. Every change of an
+artifact's state is made here, and checked against the table in life.py. Not safe for concurrent use; every method is short and synchronous. `now`
+is any clock that does not go back, in seconds.
+
+What keeps an artifact from being chosen: a lease (a promise with an end, one per holder), a pin (one without an end), and a hold ("somebody is at
+it now", inside this process, counted and not named).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
+from enum import Enum
+from itertools import chain, islice
 from typing import Generic, TypeVar
 
 from ..errors import AdapterTooLarge, NoSpace
+from .blocks import on_disk
+from .life import State, moved
 
-BLOCK_BYTES = 4096  # what a file system allots at least
-MAX_HOLDERS = 64  # routers that may hold one artifact before those whose hold has ended are swept
-
-
-def on_disk(size: int) -> int:
-    """`size` bytes as the disk counts them."""
-    return _bytes(-(-size // BLOCK_BYTES))
-
-
-@lru_cache(4096)
-def _bytes(blocks: int) -> int:
-    """Adapters of one rank have one size: one number in memory for all of them."""
-    return blocks * BLOCK_BYTES
-
+MAX_HOLDERS = 64  # leases of one artifact that are told apart: more router processes than any fleet we know of sends one adapter through
+OTHERS = "\0"  # the holder that those above MAX_HOLDERS share: what they were promised holds, and none of them can give it back
+NEVER = float("-inf")
+LEAVING = State.LEAVING  # looked up on every warm request
+UNREAD = frozenset({State.PUBLISHED, State.NAMED, State.SETTLED})  # states in which the engine knows no name, and nothing is left of an earlier one
 
 Id = TypeVar("Id", bound=str)
+
+
+class Hold(Enum):
+    """Who is at an artifact."""
+
+    FLIGHT = "flight"  # about to give it a name, or to take its name away: not even force removes it meanwhile
+    READ = "read"  # sends its files to a peer, or compares it with its origin: force does not wait for that
 
 
 @dataclass(slots=True)
@@ -37,16 +41,22 @@ class Entry(Generic[Id]):
     id: Id
     size: int
     last_used: float
-    leases: dict[str, float] | None = None  # holder -> when its hold ends; None: nobody ever held it, as with most of a hundred thousand
+    leases: dict[str, float] | None = None  # holder -> when its lease ends; None: nobody ever had one, as with most of a hundred thousand
     pinned: bool = False
     keep: bool = False  # put there by others: not ours to remove
-    flights: int = 0  # that are about to give it a name, or to take its name away: not even force removes it meanwhile
-    leaving: bool = False  # chosen as a victim: its bytes still count, nobody may lease it
+    flights: int = 0  # holds of the kind FLIGHT
+    reads: int = 0  # holds of the kind READ
+    state: State = State.PUBLISHED
 
     @property
     def leased_until(self) -> float:
-        """When the last hold ends; minus infinity without one."""
-        return max(self.leases.values(), default=float("-inf")) if self.leases else float("-inf")
+        """When the last lease ends; minus infinity without one."""
+        return max(self.leases.values(), default=NEVER) if self.leases else NEVER
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it was chosen to go."""
+        return self.state is LEAVING
 
 
 class Index(Generic[Id]):
@@ -54,11 +64,13 @@ class Index(Generic[Id]):
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.disk_bytes: int | None = None  # what the file system has room for, with what is here; None: not looked at
         self._entries: dict[Id, Entry[Id]] = {}  # least recently used first; an OrderedDict would take a third more memory
-        self._leaving: dict[Id, Entry[Id]] = {}
+        self._leaving: dict[Id, State] = {}  # what leaves -> its state before that
+        self._leaving_bytes = 0
         self._reserved: dict[str, int] = {}
         self._guarded: frozenset[Id] = frozenset()
-        self._guarded_until = float("-inf")
+        self._guarded_until = NEVER
         self.reserved_bytes = 0
         self.used_bytes = 0
 
@@ -74,32 +86,50 @@ class Index(Generic[Id]):
     def get(self, id_: Id) -> Entry[Id] | None:
         """The entry, unless it is not there or leaving."""
         entry = self._entries.get(id_)
-        return None if entry is None or entry.leaving else entry
+        return None if entry is None or entry.state is LEAVING else entry
 
     def entries(self) -> list[Entry[Id]]:
         """All that is on disk, least recently used first."""
         return list(self._entries.values())
 
-    def reserve(self, token: str, size: int, now: float) -> list[Id]:
+    @property
+    def limit(self) -> int:
+        """What may be used and reserved: the budget, or less where the file system has no room for that."""
+        return self.max_bytes if self.disk_bytes is None else max(0, min(self.max_bytes, self.disk_bytes))
+
+    @property
+    def fits(self) -> bool:
+        """Whether all that is used and reserved is within the limit."""
+        return self.used_bytes + self.reserved_bytes <= self.limit
+
+    def reserve(self, token: str, size: int, now: float, passed_over: Collection[Id] = (), *, most: int | None = None, unread_only: bool = False) -> list[Id]:
         """Set `size` more bytes aside under `token`; returns the ids that must be removed for it, those that leave already first.
 
         A caller that counts on room which somebody else is making is told of that victim too: it may yet have to stay.
-        The caller unloads and deletes them, then says `removed` (or `kept` where it could not). Raises AdapterTooLarge if it can never fit,
-        NoSpace if what may be evicted now is not enough; then nothing has changed.
+        The caller unloads and deletes them, then says `removed` (or `kept` where it could not). At most `most` are chosen, none of `passed_over`, and
+        with `unread_only` nothing of which the engine knows a name. Raises AdapterTooLarge if it can never fit, NoSpace if what may be evicted now is
+        not enough; then nothing has changed.
         """
         need = on_disk(size)
         if need > self.max_bytes:
             raise AdapterTooLarge(f"{token} needs {need} bytes; the limit of this node is {self.max_bytes}")
         victims: list[Entry[Id]] = []
-        missing = self.used_bytes + self.reserved_bytes + need - self.max_bytes
+        missing = self.used_bytes + self.reserved_bytes + need - self.limit
         if missing > 0:
-            for entry in chain(self._leaving.values(), (entry for entry in self._entries.values() if not entry.leaving and self.is_evictable(entry, now))):
+            leaving = (self._entries[id_] for id_ in self._leaving if id_ not in passed_over)
+            evictable = (
+                entry
+                for entry in self._entries.values()
+                if entry.state is not LEAVING and (not unread_only or entry.state in UNREAD) and entry.id not in passed_over and self.is_evictable(entry, now)
+            )
+            for entry in islice(chain(leaving, evictable), most):
                 victims.append(entry)
                 missing -= entry.size
                 if missing <= 0:
                     break
         if missing > 0:
-            raise NoSpace(f"{token} needs {need} bytes; {max(need - missing, 0)} of {self.max_bytes} can be freed now")
+            small = ", since the node's disk is full, though its limit is not reached" if self.limit < self.max_bytes else ""
+            raise NoSpace(f"{token} needs {need} bytes; {max(need - missing, 0)} of {self.limit} can be freed now{small}")
         self._reserved[token] = self._reserved.get(token, 0) + need
         self.reserved_bytes += need
         return self._choose(victims)
@@ -114,8 +144,8 @@ class Index(Generic[Id]):
         return count
 
     def is_evictable(self, entry: Entry[Id], now: float) -> bool:
-        """Ours, and neither leased nor pinned. Whether the engine still reads it, only the engine can say: the caller asks before it deletes."""
-        if entry.pinned or entry.keep or entry.flights or entry.leased_until > now:
+        """Ours, and neither leased, pinned nor held. Whether the engine still reads it, only the engine can say: the caller asks before it deletes."""
+        if entry.pinned or entry.keep or entry.flights or entry.reads or (entry.leases and entry.leased_until > now):
             return False
         return not self._guarded or not self.is_guarded(entry.id, now)
 
@@ -129,23 +159,49 @@ class Index(Generic[Id]):
             self._guarded = frozenset()
         return id_ in self._guarded
 
-    def surplus(self, limit: int, now: float) -> list[Id]:
-        """Choose what goes so that at most `limit` bytes are used or reserved, least recently used first; less if that is all that may go."""
+    def surplus(self, limit: int, now: float, most: int | None = None, passed_over: Collection[Id] = ()) -> list[Id]:
+        """Choose what goes so that at most `limit` bytes are used or reserved, least recently used first, and at most `most` at once; less if that is all
+        that may go. None of `passed_over` is chosen.
+        """
         victims: list[Entry[Id]] = []
-        over = self.used_bytes + self.reserved_bytes - limit - sum(entry.size for entry in self._leaving.values())
+        over = self.used_bytes + self.reserved_bytes - limit - self._leaving_bytes
         for entry in self._entries.values():
-            if over <= 0:
+            if over <= 0 or len(victims) == most:
                 break
-            if not entry.leaving and self.is_evictable(entry, now):
+            if entry.state is not LEAVING and entry.id not in passed_over and self.is_evictable(entry, now):
                 victims.append(entry)
                 over -= entry.size
         return self._choose(victims)
 
-    def _choose(self, victims: list[Entry[Id]]) -> list[Id]:
+    def next_to_go(self, count: int, now: float) -> list[Entry[Id]]:
+        """The first `count` that a search for room would choose."""
+        return list(islice((entry for entry in self._entries.values() if entry.state is not LEAVING and self.is_evictable(entry, now)), count))
+
+    def _choose(self, victims: Sequence[Entry[Id]]) -> list[Id]:
+        """Those that leave already stay as they are."""
         for entry in victims:
-            entry.leaving = True
-            self._leaving[entry.id] = entry
+            if entry.state is not LEAVING:
+                self._leaving[entry.id] = entry.state
+                self._leaving_bytes += entry.size
+                entry.state = moved(entry.state, LEAVING)
         return [entry.id for entry in victims]
+
+    def _no_longer_leaving(self, entry: Entry[Id]) -> State:
+        """Its state before it was chosen."""
+        self._leaving_bytes -= entry.size
+        return self._leaving.pop(entry.id)
+
+    def stands(self, id_: Id, state: State) -> None:
+        """Say that `id_` has come so far in its life. While it leaves, who ends that says it. Raises ImpossibleMoveError."""
+        entry = self._entries.get(id_)
+        if entry is not None and entry.state is not LEAVING:
+            entry.state = moved(entry.state, state)
+
+    def named(self, id_: Id, *, has_names: bool) -> None:
+        """Whether an adapter's name leads to it. What the engine knows, or knew, counts for more than a name."""
+        entry = self._entries.get(id_)
+        if entry is not None and entry.state in (State.PUBLISHED, State.NAMED):
+            entry.state = moved(entry.state, State.NAMED if has_names else State.PUBLISHED)
 
     def commit(self, token: str, id_: Id, size: int, now: float) -> None:
         """What was reserved under `token` lies on disk as `id_`. Content that was there already is counted once."""
@@ -172,12 +228,15 @@ class Index(Generic[Id]):
             self._entries[id_] = Entry(id_, on_disk(size), now, keep=keep)
             self.used_bytes += on_disk(size)
         else:
-            self.kept(id_, now)
+            self.kept(id_)
+            self.touch(id_, now)
 
     def resize(self, id_: Id, size: int) -> None:
         """The content of `id_` changed under us: others write there."""
         entry = self._entries[id_]
         self.used_bytes += on_disk(size) - entry.size
+        if entry.state is LEAVING:
+            self._leaving_bytes += on_disk(size) - entry.size
         entry.size = on_disk(size)
 
     def touch(self, id_: Id, now: float) -> None:
@@ -190,48 +249,53 @@ class Index(Generic[Id]):
         self._entries = {id_: self._entries[id_] for id_ in ids}
 
     def lease(self, id_: Id, until: float, now: float, holder: str = "") -> bool:
-        """Hold `id_` for `holder` until `until` at least, and count it as used. False if it is not there."""
+        """Promise `id_` to `holder` until `until` at least, and count it as used. False if it is not there."""
         entry = self.get(id_)
         if entry is None:
             return False
-        if entry.leases is None:
-            entry.leases = {}
-        elif len(entry.leases) > MAX_HOLDERS:
-            entry.leases = {other: ends for other, ends in entry.leases.items() if ends > now}
-        entry.leases[holder] = max(entry.leases.get(holder, until), until)
+        _promise(entry, holder, until, now)
         self.touch(id_, now)
         return True
 
     def inherit(self, heir: Id, from_id: Id) -> None:
-        """Who leased `from_id` until some time holds `heir` as long: the promise was made for the name that leads there now."""
+        """Who leased `from_id` until some time is promised `heir` as long: the promise was made for the name that leads there now."""
         old, new = self._entries.get(from_id), self._entries.get(heir)
-        if old is None or new is None or old is new or not old.leases:
-            return
-        if new.leases is None:
-            new.leases = {}
-        for holder, until in old.leases.items():
-            if until != float("inf"):
-                new.leases[holder] = max(new.leases.get(holder, until), until)
+        if old is not None and new is not None and old is not new:
+            for holder, until in (old.leases or {}).items():
+                _promise(new, holder, until, NEVER)
 
     def release(self, holder: str, id_: Id | None = None) -> int:
-        """`holder` gives back its hold of `id_`, or all it has; how many there were."""
+        """`holder` gives back its lease of `id_`, or all it has; how many there were. What was leased without a holder, or by more holders than are told
+        apart, may be anybody's: it stays until its end.
+        """
+        if holder in ("", OTHERS):
+            return 0
         entries = self._entries.values() if id_ is None else filter(None, (self._entries.get(id_),))
         return sum(entry.leases is not None and entry.leases.pop(holder, None) is not None for entry in entries)
 
-    def hold(self, id_: Id) -> bool:
-        """A flight is at it until `let_go`. False if it is not there."""
+    def hold(self, id_: Id, kind: Hold = Hold.FLIGHT) -> bool:
+        """Somebody is at it until `let_go`. It does not count as used. False if it is not there."""
         entry = self.get(id_)
-        if entry is not None:
+        if entry is None:
+            return False
+        if kind is Hold.FLIGHT:
             entry.flights += 1
-        return entry is not None
+        else:
+            entry.reads += 1
+        return True
 
-    def let_go(self, id_: Id) -> None:
+    def let_go(self, id_: Id, kind: Hold = Hold.FLIGHT) -> None:
+        """What follows each `hold` that was given. Force may have removed what was read."""
         entry = self._entries.get(id_)
-        if entry is not None:
+        if entry is None:
+            return
+        if kind is Hold.FLIGHT:
             entry.flights -= 1
+        else:
+            entry.reads = max(0, entry.reads - 1)
 
     def pin(self, id_: Id, *, pinned: bool) -> None:
-        """Hold `id_` without an end, or no longer."""
+        """Promise `id_` without an end, or no longer."""
         entry = self._entries.get(id_)
         if entry is not None:
             entry.pinned = pinned
@@ -249,22 +313,40 @@ class Index(Generic[Id]):
         entry = self._entries.get(id_)
         return entry is not None and entry.leased_until > now
 
+    def is_known(self, id_: Id) -> bool:
+        """Whether it is on disk, also while it leaves."""
+        return id_ in self._entries
+
     def is_leaving(self, id_: Id) -> bool:
         """Whether it is chosen, and not gone yet."""
-        entry = self._entries.get(id_)
-        return entry is not None and entry.leaving
+        return id_ in self._leaving
 
     def removed(self, id_: Id) -> None:
-        """The victim's bytes are gone."""
+        """Its bytes are gone."""
         entry = self._entries.pop(id_, None)
-        self._leaving.pop(id_, None)
-        if entry is not None:
-            self.used_bytes -= entry.size
+        if entry is None:
+            return
+        if entry.state is LEAVING:
+            self._no_longer_leaving(entry)
+        entry.state = moved(entry.state, State.GONE)
+        self.used_bytes -= entry.size
 
-    def kept(self, id_: Id, now: float) -> None:
-        """The victim could not be removed: it stays, as most recently used, so that the next search tries another first."""
+    def kept(self, id_: Id, state: State | None = None) -> None:
+        """The victim stays, at the place that it had in the order of use. Its state is that before it was chosen, unless `state` says how far it came."""
         entry = self._entries.get(id_)
-        if entry is not None:
-            entry.leaving = False
-            self._leaving.pop(id_, None)
-            self.touch(id_, now)
+        if entry is not None and entry.state is LEAVING:
+            before = self._no_longer_leaving(entry)
+            entry.state = moved(LEAVING, state or before)
+
+
+def _promise(entry: Entry[Id], holder: str, until: float, now: float) -> None:
+    """A lease, of which an artifact has MAX_HOLDERS at most: whoever comes after that shares one."""
+    if entry.leases is None:
+        entry.leases = {}
+    leases = entry.leases
+    if holder not in leases and len(leases) >= MAX_HOLDERS:
+        for ended in [other for other, ends in leases.items() if ends <= now]:
+            del leases[ended]
+        if len(leases) >= MAX_HOLDERS:
+            holder = OTHERS
+    leases[holder] = max(leases.get(holder, until), until)

@@ -19,6 +19,7 @@ from ..client import Claimed, Loading
 from ..config import StagerSettings
 from ..core.artifact import AdapterName, ArtifactId, Manifest, adapter_name
 from ..core.breaker import STATES, Breaker
+from ..core.lru import Hold
 from ..errors import (
     DiskFailed,
     EngineUnreachable,
@@ -56,6 +57,7 @@ from .work.housekeeping import Housekeeping
 from .work.kept import Kept
 from .work.refresh import Freshness
 from .work.repair import Repair, named_as
+from .work.room import Room
 from .work.stage import Fetcher
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class Stager:
         self._keeper = EngineKeeper(engine, loads, self.node.readiness, changes, clock)
         self._flights = Flights(self.node, self._learn_from)
         self._remover = Remover(self.node)
+        self._room = Room(self.node, self._remover)
         self._fetcher = Fetcher(self.node, sources, peers or Peers(settings.peers, {}, self.instance), self._remover)
         self._kept = Kept(self.node)
         self._adopter = Adopter(settings, store, holdings, changes, disk, self._kept.check, self._kept.check_digest, self._replaced, clock)
@@ -109,7 +112,7 @@ class Stager:
         self._claims = Claims(self.node)
         self.catalogue = Catalogue(sources, settings, clock)
         self._pins = Pins(store, holdings, disk)
-        self._house = Housekeeping(self.node, self._remover, self._adopter, self._keeper, self._repair)
+        self._house = Housekeeping(self.node, self._adopter, self._room, self._repair)
         self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
         self._resolving: SingleFlight[AdapterName, str] = SingleFlight()
         self._is_full = False  # what was fetched last found no room
@@ -129,7 +132,6 @@ class Stager:
         for digest, disk_bytes in scan.unnamed.items():
             self.node.holdings.index.add(digest, disk_bytes, now)
             self._remover.retire(digest)
-        self.node.loads.take(scan.versions)
         for name, found in scan.take():
             self.node.holdings.index.add(found.digest, found.disk_bytes, now)
             if name not in refused:
@@ -137,6 +139,7 @@ class Stager:
                 continue
             log.warning("%s: not served any more: %s", name, refused[name])
             await self._take_name(name, found.digest)
+        self.node.loads.take(scan.versions)
         self.node.holdings.index.order(by_age)
         del by_age
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps a tenth of what a hundred thousand took on the way
@@ -177,6 +180,7 @@ class Stager:
         await self._in_flight.close()
         await self._resolving.close()
         await self.node.loads.close()
+        await self._room.close()
         await self._remover.close()
         await self.catalogue.close()
         await self._fetcher.close()
@@ -373,7 +377,7 @@ class Stager:
         Raises ModelNotFound.
         """
         id_, index = ArtifactId(digest), self.node.holdings.index
-        if "/" in path or path.startswith(".") or not path or not index.hold(id_):
+        if "/" in path or path.startswith(".") or not path or not index.hold(id_, Hold.READ):
             raise ModelNotFound(f"{digest[:64]!r} has no file {path[:80]!r} on this node")
         try:
             yield self.node.store.path(id_) / path
@@ -381,12 +385,12 @@ class Stager:
             self._repair.look_soon(id_, is_due=True)
             raise
         finally:
-            index.let_go(id_)
+            index.let_go(id_, Hold.READ)
 
     def leased_s(self, id_: ArtifactId) -> float:
         """Seconds until the last lease ends; 0 without one."""
         entry = self.node.holdings.index.get(id_)
-        return min(max(0.0, entry.leased_until - self.node.clock()), self.node.settings.lease_s) if entry is not None else 0.0
+        return max(0.0, entry.leased_until - self.node.clock()) if entry is not None else 0.0
 
     def is_loaded(self, name: AdapterName, id_: ArtifactId) -> bool:
         """Whether the engine knows this version."""

@@ -5,7 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from extproc.core.lru import BLOCK_BYTES, MAX_HOLDERS, Entry, Index, on_disk
+from extproc.core.blocks import BLOCK_BYTES, on_disk
+from extproc.core.life import ImpossibleMoveError, State
+from extproc.core.lru import MAX_HOLDERS, OTHERS, Entry, Hold, Index
 from extproc.errors import AdapterTooLarge, NoSpace
 
 B = BLOCK_BYTES
@@ -147,7 +149,7 @@ def test_what_is_held_does_not_go(hold: str) -> None:
     elif hold == "pin":
         index.pin("a", pinned=True)
     assert index.surplus(B, 5) == ["b"]
-    index.kept("b", 5)
+    index.kept("b")
     index.touch("a", 6)
     assert index.reserve("flight", B, 7) == ["b"]
 
@@ -205,11 +207,48 @@ def test_leases_that_ended_are_not_kept_for_ever() -> None:
     for number in range(10 * MAX_HOLDERS):
         index.lease("a", until=number + 1, now=number, holder=f"router {number}")
     entry = index.entries()[0]
-    assert len(entry.leases or ()) <= MAX_HOLDERS + 1
+    assert len(entry.leases or ()) <= MAX_HOLDERS
     assert entry.leased_until == 10 * MAX_HOLDERS
-    for number in range(2 * MAX_HOLDERS):
-        index.lease("a", until=10**6, now=10**5, holder=f"living {number}")
-    assert len(entry.leases or ()) >= 2 * MAX_HOLDERS
+
+
+def test_holders_beyond_those_that_are_told_apart_share_a_lease_that_none_can_give_back() -> None:
+    """Thousands of names that a caller made up take no memory; what each was promised holds."""
+    index = filled("a", blocks=1)
+    for number in range(3 * MAX_HOLDERS):
+        assert index.lease("a", until=100 + number, now=1, holder=f"caller {number}")
+    entry = index.entries()[0]
+    assert len(entry.leases or ()) == MAX_HOLDERS + 1
+    assert sum(index.release(f"caller {number}") for number in range(3 * MAX_HOLDERS)) == MAX_HOLDERS
+    assert index.release(OTHERS) == 0
+    assert entry.leased_until == 100 + 3 * MAX_HOLDERS - 1
+
+
+def test_a_lease_without_a_holder_is_given_back_by_nobody() -> None:
+    """It may be anybody's: one caller would end what another relies on."""
+    index = filled("a")
+    index.lease("a", until=100, now=1)
+    assert index.release("") == index.release("", "a") == 0
+    assert index.is_leased("a", 99)
+
+
+def test_what_is_read_stays_and_does_not_count_as_used() -> None:
+    """A peer's read is no demand: order and demand are as before. Force does not wait for it."""
+    index = filled("a", "b", blocks=2)
+    index.lease("b", until=100, now=3, holder="router")
+    assert index.hold("a", Hold.READ)
+    assert not index.hold("never", Hold.READ)
+    assert [entry.id for entry in index.entries()] == ["a", "b"]
+    assert index.in_demand(4, lease_s=50) == 1
+    assert not index.leave("a", 4)
+    with pytest.raises(NoSpace):
+        index.reserve("flight", B, 4)
+    index.let_go("a", Hold.READ)
+    assert index.reserve("flight", B, 4) == ["a"]
+    index.kept("a")
+    index.hold("a", Hold.READ)
+    assert index.leave("a", 5, force=True)
+    index.removed("a")
+    index.let_go("a", Hold.READ)
 
 
 def test_over_a_watermark_the_least_recently_used_go_down_to_the_mark() -> None:
@@ -298,20 +337,81 @@ def test_who_relies_on_room_that_is_still_taken_is_told_of_its_victim() -> None:
     assert index.reserve("two", B, 2) == ["a"]
 
 
-def test_a_victim_that_had_to_stay_is_tried_last() -> None:
-    """It counts as most recently used, so the next search begins with another."""
-    index = filled("a", "b", blocks=2)
+def test_a_victim_that_had_to_stay_keeps_its_place() -> None:
+    """Whoever searches for room now passes it over; the next search begins with it again, since it was not used."""
+    index = filled("a", "b", "c", blocks=3)
     assert index.reserve("flight", B, 3) == ["a"]
     index.abort("flight")
-    index.kept("a", 4)
-    assert "a" in index
-    assert index.reserve("flight", B, 5) == ["b"]
+    index.kept("a")
+    assert [(entry.id, entry.last_used) for entry in index.entries()] == [("a", 1), ("b", 2), ("c", 3)]
+    assert index.reserve("flight", B, 5, {"a"}) == ["b"]
+    index.abort("flight")
+    index.kept("b")
+    assert index.reserve("flight", B, 5) == ["a"]
+
+
+def test_one_reservation_has_a_limited_number_of_victims() -> None:
+    """Else one large adapter empties a node of small ones."""
+    index = filled("a", "b", "c", blocks=3)
+    before = books(index)
+    with pytest.raises(NoSpace):
+        index.reserve("flight", 3 * B, 4, most=2)
+    assert books(index) == before
+    assert index.reserve("flight", 2 * B, 4, most=2) == ["a", "b"]
+
+
+def test_while_the_engine_is_busy_only_what_it_does_not_know_is_chosen() -> None:
+    """Also what is ready to go; what is unloaded and not settled is as good as known."""
+    index = filled("loaded", "unloaded", "ready", "named", blocks=4)
+    for id_ in ("loaded", "unloaded", "ready"):
+        index.stands(id_, State.LOADED)
+    for id_ in ("unloaded", "ready"):
+        index.stands(id_, State.UNLOADED)
+    index.stands("ready", State.SETTLED)
+    assert index.reserve("flight", 2 * B, 5, unread_only=True) == ["ready", "named"]
+    with pytest.raises(NoSpace):
+        index.reserve("another", B, 5, {"ready", "named"}, unread_only=True)
+
+
+def test_a_file_system_that_is_smaller_than_the_budget_is_the_limit() -> None:
+    """It evicts like one that is full by its budget; what would never fit there may fit when others have made room."""
+    index = filled("a", "b", blocks=100)
+    index.disk_bytes = 3 * B
+    assert index.limit == 3 * B
+    assert index.fits
+    assert index.reserve("flight", 2 * B, 3) == ["a"]
+    with pytest.raises(NoSpace, match="of 12288"):
+        index.reserve("another", 4 * B, 3)
+    index.disk_bytes = -B
+    assert (index.limit, index.fits) == (0, False)
+    index.disk_bytes = 1000 * B
+    assert index.limit == 100 * B
+
+
+def test_a_trim_takes_so_many_at_once_and_passes_over_what_stayed() -> None:
+    """The rest of the surplus is chosen when those are gone."""
+    index = filled("a", "b", "c", "d")
+    assert index.surplus(B, 5, most=2) == ["a", "b"]
+    index.removed("a")
+    index.kept("b")
+    assert index.surplus(B, 5, 2, {"b"}) == ["c", "d"]
+
+
+def test_the_next_to_go_are_those_that_a_search_would_choose() -> None:
+    """In its order; nothing is changed."""
+    index = filled("a", "b", "c", "d")
+    index.lease("a", until=100, now=5)
+    index.leave("b", 5)
+    before = books(index)
+    assert [entry.id for entry in index.next_to_go(5, 6)] == ["c", "d"]
+    assert [entry.id for entry in index.next_to_go(1, 6)] == ["c"]
+    assert books(index) == before
 
 
 def test_keeping_what_is_not_there_is_no_error() -> None:
     """It may have been removed by another's wish."""
     index = filled("a")
-    index.kept("never", 1)
+    index.kept("never")
     assert len(index) == 1
 
 
@@ -352,7 +452,7 @@ def test_what_a_flight_is_at_goes_not_even_by_force() -> None:
     for _ in range(2):
         assert not index.leave("a", 3, force=True)
         assert index.surplus(B, 3) == ["b"]
-        index.kept("b", 3)
+        index.kept("b")
         index.let_go("a")
     index.let_go("never")
     assert index.leave("a", 3)
@@ -366,7 +466,7 @@ def test_a_victim_is_leaving_until_it_is_gone_or_kept() -> None:
     for id_ in ("a", "b"):
         index.leave(id_, 3)
         assert index.is_leaving(id_)
-    index.kept("a", 3)
+    index.kept("a")
     index.removed("b")
     assert not any(index.is_leaving(id_) for id_ in ("a", "b", "never"))
 
@@ -376,14 +476,63 @@ def test_a_new_version_inherits_the_leases_of_the_old() -> None:
     index = filled("old", "new")
     index.lease("old", until=100, now=3, holder="one")
     index.lease("old", until=50, now=3, holder="two")
-    index.lease("old", until=float("inf"), now=3, holder="reader")
+    index.hold("old", Hold.READ)
     index.lease("new", until=70, now=3, holder="two")
     index.inherit("new", "old")
-    assert next(e for e in index.entries() if e.id == "new").leases == {"one": 100, "two": 70}
+    new = next(e for e in index.entries() if e.id == "new")
+    assert (new.leases, new.reads) == ({"one": 100, "two": 70}, 0)
     before = books(index)
     for heir, from_id in (("new", "new"), ("new", "never"), ("never", "old"), ("old", "never")):
         index.inherit(heir, from_id)
     assert books(index) == before
+
+
+# ---- its life
+
+
+def test_an_artifact_is_named_loaded_unloaded_settled_and_gone() -> None:
+    """A name that comes or goes changes nothing of what the engine knows."""
+    index = filled("a")
+    states = []
+    for step in (
+        lambda: index.named("a", has_names=True),
+        lambda: index.named("a", has_names=False),
+        lambda: index.named("a", has_names=True),
+        lambda: index.stands("a", State.LOADED),
+        lambda: index.named("a", has_names=False),
+        lambda: index.stands("a", State.UNLOADED),
+        lambda: index.stands("a", State.SETTLED),
+        lambda: index.leave("a", 2),
+        lambda: index.stands("a", State.LOADED),
+    ):
+        step()
+        states.append(index.entries()[0].state.value)
+    assert states == ["named", "published", "named", "loaded", "loaded", "unloaded", "settled", "leaving", "leaving"]
+    entry = index.entries()[0]
+    index.removed("a")
+    assert entry.state is State.GONE
+
+
+def test_what_stays_after_all_goes_on_from_where_it_came_to() -> None:
+    """By default from where it was when it was chosen."""
+    index = filled("a")
+    index.stands("a", State.LOADED)
+    for said, found in ((None, State.LOADED), (State.UNLOADED, State.UNLOADED), (State.SETTLED, State.SETTLED)):
+        assert index.leave("a", 2)
+        index.kept("a", said)
+        assert index.entries()[0].state is found
+    index.kept("a", State.LOADED)  # it does not leave
+    assert index.entries()[0].state is State.SETTLED
+
+
+def test_a_move_that_cannot_be_is_a_mistake() -> None:
+    """And changes nothing; of what is not there nothing is said."""
+    index = filled("a")
+    with pytest.raises(ImpossibleMoveError, match="published cannot become settled"):
+        index.stands("a", State.SETTLED)
+    assert index.entries()[0].state is State.PUBLISHED
+    index.stands("never", State.SETTLED)
+    index.named("never", has_names=True)
 
 
 def test_content_published_again_while_it_leaves_stays() -> None:
@@ -544,7 +693,7 @@ class Calls(RuleBasedStateMachine):
     @rule(data=st.data(), holder=st.sampled_from(HOLDERS), everything=st.booleans())
     def release(self, data: st.DataObject, holder: str, everything: bool) -> None:
         id_ = None if everything else self._id(data)
-        had = [held for at, held in self.leases.items() if id_ in (None, at) and held.pop(holder, None) is not None]
+        had = [held for at, held in self.leases.items() if holder and id_ in (None, at) and held.pop(holder, None) is not None]
         assert self.index.release(holder, id_) == len(had)
         self.leases = {at: held for at, held in self.leases.items() if held}
 
@@ -618,7 +767,7 @@ class Calls(RuleBasedStateMachine):
     @rule(data=st.data())
     def keep(self, data: st.DataObject) -> None:
         id_ = data.draw(st.sampled_from(sorted(self.leaving)))
-        self.index.kept(id_, self.now)
+        self.index.kept(id_)
         self.leaving.discard(id_)
         self.forced.discard(id_)
         for token in [token for token, victims in self.waiting.items() if id_ in victims]:

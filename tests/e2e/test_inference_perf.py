@@ -43,7 +43,7 @@ def write_tokenizer(directory: Path) -> None:
     directory.mkdir()
     model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
-    tokenizer = {"version": "1.0", "added_tokens": [], **empty, "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    tokenizer: dict[str, object] = {"version": "1.0", "added_tokens": [], **empty, "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}))
 

@@ -6,7 +6,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-from extproc.core.lru import on_disk
+from extproc.core.blocks import artifact_bytes
 from extproc.up.demo import BASE_MODEL, write_adapter
 
 HIDDEN, LAYERS, RANK = 64, 2, 4
@@ -33,7 +33,7 @@ def read_files(directory: Path) -> Files:
 
 def size_of(files: Files) -> int:
     """What an artifact of these files takes on disk."""
-    return on_disk(sum(map(len, files.values())))
+    return artifact_bytes(map(len, files.values()))
 
 
 def sha256(data: bytes) -> str:

@@ -1025,9 +1025,8 @@ async def test_room_that_is_still_being_made_is_not_used(open_stager: OpenStager
     origin.add("acme/large", small_files(rank=8, modules=("q_proj", "k_proj", "v_proj", "o_proj")))
     for seed, name in enumerate(("acme/x", "acme/y")):
         origin.add(name, small_files(seed=seed))
-    large = size_of(origin.files["acme/large"])
-    assert large >= 2 * SIZE
-    stager = await open_stager(origin, engine_url=engine.url, max_bytes=large)
+    assert SIZE < size_of(origin.files["acme/large"]) <= 2 * SIZE
+    stager = await open_stager(origin, engine_url=engine.url, max_bytes=2 * SIZE)
     await stager.ensure("acme/large")
     clock.now += 1000
     asked, go_on = asyncio.Event(), asyncio.Event()

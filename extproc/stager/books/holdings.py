@@ -56,6 +56,7 @@ class Holdings:
         self._named[name] = named
         others = self.names_of(named.id)
         self._names_of[named.id] = (*others, name) if others else name
+        self.index.named(named.id, has_names=True)
         self._show_pin(named.id)
         return old if old != named.id else None
 
@@ -86,6 +87,7 @@ class Holdings:
             self._names_of[named.id] = left if len(left) > 1 else left[0]
         else:
             self._names_of.pop(named.id, None)
+            self.index.named(named.id, has_names=False)
         self._show_pin(named.id)
         return None if left else named.id
 

@@ -146,7 +146,7 @@ class Adopter:
 
     def _take(self, name: AdapterName, manifest: Manifest, kind: str) -> Named:
         named = Named(ArtifactId.adopted(manifest.digest, name), manifest.origin, manifest.revision)
-        self._holdings.index.add(named.id, manifest.size, self._clock(), keep=not self._settings.evict_adopted)
+        self._holdings.index.add(named.id, manifest.disk_bytes, self._clock(), keep=not self._settings.evict_adopted)
         self._holdings.put(name, named)
         self._adopted.add(name)
         self._changes.tell(kind, name)

@@ -124,11 +124,12 @@ class Store(Layout):
         """Whether something half done could not be removed when it should have been."""
         return self.staged.has_leftovers
 
-    def free_bytes(self) -> int:
-        """What the file system has left for us."""
+    def room(self, free_share: float) -> int:
+        """What the file system has for us beyond what is published, in bytes: what is free and what is being fetched, without the part to be left free."""
         with disk_errors("read"):
             stat = os.statvfs(self.directory)
-            return stat.f_bavail * stat.f_frsize
+            free = stat.f_bavail * stat.f_frsize - int(free_share * stat.f_blocks * stat.f_frsize)
+            return free + _allotted(self.staged.directory)
 
     # -- small files of our own
 
@@ -221,3 +222,15 @@ def read_memory(store: Store, name: str) -> object:
         return store.read_json(name)
     except (OSError, ValueError, StageError):
         return None
+
+
+def _allotted(directory: Path) -> int:
+    """What the files of the directories below one take on the disk, in bytes."""
+    taken = 0
+    with os.scandir(directory) as flights:
+        for flight in flights:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(flight.path) as files:
+                for file in files:
+                    with contextlib.suppress(FileNotFoundError):
+                        taken += file.stat(follow_symlinks=False).st_blocks * 512  # the unit of st_blocks, whatever the file system's is
+    return taken

@@ -15,9 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 
 from ...config import EngineSettings
 from ...errors import EngineUnreachable, InvalidAdapter
+from .listed import BaseCard, Known, read_list
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ _WAITING = re.compile(r"^vllm:num_requests_waiting(?:\{.*\})? (\S+)$", re.MULTIL
 _INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$", re.MULTILINE)
 _RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
 _MAX_LORAS = re.compile(r'max_lora="(\d+)"')
+LARGE_METRICS = 128 * 2**10  # characters, searched in about a millisecond
+JSON = "application/json"
 _NO_SUCH_NAME = "/"  # no adapter can be called so
 RUNTIME_UPDATING_IS_OFF = "the engine takes no adapters at run time: it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=true"
 
@@ -35,23 +39,6 @@ class Requests:
 
     running: frozenset[str]  # names of adapters with requests at work, and more where a name may hold a comma
     waiting: float  # requests in its queue, of whatever adapter: those that wait for a slot are in no label
-
-
-@dataclass(frozen=True, slots=True)
-class BaseCard:
-    """A model that the engine serves without an adapter, as it lists it."""
-
-    id: str
-    root: str = ""
-    max_model_len: int = 0  # 0: it does not say
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What the engine answers to by name."""
-
-    bases: tuple[BaseCard, ...]
-    adapters: dict[str, str]  # name -> directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,28 +109,23 @@ class Engine:
 
     async def known(self) -> Known:
         """What it resolves without looking at the disk first, with the directory of each adapter; it may read their files at any time."""
-        status, body = await self._call("GET", "/v1/models")
-        if status != 200 or not isinstance(body, dict) or not isinstance(body.get("data"), list):
+        status, _, body = await self._ask("GET", "/v1/models")
+        if status != 200:
             raise EngineUnreachable(f"the engine answers {status} to /v1/models")
-        if not all(isinstance(model, dict) for model in body["data"]):
-            raise EngineUnreachable("the engine's list of models is none")
-        cards = [BaseCard(str(m.get("id")), str(m.get("root") or ""), _whole(m.get("max_model_len"))) for m in body["data"] if not m.get("parent")]
-        self.bases = tuple(cards)
-        return Known(self.bases, {str(m.get("id")): str(m.get("root")) for m in body["data"] if m.get("parent")})
+        try:
+            known = await read_list(body)
+        except msgspec.DecodeError as error:
+            raise EngineUnreachable("the engine's list of models is none") from error
+        self.bases = known.bases
+        return known
 
     async def requests(self) -> Requests:
         """Of the series of vllm:lora_requests_info the newest, since old ones are never removed; and the length of the queue."""
         body = await self._metrics()
-        try:
-            newest = max(_INFO.finditer(body), key=lambda m: float(m["time"]), default=None)
-            waiting = sum(float(value) for value in _WAITING.findall(body))
+        try:  # a thread gives way between two series, of which an engine that is up for weeks has thousands
+            return await asyncio.to_thread(_requests, body) if len(body) > LARGE_METRICS else _requests(body)
         except ValueError as error:
             raise EngineUnreachable("the engine's metrics are none") from error
-        running: set[str] = set()
-        for label in _RUNNING.findall(newest["labels"]) if newest is not None else ():
-            parts = re.sub(r"\\(.)", r"\1", label).split(",")  # a name may hold commas: every run of parts may be one
-            running |= {",".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
-        return Requests(frozenset(running - {""}), waiting)
 
     async def learn_limits(self) -> None:
         """Fill in what the settings do not say and the engine does: its metrics name max_loras once an adapter has run, and nothing else."""
@@ -213,10 +195,10 @@ class Engine:
         return self._takes_adapters
 
     async def _metrics(self) -> str:
-        status, body = await self._call("GET", "/metrics")
-        if status != 200 or not isinstance(body, str):
+        status, content_type, body = await self._ask("GET", "/metrics")
+        if status != 200 or content_type == JSON:
             raise EngineUnreachable(f"the engine answers {status} to /metrics")
-        return body
+        return body.decode(errors="replace")
 
     def _api_key(self) -> str:
         """The file is read anew each time, so that the key may be rotated."""
@@ -228,6 +210,17 @@ class Engine:
         return os.environ.get(self._settings.api_key_env, "") if self._settings.api_key_env else ""
 
     async def _call(self, method: str, path: str, body: object = None, timeout_s: float = 0.0) -> tuple[int, Any]:
+        """Status and body of a short answer: the value that JSON stands for, else text."""
+        status, content_type, answer = await self._ask(method, path, body, timeout_s)
+        if content_type != JSON:
+            return status, answer.decode(errors="replace")
+        try:
+            return status, msgspec.json.decode(answer)
+        except msgspec.DecodeError as error:
+            raise EngineUnreachable(f"the engine broke off its answer to {path}: {type(error).__name__}") from error
+
+    async def _ask(self, method: str, path: str, body: object = None, timeout_s: float = 0.0) -> tuple[int, str, bytes]:
+        """Status, content type and body of an answer."""
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout)
         key = self._api_key()
@@ -235,9 +228,7 @@ class Engine:
         timeout = aiohttp.ClientTimeout(total=timeout_s) if timeout_s else self._timeout
         try:
             async with self._session.request(method, self._url + path, json=body, headers=headers, timeout=timeout) as response:
-                if response.content_type == "application/json":
-                    return response.status, await response.json()
-                return response.status, await response.text()
+                return response.status, response.content_type, await response.read()
         except TimeoutError as error:
             raise EngineUnreachable(f"the engine did not answer {path} within {timeout.total:g} s") from error
         except aiohttp.ClientConnectorError as error:
@@ -247,11 +238,18 @@ class Engine:
             raise EngineUnreachable(f"the engine broke off its answer to {path}: {type(error).__name__}") from error
 
 
+def _requests(metrics: str) -> Requests:
+    """What the engine's metrics say of its requests. Raises ValueError."""
+    newest = max(_INFO.finditer(metrics), key=lambda m: float(m["time"]), default=None)
+    waiting = sum(float(value) for value in _WAITING.findall(metrics))
+    running: set[str] = set()
+    for label in _RUNNING.findall(newest["labels"]) if newest is not None else ():
+        parts = re.sub(r"\\(.)", r"\1", label).split(",")  # a name may hold commas: every run of parts may be one
+        running |= {",".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
+    return Requests(frozenset(running - {""}), waiting)
+
+
 def _said(body: Any) -> str:
     """An error's text, however it is wrapped."""
     error = body.get("error") if isinstance(body, dict) else None
     return str(error.get("message", "")) if isinstance(error, dict) else body if isinstance(body, str) else ""
-
-
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else 0

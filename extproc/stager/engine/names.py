@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ...core.artifact import AdapterName, ArtifactId, split_version, versioned_name
+from ...core.life import State
 from ...errors import GatewayProtocolError, InvalidAdapter, LoraExtprocError
 from ...flight import SingleFlight
 from ...metrics import StagerMetrics
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 IN_TRANSIT_S = 0.5  # what was sent to the engine under a name that is about to mean something else has arrived by then
 LOOKS = 5  # at a list that changes under the look
 MAX_REFUSED = 10_000  # versions that the engine refused
+SLICE = 200  # names of an earlier stager between two turns of the event loop: each is looked for in four ways, together some milliseconds
 MAX_RELOADED = 64  # after a restart of an engine whose slots are not known
 
 
@@ -64,9 +66,10 @@ class Loads:
         self._clock = clock
         self._on_refused = on_refused  # told of each version once
         self._known: dict[str, Load] = {}
+        self._names: dict[ArtifactId, set[str]] = {}  # the same by artifact
         self._is_compared = False  # with the engine's own list, since the start
         self._unloading: set[str] = set()
-        self._changes = 0  # of the two above: a list that was asked for before one of them says nothing
+        self._changes = 0  # of what is known and of what is being unloaded: a list that was asked for before one of them says nothing
         self._unsettled: dict[ArtifactId, set[str]] = {}  # artifacts that were unloaded and not seen at rest since -> the names that were theirs
         self._refused: dict[Load, tuple[float, InvalidAdapter]] = {}  # -> until when that is the answer; at most MAX_REFUSED
         self._flights: SingleFlight[tuple[str, Load], None] = SingleFlight()
@@ -92,8 +95,8 @@ class Loads:
             return False
         if not self._engine.loads and plain:
             return True  # its resolver finds the adapter's own link
-        if self._engine.loads and not self._is_compared:
-            self._known.setdefault(name, load)
+        if self._engine.loads and not self._is_compared and name not in self._known:
+            self._learn(name, load)
         return self._known.get(name) == load
 
     async def ensure(self, adapter: AdapterName, id_: ArtifactId, *, plain: bool) -> str:
@@ -124,7 +127,7 @@ class Loads:
                 self._flights.start((name, load), lambda: self._load(name, load))
 
     async def replace(self, adapter: AdapterName, old: ArtifactId, new: ArtifactId) -> None:
-        """Where the engine knows the old version, let it know the new one, before anybody is sent there. What it refuses never takes over."""
+        """Where the engine knows the old version, let it know the new one, before anybody is sent there. If it refuses the new one, the old one stays."""
         if self.has(adapter, old):
             await self.ensure(adapter, new, plain=False)
 
@@ -143,34 +146,20 @@ class Loads:
             self._changes += 1
 
     def unsettled(self, id_: ArtifactId) -> set[str]:
-        """Names under which the artifact was unloaded since it was last seen at rest."""
+        """Names under which the artifact was known to the engine, and that may be those of requests which it has still."""
         return self._unsettled.get(id_, set())
 
     def settled(self, id_: ArtifactId) -> None:
-        """It was seen at rest, and is gone."""
+        """The engine was seen without any request of it."""
         self._unsettled.pop(id_, None)
 
-    async def readers(self, id_: ArtifactId, names: Collection[AdapterName] | None = None) -> tuple[set[str], set[str]]:
-        """Names in the engine that lead to the artifact, as the engine lists them; with `names`, only those of these adapters.
+    def names_of(self, id_: ArtifactId, adapters: Collection[AdapterName] | None = None) -> list[str]:
+        """Names by which the engine knows the artifact because of us; with `adapters`, only those of these."""
+        return [name for name in sorted(self._names.get(id_, ())) if adapters is None or self._known[name].adapter in adapters]
 
-        First those that are ours to unload, then those that somebody else has put there.
-        """
-        known = await self._engine.known()
-        path = str(self._store.path(id_))
-        own = self._holdings.names_of(id_) if names is None else names
-        ours: set[str] = set()
-        others: set[str] = set()
-        for name, root in known.adapters.items():
-            version = split_version(name)
-            if version is not None:
-                if (leads_to(name, id_) or root == path) and (names is None or version[0] in names):
-                    ours.add(name)
-            elif name in own or (name in self._known and root == path):
-                if names is None or name in names:
-                    ours.add(name)
-            elif root == path or any(root.endswith(f"/{other}") for other in own):
-                others.add(name)
-        return ours, others
+    def knows(self, name: str) -> bool:
+        """Whether the engine knows the name because of us."""
+        return name in self._known
 
     def is_loading(self, id_: ArtifactId) -> bool:
         """Whether the engine is about to know the artifact, and does not list it yet."""
@@ -178,21 +167,19 @@ class Loads:
 
     def links(self, id_: ArtifactId, names: Collection[AdapterName] | None = None) -> list[str]:
         """Names of ours that a resolver finds the artifact by, beside the adapters' own."""
-        if self._engine.loads:
-            return []
-        return [name for name, load in self._known.items() if load.id == id_ and (names is None or load.adapter in names)]
+        return [] if self._engine.loads else self.names_of(id_, names)
 
     def forget(self, names: Collection[str]) -> None:
-        """The engine does not know them any more."""
+        """The engine does not know them any more. It may have requests that came by them."""
         for name in names:
-            self._known.pop(name, None)
+            self._unlearn(name)
         self._changes += 1
 
     def take(self, links: Mapping[str, ArtifactId]) -> None:
         """Links that the start found in the directory: name in the engine -> digest."""
         for name, digest in links.items():
             if (version := split_version(name)) is not None:
-                self._known[name] = Load(AdapterName(version[0]), digest)
+                self._learn(name, Load(AdapterName(version[0]), digest))
 
     # -- what the engine says it knows
 
@@ -206,15 +193,26 @@ class Loads:
         for _ in range(LOOKS):
             before = self._changes
             listed = (await self._engine.known()).adapters
+            found = await self._found(listed)
             if before == self._changes:
                 break
         else:
             return set()
         self._is_compared = True
-        for name, root in listed.items():  # of an earlier stager on this directory
-            if name not in self._known and name not in self._unloading and (load := self._made_of(name, root)) is not None:
-                self._known[name] = load
+        for name, load in found.items():
+            self._learn(name, load)
+        self._unsettled = {id_: names for id_, names in self._unsettled.items() if self._holdings.index.is_known(id_)}
         return {name for name in self._known if name not in listed}
+
+    async def _found(self, listed: Mapping[str, str]) -> dict[str, Load]:
+        """What an earlier stager on this directory let the engine know."""
+        found: dict[str, Load] = {}
+        for number, (name, root) in enumerate(listed.items()):
+            if number % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+            if name not in self._known and name not in self._unloading and (load := self._made_of(name, root)) is not None:
+                found[name] = load
+        return found
 
     async def load_again(self, lost: Collection[str]) -> set[AdapterName]:
         """Of the names that the engine lost, load those that are in demand, as many as it keeps in memory; the adapters that it does not know now."""
@@ -258,6 +256,25 @@ class Loads:
         for load in [load for load in self._refused if load.id == id_]:
             del self._refused[load]
 
+    def _learn(self, name: str, load: Load) -> None:
+        """The engine knows `load` as `name`."""
+        if self._known.get(name) != load:
+            self._unlearn(name)
+        self._known[name] = load
+        self._names.setdefault(load.id, set()).add(name)
+        self._holdings.index.stands(load.id, State.LOADED)
+
+    def _unlearn(self, name: str) -> None:
+        load = self._known.pop(name, None)
+        if load is None:
+            return
+        self._unsettled.setdefault(load.id, set()).add(name)
+        names = self._names[load.id]
+        names.discard(name)
+        if not names:
+            del self._names[load.id]
+            self._holdings.index.stands(load.id, State.UNLOADED)
+
     def _refuse(self, load: Load) -> None:
         until, error = self._refused.get(load, (0.0, None))
         if error is not None and self._clock() < until:
@@ -271,7 +288,7 @@ class Loads:
                 await self._load_by_api(name, load)
             else:
                 await self._disk.run(self._store.link_version, name, load.id)
-            self._known[name] = load
+            self._learn(name, load)
             self._changes += 1
             self._refused.pop(load, None)
             result = "loaded"

@@ -10,15 +10,13 @@ from typing import Any
 
 from ...errors import DiskFailed, NoSpace
 from ..disk.adopt import Adopter
-from ..engine.keeper import EngineKeeper
 from ..node import Node
 from ..threads import Threads
-from .evict import Remover
 from .repair import Repair
+from .room import Room
 
 log = logging.getLogger(__name__)
 
-TRIM_PAUSE_S = 60.0  # after the engine kept something that was to go in advance
 DISK_PATIENCE_S = 10.0  # a disk that has not answered a look by then hangs; one that is only busy takes a second at worst
 FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
 CAUSE = "disk"  # of not being ready
@@ -27,11 +25,10 @@ CAUSE = "disk"  # of not being ready
 class Housekeeping:
     """`open` begins it, every `every_s` seconds from then on."""
 
-    def __init__(self, node: Node, remover: Remover, adopter: Adopter, keeper: EngineKeeper, repair: Repair) -> None:
+    def __init__(self, node: Node, adopter: Adopter, room: Room, repair: Repair) -> None:
         self._node = node
-        self._remover = remover
         self._adopter = adopter
-        self._keeper = keeper
+        self._room = room
         self._repair = repair
         self._looking = Threads(1, "disk check")  # its own, so that a disk whose threads are all busy is not taken for one that hangs
         self._tasks: dict[str, asyncio.Task[None]] = {}  # what is going on -> its task, the last of each
@@ -39,7 +36,6 @@ class Housekeeping:
         self._space_told: tuple[int, int] = (-1, -1)
         self._demand_told: tuple[int, int] = (0, 0)
         self._next_scan = 0.0
-        self._next_trim = 0.0
 
     async def scan_first(self) -> None:
         """Look for what others put here, and wait for what is found within FIRST_SCAN_S."""
@@ -60,8 +56,7 @@ class Housekeeping:
         while True:
             try:
                 self._start("disk", self._check_disk)
-                self._start("trim", self._trim)
-                self._start("retired", self._remover.remove_retired)
+                self._room.keep()
                 if self._node.settings.adopt and self._node.clock() >= self._next_scan:
                     self._start_scan()
                 self._tell_space()
@@ -110,15 +105,6 @@ class Housekeeping:
             return
         if is_ill:
             readiness.set(CAUSE, None)
-
-    async def _trim(self) -> None:
-        """Room in advance, unless it would be in vain: what has to stay counts as used just now, and the order in which they go would be lost."""
-        index, settings = self._node.holdings.index, self._node.settings
-        if not self._keeper.is_well or CAUSE in self._node.readiness or self._node.clock() < self._next_trim:
-            return
-        is_above = index.used_bytes + index.reserved_bytes > settings.high_watermark * settings.max_bytes
-        if is_above and settings.high_watermark < 1 and not await self._remover.trim(int(settings.low_watermark * settings.max_bytes)):
-            self._next_trim = self._node.clock() + TRIM_PAUSE_S
 
     # -- what watchers are told
 

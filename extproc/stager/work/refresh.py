@@ -3,6 +3,7 @@
 import logging
 
 from ...core.artifact import AdapterName
+from ...core.lru import Hold
 from ...errors import EngineUnreachable, LoraExtprocError
 from ...flight import SingleFlight, to_the_end
 from ..books.holdings import Named
@@ -17,8 +18,6 @@ from .stage import Fetcher
 log = logging.getLogger(__name__)
 
 KEEPS_PREFIXES = "the engine cannot clear its prefix cache (VLLM_SERVER_DEV_MODE is off): a new version would be mixed with blocks of the old one"
-
-BEING_REFRESHED = "refresh"  # a holder, beside routers
 
 
 class Freshness:
@@ -56,7 +55,7 @@ class Freshness:
         if known.origin == ADOPTED:
             return await self._adopter.look_again(name, known)
         failed_before, index = known.refresh_error, self._node.holdings.index
-        index.lease(known.id, float("inf"), self._node.clock(), BEING_REFRESHED)  # else it could go for the room that its own new version needs
+        is_held = index.hold(known.id, Hold.READ)  # else it could go for the room that its own new version needs
         try:
             if self._node.engine.keeps_prefixes and await self._is_read_by_link(name):
                 raise EngineUnreachable(KEEPS_PREFIXES)
@@ -80,7 +79,8 @@ class Freshness:
             log.log(level, "%s: stays as it is: the comparison with its origin failed: %s", name, error.message)
             raise
         finally:
-            index.release(BEING_REFRESHED, known.id)
+            if is_held:
+                index.let_go(known.id, Hold.READ)
             await self._remover.drop_unnamed(known.id)  # whose place is taken
 
     async def _swap(self, name: AdapterName, known: Named, fresh: Named) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ...core.artifact import AdapterName, File, Manifest
+from ...core.blocks import artifact_bytes
 from ...errors import AdapterDamaged, AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginChanged, OriginFailed, OriginRefused
 from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
@@ -374,10 +375,11 @@ class Fetcher:
         if WEIGHTS_FILE not in paths and not self._node.settings.allow_pickle:
             pickled = next(path for path in paths if path in PICKLE_FILES)
             raise InvalidAdapter(f"{listing.name} has only pickled weights ({pickled}), which can run code; safetensors are needed", "pickle")
-        size = sum(self._limited(file) for file in listing.files)
+        sizes = [self._limited(file) for file in listing.files]
+        size = sum(sizes)
         if size > self._node.settings.max_adapter_bytes:
             raise AdapterTooLarge(f"{listing.name} has {size} bytes; stager.max_adapter_bytes is {self._node.settings.max_adapter_bytes}")
-        return size
+        return artifact_bytes(sizes)
 
     def _limited(self, file: RemoteFile) -> int:
         """What `file` has at most, in bytes. Raises AdapterTooLarge, or OriginFailed for what no file can have: room would be won by it."""

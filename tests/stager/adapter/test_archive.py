@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.config import OriginSettings
-from extproc.core.lru import on_disk
+from extproc.core.blocks import on_disk
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, NoSpace
 from extproc.stager.adapter import archive
 from extproc.stager.adapter.files import ARCHIVE_SUFFIXES
@@ -433,8 +433,8 @@ async def test_others_go_for_what_it_unpacks_to(tmp_path: Path, root: Path, file
     (root / f"{NAME}.zip").write_bytes(packed(".zip", {**FILES, "x": b""}))
     limit = size_of(FILES) * 2 + on_disk(len(packed(".zip", FILES))) - 4096
     async with node(tmp_path / "node", file_origin, max_bytes=limit, lease_s=0.001) as stager:
-        await stager.ensure("acme/old")
-        stager.release("")
+        await stager.ensure("acme/old", holder="router")
+        stager.release("router")
         await stager.ensure(NAME)
         assert visible(tmp_path / "node") == {NAME: FILES}
         assert nothing_half_done(stager)

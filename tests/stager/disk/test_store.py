@@ -17,6 +17,7 @@ import yaml
 
 from extproc.client import StagerClient
 from extproc.core.artifact import AdapterName, ArtifactId, Manifest, adapter_name, versioned_name
+from extproc.core.blocks import artifact_bytes
 from extproc.errors import InvalidAdapter, NoSpace, StageError, StagerUnavailable, StartError
 from extproc.process.sockets import listen
 from extproc.stager.disk import layout as layout_module
@@ -203,7 +204,7 @@ def test_a_start_adopts_what_is_whole(store: Store, node: Path) -> None:
     assert set(scan.artifacts) == {digest}
     found = scan.artifacts[digest]
     assert (found.name, found.origin, found.revision, found.final) == ("acme/a", "fake", "1", False)
-    assert found.disk_bytes == sum(map(len, small_files().values()))
+    assert found.disk_bytes == artifact_bytes(map(len, small_files().values()))
     assert scan.names == {"acme/a": digest, "acme/b": digest}
     assert scan.removed == []
 

@@ -199,7 +199,9 @@ async def test_an_unnamed_version_survives_a_restart_as_long_as_the_engine_may_r
 async def test_a_running_version_is_recognised_after_a_restart(
     open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, node: Path, clock: Clock
 ) -> None:
-    """Order of events: a request of acme/a is queued; acme/a is unloaded, and stays; the stager is restarted; the request runs, and nothing waits."""
+    """Order of events: acme/a is about to be unloaded; a request of it is queued; it is unloaded, and stays; the stager is restarted; the request runs, and
+    nothing waits.
+    """
     origin.add("acme/b", small_files(seed=7))
     stager = await open_stager(origin, engine_url=engine.url)
     a, b = await held(stager), await held(stager, "acme/b")
@@ -212,11 +214,18 @@ async def test_a_running_version_is_recognised_after_a_restart(
             running.set()
             await done.wait()
 
+    requests: list[asyncio.Task[None]] = []
+
+    async def queue_up(path: str) -> None:
+        if path == "/v1/unload_lora_adapter":
+            requests.append(asyncio.create_task(run()))
+            await until(lambda: engine.adapters.waiting)
+
     async with engine.adapters.use(b.model):
-        request = asyncio.create_task(run())
-        await until(lambda: engine.adapters.waiting)
+        engine.step = queue_up
         with pytest.raises(AdapterInUse):
             await stager.evict(NAME)
+        engine.step = None
     await running.wait()
     await stager.close()
     again = await open_stager(origin, engine_url=engine.url)
@@ -224,7 +233,7 @@ async def test_a_running_version_is_recognised_after_a_restart(
     with pytest.raises(AdapterInUse):
         await again.evict(NAME)
     done.set()
-    await request
+    await asyncio.gather(*requests)
     assert await again.evict(NAME)
 
 
@@ -284,7 +293,7 @@ async def test_a_replaced_version_does_not_come_back_with_a_restart(
 
 
 async def test_an_eviction_waits_until_what_was_queued_is_done(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, clock: Clock) -> None:
-    """Order of events: acme/b holds the only slot; a request of acme/a waits for it; acme/a is unloaded. Its files stay until the queue was empty."""
+    """Order of events: acme/b holds the only slot; a request of acme/a waits for it; acme/a is to go. Nothing is unloaded in vain."""
     origin.add("acme/b", small_files(seed=7))
     stager = await open_stager(origin, engine_url=engine.url)
     a, b = await held(stager), await held(stager, "acme/b")
@@ -292,9 +301,10 @@ async def test_an_eviction_waits_until_what_was_queued_is_done(open_stager: Open
     async with engine.adapters.use(b.model):
         waiting = asyncio.create_task(engine.ask(a.model))
         await until(lambda: engine.adapters.waiting)
-        for _ in range(2):  # the second time it is not registered any more, and still queued
+        for _ in range(2):
             with pytest.raises(AdapterInUse):
                 await stager.evict(NAME)
+        assert set(engine.adapters.registry) == {a.model, b.model}
     assert await waiting == sha256(OLD[WEIGHTS])
     assert await stager.evict(NAME)
     assert engine.deaths == 0

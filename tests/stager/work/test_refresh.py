@@ -23,7 +23,7 @@ from extproc.stager import stager as stager_module
 from extproc.stager.api.replies import list_reply
 from extproc.stager.books.changes import Change
 from extproc.stager.stager import Stager
-from extproc.stager.work.housekeeping import TRIM_PAUSE_S
+from extproc.stager.work import room as room_module
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, read_files, sha256, size_of, small_files
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.gate import Gate
@@ -840,9 +840,9 @@ async def test_what_the_engine_keeps_is_not_asked_for_every_second(
     clock.now += 1
     await until(lambda: engine.calls.count("/v1/unload_lora_adapter") >= 2)
     await turns(2000)
-    await until(lambda: stager._house._next_trim)
+    await until(lambda: stager._room._next_round)
     tried = engine.calls.count("/v1/unload_lora_adapter")
     assert tried == 2 + 1  # as many as would have to go, and the question whether it can unload at all
-    clock.now += TRIM_PAUSE_S
+    clock.now += room_module.PAUSE_S
     await until(lambda: engine.calls.count("/v1/unload_lora_adapter") == tried + 2)
     assert len(stager.node.holdings) == 4
