@@ -63,6 +63,7 @@ from .work.stage import Fetcher
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
+IN_THE_DIRECTORY = ("incomplete", "taken")  # refusals for what others do there, who may be done with it in a moment
 DISK_THREADS = 16  # a disk serves some at once; one that hangs holds them all, and nothing else
 
 
@@ -104,7 +105,7 @@ class Stager:
         self._remover = Remover(self.node)
         self._room = Room(self.node, self._remover)
         self._fetcher = Fetcher(self.node, sources, peers or Peers(settings.peers, {}, self.instance), self._remover)
-        self._kept = Kept(self.node)
+        self._kept = Kept(self.node, self._remover)
         self._adopter = Adopter(settings, store, holdings, changes, disk, self._kept.check, self._kept.check_digest, self._replaced, clock)
         self._auditor = Auditor(self.node, self._remover, self._adopter)
         self._repair = Repair(self.node, self._remover, self._adopter, self._auditor)
@@ -112,7 +113,7 @@ class Stager:
         self._claims = Claims(self.node)
         self.catalogue = Catalogue(sources, settings, clock)
         self._pins = Pins(store, holdings, disk)
-        self._house = Housekeeping(self.node, self._adopter, self._room, self._repair)
+        self._house = Housekeeping(self.node, self._adopter, self._room, self._repair, self._kept)
         self._in_flight: SingleFlight[AdapterName, Ensured] = SingleFlight()
         self._resolving: SingleFlight[AdapterName, str] = SingleFlight()
         self._is_full = False  # what was fetched last found no room
@@ -134,11 +135,7 @@ class Stager:
             self._remover.retire(digest)
         for name, found in scan.take():
             self.node.holdings.index.add(found.digest, found.disk_bytes, now)
-            if name not in refused:
-                self.node.holdings.put(name, named_as(name, found))
-                continue
-            log.warning("%s: not served any more: %s", name, refused[name])
-            await self._take_name(name, found.digest)
+            self.node.holdings.put(name, replace(named_as(name, found), refused=refused.get(name, "")))
         self.node.loads.take(scan.versions)
         self.node.holdings.index.order(by_age)
         del by_age
@@ -158,13 +155,6 @@ class Stager:
         await self._keeper.open()
         self.node.readiness.set("start", None)
         self._house.open(HOUSEKEEPING_S)
-
-    async def _take_name(self, name: AdapterName, id_: ArtifactId) -> None:
-        """What today's settings refuse goes when the engine lets it go. Until then vLLM's resolver may read a registered adapter through its link again."""
-        self._remover.retire(id_)
-        if not self.node.engine.exists or self.node.engine.loads:
-            with contextlib.suppress(LoraExtprocError):
-                await self.node.disk.run(self.node.store.unlink, name)
 
     def drain(self) -> None:
         """Tell routers that this node will be gone soon."""
@@ -410,7 +400,7 @@ class Stager:
     def _lease(self, name: AdapterName, now: float, holder: str, *, staged: bool, waited_s: float) -> Ensured | None:
         named = self.node.holdings.get(name)
         index = self.node.holdings.index
-        if named is None or not index.lease(named.id, now + self.node.settings.lease_s, now, holder):
+        if named is None or named.refused or not index.lease(named.id, now + self.node.settings.lease_s, now, holder):
             return None
         entry = index.get(named.id)
         assert entry is not None
@@ -443,10 +433,12 @@ class Stager:
         if self._is_full:
             self._is_full = False
             log.info("the node has room again")
-        self.node.holdings.put(name, named)
+        nameless = self.node.holdings.put(name, named)
         self.node.changes.tell("published", name)
         ensured = self._lease(name, self.node.clock(), holder, staged=True, waited_s=0.0)
         assert ensured is not None
+        if nameless is not None:  # it was refused, and what came is not
+            await self._remover.drop_unnamed(nameless)
         return ensured
 
     async def _already(self, name: AdapterName, holder: str) -> Ensured | None:
@@ -463,7 +455,8 @@ class Stager:
 
     def _learn_from(self, name: AdapterName, error: LoraExtprocError) -> None:
         """What a failed flight says of the next."""
-        self.node.refusals.learn(name, error, self.node.clock())
+        if not (isinstance(error, InvalidAdapter) and error.what in IN_THE_DIRECTORY):
+            self.node.refusals.learn(name, error, self.node.clock())
         if isinstance(error, InvalidAdapter):
             self.node.metrics.verify_failures.labels(error.what).inc()
             self.node.changes.tell("refused", name)

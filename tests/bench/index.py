@@ -7,11 +7,13 @@ weights are hard links to a few files, since a start looks at their size and not
 import argparse
 import asyncio
 import hashlib
+import json
 import os
 import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -20,8 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from extproc.client import StagerClient
+from extproc.config import load
 from extproc.core.artifact import File, Manifest
+from extproc.stager.adapter.rules import Rules
 from extproc.stager.disk.layout import MANIFEST_FILE
+from extproc.stager.work.kept import RULES_FILE, as_kept
 from extproc.up.processes import free_ports
 from tests.fakes.adapters import CONFIG, WEIGHTS, small_files
 
@@ -78,7 +83,7 @@ def fill(node: Path, count: int) -> None:
     for number in range(count):
         if number % PER_FOLDER == 0:
             (node / folder(number)).mkdir()
-        config = files[CONFIG] + b" " * (number % 64) + str(number).encode() + b"\n"  # no JSON any more: a start does not read it
+        config = files[CONFIG] + f"{number:b}".translate({48: " ", 49: "\t"}).encode() + b"\n"  # the same JSON, and other bytes
         config_file = File(CONFIG, len(config), hashlib.sha256(config).hexdigest())
         manifest = Manifest((config_file, weights_file), name(number), "s3", f'"{config_file.sha256[:32]}"-"{weights_file.sha256[:32]}"')
         directory = f"{store}/{manifest.digest}"
@@ -160,6 +165,9 @@ async def main(count: int, calls: int, directory: str | None) -> None:
         settings.write_text(yaml.safe_dump({"stager": stager}))
         began = time.perf_counter()
         fill(node, count)
+        (node / RULES_FILE).write_text(
+            json.dumps(as_kept(replace(Rules.of(load(settings).stager, max_rank=0, adopted=True), finite=False)))
+        )  # as an earlier process of the same settings left it
         console.print(f"{count} adapters published in {time.perf_counter() - began:.0f} s")
         table = Table("pages", "open s", "of it CPU s", "MiB before", "MiB after", "bytes per adapter", "peak MiB", "MiB after the calls")
         for pages in ("cold", "warm", "warm"):

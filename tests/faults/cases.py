@@ -240,14 +240,12 @@ CASES = (
         "rm -rf of all that is in a node's directory",
         disks.directory_removed,
         (none_failed_twice(), BACK_BY_ITSELF),
-        known="a node that lost its directory stays out until its stager is restarted",
     ),
     Case(
         "entry_removed",
         "one adapter is removed from a node's .store, and its engine restarted",
         disks.entry_removed,
         (none_failed_twice(), exactly("it is on the disk again", 1, "it is fetched again")),
-        known="an adapter that is missing on the disk is not fetched again",
     ),
     Case(
         "directory_chmod",
@@ -256,7 +254,6 @@ CASES = (
         (none_failed_twice(), exactly("the node says that it is not ready", 1, "the node says that it is not ready"), BACK_BY_ITSELF),
         Layout(obeys_permissions=True),
         MANY_COLD,
-        known="a directory that cannot be read is a traceback per request, and the node stays ready",
     ),
     # -- content
     Case(

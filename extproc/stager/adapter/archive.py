@@ -42,7 +42,7 @@ class Member:
 
 
 def members(archive: Path, *, max_bytes: int) -> list[Member]:
-    """The files an engine reads, wherever in the archive their folder is; [] without a configuration. Raises InvalidAdapter.
+    """The files an engine reads, of the folder above all others that have a configuration; [] without a configuration. Raises InvalidAdapter.
 
     A gzipped tar is read from end to end for it: nothing else tells what is in it.
     """
@@ -67,12 +67,13 @@ def members(archive: Path, *, max_bytes: int) -> list[Member]:
             if total > max_bytes:
                 raise AdapterTooLarge(f"{archive.name} unpacks to over {max_bytes} bytes")
         entries.check_end()
-    folders = sorted({posixpath.dirname(path) for path in sizes if posixpath.basename(path) == CONFIG_FILE})
+    folders = sorted({posixpath.dirname(path) for path in sizes if posixpath.basename(path) == CONFIG_FILE}, key=len)
     if not folders:
         return []
-    if len(folders) > 1:
-        _refuse(archive, f"has {CONFIG_FILE} in {len(folders)} folders")
-    inside = {posixpath.basename(path): path for path in sizes if posixpath.dirname(path) == folders[0]}
+    top = folders[0]  # a run's own adapter; what lies below it are its checkpoints
+    if beside := [folder for folder in folders[1:] if top and not folder.startswith(f"{top}/")]:
+        _refuse(archive, f"has {CONFIG_FILE} in {1 + len(beside)} folders beside each other")
+    inside = {posixpath.basename(path): path for path in sizes if posixpath.dirname(path) == top}
     return [Member(path, inside[path], sizes[inside[path]]) for path in wanted(inside)]
 
 

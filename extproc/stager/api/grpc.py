@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +53,7 @@ _CODES: tuple[tuple[type[LoraExtprocError], grpc.StatusCode], ...] = (
 
 
 LEAST_READ_BYTES, READ_BYTES = 2**12, 2**20  # per message; below gRPC's default limit of 4 MiB on what a client takes
+READER_S = 30.0  # a message has at most a MiB; a peer gives up one that sends nothing after a second, and is as quick itself
 FIRST_PROGRESS_S = 0.01  # what is here, or refused at the door, is answered alone
 PROGRESS_S = 0.5
 
@@ -92,7 +93,7 @@ class StagerService:
             "Resolve": unary(self.resolve, pb.ResolveRequest.FromString, pb.ResolveReply.SerializeToString),
             "Watch": stream(self.watch, pb.WatchRequest.FromString, pb.WatchEvent.SerializeToString),
             "Find": unary(self.find, pb.FindRequest.FromString, pb.FindReply.SerializeToString),
-            "Read": stream(self.read, pb.ReadRequest.FromString, chunks.encode),
+            "Read": stream(self._send, pb.ReadRequest.FromString, chunks.encode),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
@@ -200,10 +201,23 @@ class StagerService:
                     async with opened(lambda: _open_published(node.store, request, path), node.disk) as file:
                         while data := await node.disk.run(file.read, self._read_bytes):
                             await self._send_pace.spend(len(data))
-                            self._stager.node.metrics.sent_bytes.inc(len(data))
+                            node.metrics.sent_bytes.inc(len(data))
                             yield data
             finally:
                 self._free_reads += 1
+
+    async def _send(self, request: pb.ReadRequest, context: Context) -> None:
+        """What `read` gives. A reader that takes nothing is cut off: until then it holds the artifact and one of `max_reads` places."""
+        pieces = self.read(request, context)
+        assert isinstance(pieces, AsyncGenerator)  # what the type of an override does not say
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                try:
+                    async with asyncio.timeout(READER_S):
+                        await context.write(piece)
+                except TimeoutError:
+                    log.info("%s: a reader took nothing of %s for %g s, and is cut off", request.digest[:12], request.path[:80], READER_S)
+                    raise asyncio.CancelledError from None  # ends the call: a status would wait behind the message that is not taken
 
     def _check_permitted(self, method: str) -> None:
         if not self._destructive:

@@ -59,7 +59,7 @@ async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes
     parts, left = [pb.ModelsReply(bases=bases, refused=invalid).SerializeToString()], limit or len(holdings)
     while left > 0 and (names := holdings.after(after, min(left, MODELS_SLICE))):
         here = [(name, named) for name in names if (named := holdings.get(name)) is not None]
-        refused = {name for name, named in here if refuses(name, named.id)}
+        refused = {name for name, named in here if named.refused or refuses(name, named.id)}
         adapters = [pb.Model(id=name, root=str(path(named.id))) for name, named in here if name not in refused]
         parts.append(pb.ModelsReply(adapters=adapters, refused=sorted(refused)).SerializeToString())
         after, left = names[-1], left - len(adapters)  # a page without any adapter would look like the last

@@ -18,6 +18,7 @@ class Named:
     checked: float | None = None  # when it was last compared with its origin (monotonic); None: not since the start
     refresh_error: str = ""
     final: bool = False  # its revision can never change
+    refused: str = ""  # why today's settings do not allow to serve it; it is here until the engine lets it go
 
     @property
     def digest(self) -> str:

@@ -85,10 +85,12 @@ class Layout:
         with self._folders, disk_errors("read"):
             for parent in target.parents:
                 if self.directory in parent.parents and self._is_in_the_way(parent):
-                    raise InvalidAdapter(f"{name} cannot be served: on this node, {parent.relative_to(self.directory)} is something else that is no folder")
+                    raise InvalidAdapter(
+                        f"{name} cannot be served: on this node, {parent.relative_to(self.directory)} is something else that is no folder", "taken"
+                    )
             is_folder = target.is_dir() and not target.is_symlink()
             if self._is_in_the_way(target) or (is_folder and any(self._is_foreign_file(target / file) for file in _FILES)):
-                raise InvalidAdapter(f"{name} cannot be served: something else has that name on this node")
+                raise InvalidAdapter(f"{name} cannot be served: something else has that name on this node", "taken")
 
     def unlink(self, name: str, id_: ArtifactId | None = None) -> None:
         """Take the name away, and directories that only it needed. Only a link of ours goes; of others' directory, the adapter `id_`, if that is theirs."""

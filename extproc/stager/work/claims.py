@@ -67,6 +67,6 @@ class Claims:
         """The artifact under that digest: where the name leads now, or an older version that is still here."""
         named = self._node.holdings.get(name)
         if named is not None and named.digest == digest:
-            return named.id
+            return None if named.refused else named.id
         id_ = ArtifactId(digest)
         return id_ if not id_.is_adopted and id_ in self._node.holdings.index else None

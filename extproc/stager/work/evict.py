@@ -439,7 +439,7 @@ class Remover:
 def _held(entry: Entry[ArtifactId], now: float) -> str:
     """Why it may not go."""
     if entry.flights:
-        return "being staged or refreshed"
+        return "being staged, refreshed or sent to another node"
     if entry.pinned:
         return "pinned"
     if entry.reads:

@@ -12,6 +12,7 @@ from ...errors import DiskFailed, NoSpace
 from ..disk.adopt import Adopter
 from ..node import Node
 from ..threads import Threads
+from .kept import Kept
 from .repair import Repair
 from .room import Room
 
@@ -25,11 +26,12 @@ CAUSE = "disk"  # of not being ready
 class Housekeeping:
     """`open` begins it, every `every_s` seconds from then on."""
 
-    def __init__(self, node: Node, adopter: Adopter, room: Room, repair: Repair) -> None:
+    def __init__(self, node: Node, adopter: Adopter, room: Room, repair: Repair, kept: Kept) -> None:
         self._node = node
         self._adopter = adopter
         self._room = room
         self._repair = repair
+        self._kept = kept
         self._looking = Threads(1, "disk check")  # its own, so that a disk whose threads are all busy is not taken for one that hangs
         self._tasks: dict[str, asyncio.Task[None]] = {}  # what is going on -> its task, the last of each
         self._loop: asyncio.Task[None] | None = None
@@ -57,6 +59,7 @@ class Housekeeping:
             try:
                 self._start("disk", self._check_disk)
                 self._room.keep()
+                self._start("refused", self._kept.remove_refused)
                 if self._node.settings.adopt and self._node.clock() >= self._next_scan:
                     self._start_scan()
                 self._tell_space()

@@ -4,6 +4,7 @@ A start does not check a hundred thousand adapters again: a small file says by w
 they checked, before the node counts as ready. Digests are stated for names, and there are few of them: those are compared at every start.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 
 from ...core.artifact import AdapterName, ArtifactId, File, adapter_name
-from ...errors import DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
+from ...errors import AdapterInUse, DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
 from ..adapter.check import Checked, check
 from ..adapter.files import CONFIG_FILE
 from ..adapter.rules import Rules
@@ -20,6 +21,7 @@ from ..disk.store import read_memory
 from ..node import Node
 from ..syscalls import disk_errors
 from ..threads import through
+from .evict import Remover
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +30,19 @@ CHECK_VERSION = 1  # raised when `check` learns to refuse something that it let 
 AT_ONCE = 64  # checks per turn of a thread: a few milliseconds, so that others have their turn
 
 
-class Kept:
-    """Blocks where it reads: its methods are called in the disk's threads, but for `look_at`."""
+def as_kept(rules: Rules) -> dict[str, str]:
+    """What the file says where `check` was made by these rules."""
+    values = [CHECK_VERSION, *astuple(rules)]
+    return {"rules": hashlib.sha256(json.dumps(values).encode()).hexdigest()}
 
-    def __init__(self, node: Node) -> None:
+
+class Kept:
+    """`check` and `check_digest` block: they are called in the disk's threads."""
+
+    def __init__(self, node: Node, remover: Remover) -> None:
         self._node = node
+        self._remover = remover
+        self._refused_names: set[AdapterName] = set()  # that the start found, and the engine has not let go yet
 
     def check(self, directory: Path) -> Checked:
         """Whether the adapter in `directory` may be served by this node. Raises InvalidAdapter, OSError where it cannot be read."""
@@ -45,11 +55,6 @@ class Kept:
             if wanted and weights.sha256 != wanted:
                 raise InvalidAdapter(f"{name}: {weights.path} has SHA-256 {weights.sha256}; {wanted} is stated for it", "digest")
 
-    def rules(self) -> str:
-        """What `check` depends on, as a digest."""
-        values = [CHECK_VERSION, *astuple(self._checked_again())]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
     def _rules(self) -> Rules:
         return Rules.of(self._node.settings, max_rank=self._node.engine.limits.max_lora_rank, adopted=True)
 
@@ -59,23 +64,40 @@ class Kept:
 
     async def look_at(self, named: Mapping[AdapterName, ArtifactId]) -> dict[AdapterName, str]:
         """Of the names that a start found, those that today's settings refuse, and why. A disk that cannot be read refuses none."""
+        refused = await self._look_at(named)
+        for name, why in refused.items():
+            log.warning("%s: it is not served any more: %s", name, why)
+        self._refused_names.update(refused)
+        return refused
+
+    async def remove_refused(self) -> None:
+        """Remove what the start found to be refused, as far as it is held by nobody and the engine lets it go."""
+        for name in list(self._refused_names):
+            named = self._node.holdings.get(name)
+            if named is None or not named.refused:
+                self._refused_names.discard(name)
+                continue
+            with contextlib.suppress(AdapterInUse, DiskFailed):
+                await self._remover.take_away(name, "refused", force=False)
+
+    async def _look_at(self, named: Mapping[AdapterName, ArtifactId]) -> dict[AdapterName, str]:
         refused: dict[AdapterName, str] = {}
         stated = [name for name in {*self._node.settings.digests, *self._node.holdings.pins} if name in named]
         for name in stated:
             if why := await self._node.disk.run(self._differs, adapter_name(name), named[adapter_name(name)]):
                 refused[adapter_name(name)] = why
-        rules = self.rules()
-        if await self._node.disk.run(read_memory, self._node.store, RULES_FILE) == {"rules": rules}:
+        rules = as_kept(self._checked_again())
+        if await self._node.disk.run(read_memory, self._node.store, RULES_FILE) == rules:
             return refused
         if named:
             log.info("%d adapters are checked again: the settings that they were checked by are not known, or others", len(named))
-        names, before = list(named), len(refused)
+        names, broken = list(named), dict[AdapterName, str]()
         for first in range(0, len(names), AT_ONCE):
-            refused |= await self._node.disk.run(self._refused, {name: named[name] for name in names[first : first + AT_ONCE]})
-        if len(refused) > before:  # they are still there at the next start, if the engine does not let them go until then
-            return refused
+            broken |= await self._node.disk.run(self._refused, {name: named[name] for name in names[first : first + AT_ONCE]})
+        if broken:  # they are still there at the next start, if the engine does not let them go until then
+            return refused | broken
         try:
-            await self._node.disk.run(self._node.store.write_json, RULES_FILE, {"rules": rules})
+            await self._node.disk.run(self._node.store.write_json, RULES_FILE, rules)
         except (NoSpace, DiskFailed) as error:  # then they are checked again at the next start
             log.debug("%s: %s", RULES_FILE, error.message)
         return refused

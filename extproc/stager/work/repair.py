@@ -80,7 +80,10 @@ class Repair:
                     self._read_back.clear()
                 self._read_back.add(named.id)
                 if why := await self._auditor.differs(name, named):
-                    return self.forget(named.id, why)
+                    log.error("%s: %s; it is fetched again", name, why)
+                    self._node.loads.pardon(named.id)
+                    index = self._node.holdings.index
+                    return index.leave(named.id, self._node.clock(), force=True) and await self._remover.remove(named.id, "damaged") is None
         except LoraExtprocError as failure:
             log.warning("%s: whether its files are there cannot be said: %s", name, failure.message)
         return False

@@ -145,6 +145,10 @@ GOOD: dict[str, Callable[[], tuple[str, bytes]]] = {
     "gzipped under the name of a tar": lambda: (".tar", packed(".tar.gz", FILES)),
     "not gzipped under the name of one": lambda: (".tar.gz", packed(".tar", FILES)),
     "with zeros behind its end": lambda: (".tar.gz", gzip.compress(packed(".tar", FILES) + bytes(2**23), 1)),
+    "with checkpoints below it": lambda: (
+        ".tar",
+        placed("sql/", ".tar", **{f"sql/checkpoint-{step}/{path}": data for step in (1, 2) for path, data in small_files(seed=step).items()}),
+    ),
     "with pickle beside": lambda: (".tar", placed("", ".tar", **{PICKLE: b"x"})),
 }
 
@@ -261,7 +265,7 @@ HOSTILE: dict[str, Callable[[], tuple[str, bytes]]] = {
     "too many members": tarred(*((INFO(f"{n}"), b"") for n in range(archive.MAX_MEMBERS)), suffix=".tar.gz"),
     "too many members in a zip": zipped(*((f"{n}", b"") for n in range(archive.MAX_MEMBERS))),
     "a directory of a zip that does not end": lambda: (".zip", zip_of([*FILES.items(), *((f"{n:0400}", b"") for n in range(9_990))])),
-    "two configurations": tarred((INFO(f"second/{CONFIG}"), FILES[CONFIG])),
+    "two configurations": lambda: (".tar", placed("first/", ".tar", **{f"second/{CONFIG}": FILES[CONFIG]})),
     "no configuration": lambda: (".zip", packed(".zip", {WEIGHTS: FILES[WEIGHTS]})),
     "no weights": lambda: (".tar", packed(".tar", {CONFIG: FILES[CONFIG]})),
     "weights in another folder": lambda: (".tar", packed(".tar", {CONFIG: FILES[CONFIG], f"x/{WEIGHTS}": FILES[WEIGHTS]})),

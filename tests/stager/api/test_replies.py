@@ -198,6 +198,23 @@ async def test_what_the_engine_refused_is_told(serve_node: ServeNode, origin: Fa
 # -- progress
 
 
+async def test_what_the_engine_refused_is_not_listed(serve_node: ServeNode, origin: FakeOrigin, engine: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that picks from the list would be answered 422. It is listed again when the engine takes it."""
+    for seed, name in enumerate(("acme/good", "acme/bad")):
+        origin.add(name, small_files(seed=seed))
+    node = await serve_node(engine_url=engine.url, negative_ttl_s=0.0)
+    client = node.ask()
+    for name in ("acme/good", "acme/bad"):
+        await client.ensure(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.adapters, "_max_lora_rank", 1)
+        with pytest.raises(InvalidAdapter):
+            await client.ensure("acme/bad", loading=Loading.VERSIONED)
+    assert [model.id for model in (await client.models()).adapters] == ["acme/good"]
+    await client.ensure("acme/bad", loading=Loading.VERSIONED)
+    assert [model.id for model in (await client.models()).adapters] == ["acme/bad", "acme/good"]
+
+
 async def test_a_load_is_shown_as_the_last_phase(serve_node: ServeNode, origin: FakeOrigin, engine: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first progress comes at once, then one per change; the answer is what Ensure would say, with the name in the engine."""
     monkeypatch.setattr(service_module, "PROGRESS_S", 0.01)

@@ -30,6 +30,7 @@ from extproc.errors import (
 )
 from extproc.metrics import StagerMetrics
 from extproc.pb import stager_pb2 as pb
+from extproc.stager.api import grpc as service_module
 from extproc.stager.api.grpc import READ_BYTES
 from extproc.stager.books.holdings import Named
 from extproc.stager.engine.api import Engine
@@ -529,19 +530,52 @@ async def test_only_so_many_files_are_sent_at_once(serve_node: ServeNode, origin
     digest = (await slow.ensure("acme/a")).digest
     await slow.release()
     reading = asyncio.create_task(read_all(slow, digest, WEIGHTS))
-    await until(lambda: any(entry.leases for entry in node.stager.node.holdings.index.entries()))
+    await until(lambda: any(entry.flights for entry in node.stager.node.holdings.index.entries()))
     with pytest.raises(Overloaded, match="as many as"):
         await read_all(other, digest, WEIGHTS)
     (shown,) = (await other.list()).adapters
-    assert shown.leased_seconds == 300.0  # a number that JSON has
+    assert shown.leased_seconds == 0.0  # nobody is sent here for it
     with pytest.raises(AdapterInUse, match="sent to another node"):
         await other.evict("acme/a")
     reading.cancel()
-    await until(lambda: not any(entry.leases for entry in node.stager.node.holdings.index.entries()))
+    await until(lambda: not any(entry.flights for entry in node.stager.node.holdings.index.entries()))
     for path in (CONFIG, "nothing"):  # errors give it back as well
         with pytest.raises(ModelNotFound):
             await read_all(other, "0" * 64, path)
     assert await other.evict("acme/a") == SIZE
+
+
+async def test_a_reader_that_does_not_read_is_cut_off(serve_node: ServeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection lives, and it takes one message and no more: its place and its hold of the artifact are free again."""
+    monkeypatch.setattr(service_module, "READER_S", 0.2)
+    write_adapter(tmp_path / "origin/acme/a", seed=0, hidden=2048, layers=40)
+    node = await serve_node(FileOrigin(OriginSettings(type="file", path=str(tmp_path / "origin"))), peers=PeerSettings(max_reads=1))
+    client = node.ask()
+    digest = (await client.ensure("acme/a")).digest
+    reading = client.read(digest, WEIGHTS)
+    assert await anext(reading)
+    (entry,) = node.stager.node.holdings.index.entries()
+    assert entry.flights == 1
+    await until(lambda: not entry.flights)
+    assert await read_all(client, digest, CONFIG)
+    await reading.aclose()
+
+
+async def test_a_peer_that_reads_is_no_demand(serve_node: ServeNode, origin: FakeOrigin) -> None:
+    """What it reads stays as long as that takes; the order of use and the count of what is leased are as before."""
+    for seed, name in enumerate(("acme/old", "acme/new")):
+        origin.add(name, small_files(seed=seed))
+    node = await serve_node()
+    client = node.ask("router")
+    digest = (await client.ensure("acme/old")).digest
+    await client.release()
+    await client.ensure("acme/new")
+    stager, index = node.stager, node.stager.node.holdings.index
+    before = ([entry.id for entry in index.entries()], stager.demand)
+    with stager.reading(digest, WEIGHTS):
+        assert ([entry.id for entry in index.entries()], stager.demand) == before
+        assert not index.leave(ArtifactId(digest), stager.node.clock(), force=True)
+    assert ([entry.id for entry in index.entries()], stager.demand) == before
 
 
 async def test_what_is_sent_keeps_to_its_rate(serve_node: ServeNode, origin: FakeOrigin) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from extproc.client import Loading
 from extproc.core.artifact import adapter_name, content_digest
 from extproc.errors import AdapterInUse, InvalidAdapter, ModelNotFound, NoSpace
 from extproc.stager import stager as stager_module
@@ -21,6 +22,7 @@ from extproc.stager.disk.adopt import MEMORY_FILE, ORIGIN
 from extproc.stager.stager import Stager
 from extproc.stager.supply.origins import Origin
 from extproc.stager.syscalls import hash_file
+from extproc.stager.work import repair as repair_module
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, read_files, sha256, size_of, small_files, write_small
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.gate import Gate
@@ -602,3 +604,73 @@ def test_a_directory_that_may_not_be_looked_at_is_a_failure_of_the_disk(tmp_path
     answer, *said = ran.stdout.splitlines()
     assert answer == "the node's disk cannot be read: Permission denied"
     assert said == [f"what others put into {closed} is not seen: the node's disk cannot be read: Permission denied"]
+
+
+# -- whose it is
+
+
+async def test_the_look_through_the_directory_forgets_nothing_of_ours(open_stager: OpenStager, origin: FakeOrigin, node: Path, clock: Clock) -> None:
+    """Order of events: adopted, evicted, staged again from an origin; the next look takes it neither for theirs nor for gone."""
+    put(node / "mine", small_files(seed=1))
+    origin.add("mine", small_files(seed=2))
+    stager = await open_stager(origin, evict_adopted=True)
+    clock.now += 1000
+    await stager.evict("mine")
+    held = await stager.ensure("mine")
+    await stager._adopter.scan()
+    assert not (await stager.ensure("mine")).staged
+    assert (await stager.ensure("mine")).digest == held.digest
+    assert balanced(stager)
+
+
+async def test_an_older_list_of_the_directory_forgets_nothing_of_ours(
+    open_stager: OpenStager, origin: FakeOrigin, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Order of events: listed as theirs, taken away, fetched from an origin, and only then looked at, since others had to be hashed before."""
+    origin.add("mine", small_files(seed=2))
+    stager = await open_stager(origin)
+    await stager.ensure("mine")
+    monkeypatch.setattr(stager.node.store, "foreign", lambda: [MINE])
+    await stager._adopter.scan()
+    assert not (await stager.ensure("mine")).staged
+    assert balanced(stager)
+
+
+async def test_the_engine_forgets_a_version_that_others_have_replaced(
+    open_stager: OpenStager, engine: RunningEngine, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its name the engine would read the new files."""
+    monkeypatch.setattr(repair_module, "IN_TRANSIT_S", 0.0)
+    put(node / "mine", small_files(seed=0))
+    stager = await open_stager(engine_url=engine.url)
+    for seed in (1, 2, 3):
+        await stager.ensure("mine", loading=Loading.VERSIONED)
+        put(node / "mine", small_files(seed=seed))
+        await stager.refresh("mine")
+    latest = await stager.ensure("mine", loading=Loading.VERSIONED)
+    await until(lambda: set(engine.adapters.registry) == {latest.model})
+
+
+async def test_what_changed_to_something_forbidden_is_served_no_longer(open_stager: OpenStager, node: Path) -> None:
+    """It is whole, and for another base model."""
+    put(node / "mine", small_files())
+    stager = await open_stager()
+    assert await stager.ensure("mine")
+    put(node / "mine", small_files(base_model="another/base"))
+    with pytest.raises(InvalidAdapter, match="base model"):
+        await stager.refresh("mine")
+    assert "mine" not in set(stager.node.holdings)
+    with pytest.raises(InvalidAdapter, match="base model"):
+        await stager.ensure("mine")
+
+
+async def test_a_checkpoint_stays_when_the_run_above_it_is_evicted(open_stager: OpenStager, node: Path, clock: Clock) -> None:
+    """Only the files of the run itself go."""
+    for seed, name in enumerate(("team/run", "team/run/checkpoint-10")):
+        put(node / name, small_files(seed=seed))
+    stager = await open_stager(evict_adopted=True)
+    clock.now += 1000
+    await stager.evict("team/run")
+    assert read_files(node / "team/run") == {}
+    assert read_files(node / "team/run/checkpoint-10") == small_files(seed=1)
+    assert set(stager.node.holdings) == {"team/run/checkpoint-10"}
