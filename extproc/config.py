@@ -379,7 +379,8 @@ class StagerSettings(Group):
     way; a new revision, another engine or a purge is looked at without waiting. 0: not at all."""
     list_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
     """How old a listing of the origins may be when a router asks what could be served; an older one is made anew, in the background. At most 100,000
-    names of each origin are kept. 0: origins are not listed. The default costs one S3 listing a minute, and none while nobody asks."""
+    names of each origin are kept. 0: origins are not listed. The default costs one S3 listing a minute while lists are asked for, and one when
+    a router starts."""
     revalidate_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
     """An adapter in use is compared with its origin after this time, in the background; a new version replaces it. 0: never by itself."""
     adopt: bool = True

@@ -7,6 +7,7 @@ three can know another rule. Read in the sources of vLLM 0.24 to 0.32 (`vllm/lor
 An adapter comes in as two values: `adapter_config.json` as the mapping that JSON gives, and the header of its weights as tensor name -> shape.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -217,55 +218,57 @@ def of_tensors(config: Config, shapes: Shapes) -> list[Found]:
     """What the weights show, each feature at the first tensor that shows it. Linear in the names' length. `config` is one without a complaint."""
     found: dict[Feature, Found] = {}
     allowed, whole = ranks(config), _whole_modules(config) & WHOLE_MODULES
+    told_ranks = _told_ranks(allowed)
+    divisor = math.gcd(*allowed)  # of r x experts; with a rank_pattern a part of what would be known by trying each rank
     sides: dict[str, int] = {}  # by module: 1 for lora_A, 2 for lora_B, 3 for both
 
-    def show(feature: Feature, where: str) -> None:
+    def show(feature: Feature, name: str, how: str = "") -> None:
         if feature not in found:
-            found[feature] = Found(feature, where)
+            found[feature] = Found(feature, f"tensor {_told(name)}{how}")
 
     for name, shape in shapes.items():
         parts = name.split(".")
         if 0 in shape:
-            show(EMPTY, f"tensor {_told(name)} is empty")
+            show(EMPTY, name, " is empty")
         if name.endswith(BASE_WEIGHTS):
-            show(BASE_WEIGHT, f"tensor {_told(name)}")
+            show(BASE_WEIGHT, name)
             continue
         if parts[0] == FIRST_WRAPPER or (parts[2:3] == [FIRST_WRAPPER] and name.startswith(PREFIX)) or not WRAPPERS.isdisjoint(parts):
-            show(WRAPPED, f"tensor {_told(name)} begins with a wrapper's name")
+            show(WRAPPED, name, " has a wrapper's name in its own")
         read = matrix(parts)
         if read is None:
             if parts[-2:-1] and parts[-2] in whole:
-                show(HEAD, f"tensor {_told(name)}")
+                show(HEAD, name)
             elif "lora_A" in parts or "lora_B" in parts:
-                show(NAMED, f"tensor {_told(name)} has another name than lora_A.weight or lora_B.weight")
+                show(NAMED, name, " has another name than lora_A.weight or lora_B.weight")
             else:
-                show(OTHER_TENSOR, f"tensor {_told(name)}")
+                show(OTHER_TENSOR, name)
             continue
         module, side, is_embedding = read
         sides[module] = sides.get(module, 0) | (1 if side == "A" else 2)
         if is_embedding:
-            show(EMBEDDING, f"tensor {_told(name)}")
+            show(EMBEDDING, name)
         if not name.startswith(PREFIX):
-            show(BARE, f"tensor {_told(name)}")
+            show(BARE, name)
         if len(shape) != 2:
             if len(shape) != 3 or "experts" not in parts:  # shared experts are stacked
-                show(NOT_A_MATRIX, f"tensor {_told(name)} has {len(shape)} dimensions")
+                show(NOT_A_MATRIX, name, f" has {len(shape)} dimensions")
             continue
         rank = shape[0] if side == "A" else shape[1]
         if _is_fused(module):
-            show(EXPERTS, f"tensor {_told(name)}")
-            if not any(rank % one == 0 for one in allowed):
-                show(OTHER_RANK, f"tensor {_told(name)} has rank {rank}, which is no multiple of {_told_ranks(allowed)}")
+            show(EXPERTS, name)
+            if rank % divisor:
+                show(OTHER_RANK, name, f" has rank {rank}, which is no multiple of {divisor}")
         elif rank not in allowed:
-            show(OTHER_RANK, f"tensor {_told(name)} has rank {rank}, the configuration {_told_ranks(allowed)}")
+            show(OTHER_RANK, name, f" has rank {rank}, the configuration {told_ranks}")
     for module, seen in sides.items():
         if seen != 3:
-            show(ONE_SIDED, f"module {_told(module)} has a lora_{'AB'[seen - 1]} alone")
+            found[ONE_SIDED] = Found(ONE_SIDED, f"module {_told(module)} has a lora_{'AB'[seen - 1]} alone")
             break
     if half := next((module for module in sides if _is_fused(module) and _other_half(module) not in sides), ""):
         show(HALF_OF_EXPERTS, f"module {_told(half)} is without {_told(_other_half(half))}")
     if not sides:
-        show(NO_MATRIX, "holds no lora_A or lora_B tensor")
+        found[NO_MATRIX] = Found(NO_MATRIX, "holds no lora_A or lora_B tensor")
     return sorted(found.values(), key=lambda one: TABLE.index(one.feature))
 
 

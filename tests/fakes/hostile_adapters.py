@@ -50,11 +50,11 @@ def around(text: str) -> bytes:
     return file_of(raw[8 : 8 + length - 1] + b"," + text.encode("utf-8", "surrogatepass") + b"}", raw[8 + length :])
 
 
-def many_tensors(count: int, *, size: int = 1, begin: Callable[[int], int] | None = None) -> bytes:
+def many_tensors(count: int, *, size: int = 1, begin: Callable[[int], int] | None = None, module: str = "x") -> bytes:
     """Pairs of matrices of rank 1, each of `size` bytes."""
     place = begin or (lambda number: number * size)
     texts = [
-        f'"model.layers.{n // 2}.x.lora_{"AB"[n % 2]}.weight":{{"dtype":"U8","shape":{[1, size] if n % 2 == 0 else [size, 1]},'
+        f'"model.layers.{n // 2}.{module}.lora_{"AB"[n % 2]}.weight":{{"dtype":"U8","shape":{[1, size] if n % 2 == 0 else [size, 1]},'
         f'"data_offsets":[{place(n)},{place(n) + size}]}}'
         for n in range(count)
     ]
@@ -198,6 +198,9 @@ def _many(scale: int) -> Iterator[Hostile]:
     yield _weights("100,000 tensors in unusual writing", "another way" if scale == 1 else "has rank 1", lambda: spaced(many_tensors(100_000 // scale)))
     yield _weights("250,000 tensors", "over 150000 tensors" if scale == 1 else "has rank 1", lambda: many_tensors(250_000 // scale))
     yield _weights("100,000 empty tensors", "is empty", lambda: many_tensors(100_000 // scale, size=0, begin=lambda _: 0))
+
+    several = partial(configuration, r=1, rank_pattern={f"m{n}": n + 1 for n in range(60_000)})
+    yield Hostile("60,000 ranks and 100,000 experts in one tensor", several, lambda: many_tensors(2 * (50_000 // scale), module="experts"), "")
 
     def targets_and_tensors(count: int) -> Hostile:
         targets = [f"module{n}" for n in range(count // scale)]

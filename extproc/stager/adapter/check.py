@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from ...core import features
+from ...errors import InvalidAdapter
 from ..threads import Steps
 from .config import AdapterConfig, check_config, read_limited
 from .files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, refuse
@@ -43,9 +44,12 @@ def check_weights(directory: Path, config: AdapterConfig, rules: Rules) -> Steps
         return Checked(0, {})
     with path.open("rb") as file:
         header = yield from check_header(file, os.fstat(file.fileno()).st_size, config, rules)
-        if rules.finite:
-            yield from check_finite(file, header)
-    return Checked(len(header.shapes), features.load_options(header.shapes))
+        try:
+            if rules.finite:
+                yield from check_finite(file, header)
+            return Checked(len(header.shapes), features.load_options(header.shapes))
+        finally:
+            header.clear()
 
 
 def options(directory: Path) -> Steps[dict[str, bool]]:
@@ -61,10 +65,14 @@ def options(directory: Path) -> Steps[dict[str, bool]]:
 def check_header(file: IO[bytes], file_size: int, config: AdapterConfig, rules: Rules) -> Steps[Header]:
     """The header of weights that have `file_size` bytes together; `file` need not go on behind it. Raises InvalidAdapter."""
     header = yield from read_header(file, file_size)
-    for found in features.of_tensors(config.fields, header.shapes):
-        if what := found.refusal(rules.engine, rules.version):
-            refuse(WEIGHTS_FILE, what)
-    yield
-    if rules.width:
-        check_width(header, rules.width)
+    try:
+        for found in features.of_tensors(config.fields, header.shapes):
+            if what := found.refusal(rules.engine, rules.version):
+                refuse(WEIGHTS_FILE, what)
+        yield
+        if rules.width:
+            check_width(header, rules.width)
+    except InvalidAdapter:
+        header.clear()
+        raise
     return header

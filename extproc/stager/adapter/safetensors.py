@@ -15,6 +15,7 @@ from json import JSONDecoder
 from json.decoder import scanstring  # type: ignore[attr-defined]  # the stubs leave it out
 from typing import IO, Any, NoReturn
 
+from ...errors import InvalidAdapter
 from ..threads import Steps
 from .files import WEIGHTS_FILE, foreign, refuse
 
@@ -59,6 +60,12 @@ class Header:
         """Whose byte of the data it is."""
         return self.names[bisect_right(self.ends, offset)]
 
+    def clear(self) -> None:
+        """Give the memory back one by one: 150,000 names are freed in one piece otherwise, in the event loop where the last to hold them is an error."""
+        self.names.clear()
+        while self.shapes:
+            self.shapes.popitem()
+
 
 def header_length(first: bytes, file_size: int) -> int:
     """How many bytes of header follow the first 8 of a file. Raises InvalidAdapter."""
@@ -78,6 +85,15 @@ def read_header(file: IO[bytes], file_size: int) -> Steps[Header]:
     """All of it, checked. `file` stands at its begin and need not go on behind the header. Raises InvalidAdapter."""
     length = header_length(file.read(PREFIX_BYTES), file_size)
     header = Header(PREFIX_BYTES + length)
+    try:
+        yield from _read(header, file, length, file_size)
+    except InvalidAdapter:
+        header.clear()
+        raise
+    return header
+
+
+def _read(header: Header, file: IO[bytes], length: int, file_size: int) -> Steps[None]:
     layout = _Layout(header)
     unusual = 0
     text = _Text(file, length)
@@ -105,7 +121,6 @@ def read_header(file: IO[bytes], file_size: int) -> Steps[Header]:
     if text.next():
         refuse(WEIGHTS_FILE, "has a broken header: something follows its end")
     layout.check(file_size - header.data_begin)
-    return header
 
 
 def _read_metadata(text: "_Text") -> Steps[None]:
@@ -188,7 +203,7 @@ class _Layout:
         if self._later:
             begin = min(self._later)
             name = self._later[begin][2]
-            while self._later:  # one by one: of 100,000 the interpreter would free all in one piece
+            while self._later:  # one by one, as Header.clear
                 self._later.popitem()
             refuse(WEIGHTS_FILE, f"tensor {name[:100]!r} begins at byte {begin} of the data; {self._at} was expected")
         if self._at != data_bytes:
