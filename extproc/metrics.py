@@ -114,7 +114,7 @@ class StagerMetrics(Metrics):
         self.breaker = Gauge("lora_extproc_breaker", "State of an origin's breaker: 0 closed, 1 half-open, 2 open.", ["origin"], registry=r)
         self.verify_failures = Counter(
             "lora_extproc_verify_failures",
-            "Adapters refused, by what was wrong (config, base_model, rank, code, weights, pickle, size, digest, archive, incomplete, other), and"
+            "Adapters refused, by what was wrong (config, base_model, rank, feature, weights, pickle, size, digest, archive, incomplete, other), and"
             " artifacts that were found damaged on disk (disk).",
             ["what"],
             registry=r,

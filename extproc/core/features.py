@@ -266,7 +266,7 @@ def of_tensors(config: Config, shapes: Shapes) -> list[Found]:
             found[ONE_SIDED] = Found(ONE_SIDED, f"module {_told(module)} has a lora_{'AB'[seen - 1]} alone")
             break
     if half := next((module for module in sides if _is_fused(module) and _other_half(module) not in sides), ""):
-        show(HALF_OF_EXPERTS, f"module {_told(half)} is without {_told(_other_half(half))}")
+        found[HALF_OF_EXPERTS] = Found(HALF_OF_EXPERTS, f"module {_told(half)} is without {_told(_other_half(half))}")
     if not sides:
         found[NO_MATRIX] = Found(NO_MATRIX, "holds no lora_A or lora_B tensor")
     return sorted(found.values(), key=lambda one: TABLE.index(one.feature))

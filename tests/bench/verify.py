@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -189,6 +190,8 @@ def main() -> None:
         for row in rows:
             own = "-" if row.safetensors_us is None else f"{row.safetensors_us:.0f}"
             print(f"| {row.name} | {row.megabytes:.0f} | {row.check_us:.0f} | {row.finite_us:.0f} | {row.sha256_us:.0f} | {own} |")
+        with contextlib.suppress(OSError):  # before all others where it may, so that it measures itself and not who else wants a core
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         attacks = asyncio.run(attack(Path(temporary), arguments.scale))
     worst = sorted(attacks, key=lambda row: (bool(row.broken), row.stop_ms), reverse=True)
     shown = attacks if arguments.all else [attacks[0], *[row for row in worst if row is not attacks[0]][: max(10, sum(bool(row.broken) for row in worst))]]

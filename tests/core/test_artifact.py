@@ -129,7 +129,14 @@ MANIFEST = Manifest(FILES, "org/name", "s3", "v1")
 files = st.builds(
     File, st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.integers(0, 2**50), st.text("0123456789abcdef", min_size=64, max_size=64)
 )
-manifests = st.builds(Manifest, st.lists(files, max_size=5).map(tuple), st.text(max_size=20), st.text(max_size=10), st.text(max_size=10))
+manifests = st.builds(
+    Manifest,
+    st.lists(files, max_size=5).map(tuple),
+    st.text(max_size=20),
+    st.text(max_size=10),
+    st.text(max_size=10),
+    options=st.dictionaries(st.text(max_size=10), st.booleans(), max_size=2),
+)
 
 
 @given(manifests)
@@ -138,6 +145,13 @@ def test_a_manifest_survives_being_written_and_read(manifest: Manifest) -> None:
     text = manifest.to_json()
     assert Manifest.from_json(text) == manifest
     assert Manifest.from_json(text.encode()) == manifest
+
+
+def test_a_manifest_of_an_earlier_version_has_no_options() -> None:
+    """It is read all the same, as one of an adapter that needs none."""
+    raw = json.loads(MANIFEST.to_json())
+    del raw["options"]
+    assert Manifest.from_json(json.dumps(raw)) == MANIFEST
 
 
 def test_the_size_is_the_sum_of_the_files() -> None:

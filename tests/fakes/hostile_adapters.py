@@ -200,7 +200,7 @@ def _many(scale: int) -> Iterator[Hostile]:
     yield _weights("100,000 empty tensors", "is empty", lambda: many_tensors(100_000 // scale, size=0, begin=lambda _: 0))
 
     several = partial(configuration, r=1, rank_pattern={f"m{n}": n + 1 for n in range(60_000)})
-    yield Hostile("60,000 ranks and 100,000 experts in one tensor", several, lambda: many_tensors(2 * (50_000 // scale), module="experts"), "")
+    yield Hostile("60,000 ranks and 100,000 experts in one tensor", several, lambda: many_tensors(2 * (50_000 // scale), module="experts"), "is without")
 
     def targets_and_tensors(count: int) -> Hostile:
         targets = [f"module{n}" for n in range(count // scale)]

@@ -52,6 +52,16 @@ async def test_the_originals_are_linked_and_take_no_room(tmp_path: Path, root: P
         assert nothing_half_done(stager)
 
 
+async def test_linked_files_are_checked_like_fetched_ones(tmp_path: Path, root: Path, in_place: OriginSettings) -> None:
+    """Nothing of them was read for a copy, and an engine would read NaNs all the same."""
+    weights = root / NAME / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\xc0\x7f")  # BF16's NaN
+    async with node(tmp_path / "node", in_place) as stager:
+        with pytest.raises(InvalidAdapter, match="holds an infinity or a NaN"):
+            await stager.ensure(NAME)
+        assert visible(tmp_path / "node") == {}
+
+
 async def test_a_path_that_is_not_absolute_leads_there_as_well(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Links lie deeper than the process stands."""
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from extproc.config import OriginSettings
-from extproc.core.artifact import ArtifactId
+from extproc.core.artifact import ArtifactId, adapter_name
 from extproc.errors import (
     AdapterInUse,
     AdapterTooLarge,
@@ -32,7 +32,7 @@ from extproc.stager.supply.origins.file import FileOrigin
 from extproc.stager.supply.origins.http import HttpOrigin
 from extproc.stager.supply.source import ATTEMPTS
 from extproc.up.demo import write_adapter
-from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, read_files, sha256, size_of, small_files
+from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, read_files, safetensors, sha256, size_of, small_files
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.http import FileServer
 from tests.fakes.origin import FakeOrigin
@@ -1069,3 +1069,33 @@ async def test_the_node_is_not_ready_without_its_engine(open_stager: OpenStager,
 async def test_without_an_engine_the_node_is_ready(open_stager: OpenStager, origin: FakeOrigin) -> None:
     """Nobody reads the directory but who comes later."""
     assert (await open_stager(origin)).not_ready is None
+
+
+def _experts_in_one_tensor() -> Files:
+    """What PEFT writes for `target_parameters`: rank 4 x 2 experts."""
+    shapes = {f"base_model.model.model.layers.0.mlp.experts{half}.lora_{side}.weight": side for half in ("", ".base_layer") for side in "AB"}
+    header: dict[str, object] = {}
+    for number, (name, side) in enumerate(shapes.items()):
+        header[name] = {"dtype": "F16", "shape": [8, 4] if side == "A" else [4, 8], "data_offsets": [64 * number, 64 * number + 64]}
+    files = small_files()
+    _change_config(files, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    return {**files, WEIGHTS: safetensors(header, bytes(256))}
+
+
+async def test_what_the_engines_load_call_needs_is_kept_with_the_adapter(open_stager: OpenStager, origin: FakeOrigin) -> None:
+    """Experts in one tensor are loaded with an option, also after a restart; others without."""
+    origin.add("acme/moe", _experts_in_one_tensor())
+    origin.add("acme/dense", small_files())
+    stager = await open_stager(origin)
+    ids = [(await stager.ensure(name)).digest for name in ("acme/moe", "acme/dense")]
+    assert [stager.node.store.load_options(ArtifactId(id_)) for id_ in ids] == [{"is_3d_lora_weight": True}, {}]
+
+
+async def test_the_layout_of_what_others_put_here_is_read_when_it_is_loaded(open_stager: OpenStager, node: Path) -> None:
+    """There is no manifest of ours beside it."""
+    directory = node / "team" / "moe"
+    directory.mkdir(parents=True)
+    for path, data in _experts_in_one_tensor().items():
+        (directory / path).write_bytes(data)
+    stager = await open_stager()
+    assert stager.node.store.load_options(ArtifactId.adopted("0" * 64, adapter_name("team/moe"))) == {"is_3d_lora_weight": True}

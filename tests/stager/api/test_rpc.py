@@ -530,7 +530,7 @@ async def test_only_so_many_files_are_sent_at_once(serve_node: ServeNode, origin
     digest = (await slow.ensure("acme/a")).digest
     await slow.release()
     reading = asyncio.create_task(read_all(slow, digest, WEIGHTS))
-    await until(lambda: any(entry.flights for entry in node.stager.node.holdings.index.entries()))
+    await until(lambda: any(entry.reads for entry in node.stager.node.holdings.index.entries()))
     with pytest.raises(Overloaded, match="as many as"):
         await read_all(other, digest, WEIGHTS)
     (shown,) = (await other.list()).adapters
@@ -538,7 +538,7 @@ async def test_only_so_many_files_are_sent_at_once(serve_node: ServeNode, origin
     with pytest.raises(AdapterInUse, match="sent to another node"):
         await other.evict("acme/a")
     reading.cancel()
-    await until(lambda: not any(entry.flights for entry in node.stager.node.holdings.index.entries()))
+    await until(lambda: not any(entry.reads for entry in node.stager.node.holdings.index.entries()))
     for path in (CONFIG, "nothing"):  # errors give it back as well
         with pytest.raises(ModelNotFound):
             await read_all(other, "0" * 64, path)
@@ -555,8 +555,8 @@ async def test_a_reader_that_does_not_read_is_cut_off(serve_node: ServeNode, tmp
     reading = client.read(digest, WEIGHTS)
     assert await anext(reading)
     (entry,) = node.stager.node.holdings.index.entries()
-    assert entry.flights == 1
-    await until(lambda: not entry.flights)
+    assert entry.reads == 1
+    await until(lambda: not entry.reads)
     assert await read_all(client, digest, CONFIG)
     await reading.aclose()
 
@@ -574,7 +574,7 @@ async def test_a_peer_that_reads_is_no_demand(serve_node: ServeNode, origin: Fak
     before = ([entry.id for entry in index.entries()], stager.demand)
     with stager.reading(digest, WEIGHTS):
         assert ([entry.id for entry in index.entries()], stager.demand) == before
-        assert not index.leave(ArtifactId(digest), stager.node.clock(), force=True)
+        assert not index.leave(ArtifactId(digest), stager.node.clock())
     assert ([entry.id for entry in index.entries()], stager.demand) == before
 
 

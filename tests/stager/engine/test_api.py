@@ -1,6 +1,7 @@
 """What is concluded from a vLLM's answers, and that nothing is concluded from any other."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -23,9 +24,11 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.answers: dict[str, web.Response] = {}
         self.headers: list[str | None] = []
+        self.bodies: list[str] = []
 
     async def answer(self, request: web.Request) -> web.Response:
         self.headers.append(request.headers.get("authorization"))
+        self.bodies.append(await request.text())
         response = self.answers.get(f"{request.method} {request.path}")
         if response is None:
             await asyncio.Event().wait()
@@ -242,3 +245,14 @@ async def test_an_end_is_noticed_by_the_connection_that_it_closes(tmp_path: Path
             await hung_up
             await engine.until_it_hangs_up()  # nobody is there: at once
         await engine.close()
+
+
+async def test_a_load_call_says_what_the_adapters_layout_asks_for(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """vLLM reads experts in one tensor only where the call tells of them."""
+    for options in (None, {"is_3d_lora_weight": True}):
+        scripted[0].answers["POST /v1/load_lora_adapter"] = web.Response(text="Success")  # which can be sent once
+        await engine.load("a", Path("/x"), options)
+    assert [json.loads(body) for body in scripted[0].bodies] == [
+        {"lora_name": "a", "lora_path": "/x"},
+        {"lora_name": "a", "lora_path": "/x", "is_3d_lora_weight": True},
+    ]

@@ -134,4 +134,4 @@ async def test_a_closed_stager_takes_no_more_disk_work(open_stager: OpenStager, 
     await stager.ensure(NAME)
     await stager.close()
     with pytest.raises((RuntimeError, StageError)):
-        await stager.node.disk.run(stager.node.store.free_bytes)
+        await stager.node.disk.run(stager.node.store.probe)

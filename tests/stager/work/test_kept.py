@@ -11,6 +11,8 @@ from extproc.config import EngineSettings
 from extproc.errors import InvalidAdapter
 from extproc.pb import stager_pb2 as pb
 from extproc.stager import stager as stager_module
+from extproc.stager.adapter.check import Checked
+from extproc.stager.adapter.rules import Rules
 from extproc.stager.api.replies import models_reply
 from extproc.stager.stager import Stager
 from extproc.stager.work.kept import RULES_FILE, Kept
@@ -86,9 +88,9 @@ async def test_with_the_same_settings_nothing_is_checked_again(
     checked: list[Path] = []
     check = Kept.check
 
-    def note(self: Kept, directory: Path) -> None:
+    def note(self: Kept, directory: Path, rules: Rules | None = None) -> Checked:
         checked.append(directory)
-        check(self, directory)
+        return check(self, directory, rules)
 
     monkeypatch.setattr(Kept, "check", note)
     stager = await open_stager(origin)
@@ -142,7 +144,7 @@ async def test_a_configuration_of_megabytes_is_not_read_whole(open_stager: OpenS
         (node / "theirs" / path).write_bytes(data)
     os.truncate(node / "theirs" / "adapter_config.json", 2**30)
     stager = await open_stager(scan_s=1e-9)
-    with pytest.raises(InvalidAdapter, match="limit"):
+    with pytest.raises(InvalidAdapter, match="over 1048576 bytes"):
         await stager.ensure("theirs")
 
 
