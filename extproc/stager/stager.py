@@ -333,11 +333,12 @@ class Stager:
     async def resolve(self, raw_name: str) -> str:
         """Which origin would give the adapter, or gave it; stages nothing. Raises ModelNotFound, also for what is refused unseen, or OriginFailed."""
         name = adapter_name(raw_name)
-        if (named := self.node.holdings.get(name)) is not None:
+        named = self.node.holdings.get(name)
+        if named is not None and not named.refused:  # what today's settings refuse is looked for anew, as a request does
             if self.node.loads.refuses(name, named.id):
                 raise ModelNotFound(f"The model `{name}` cannot be served: this node's engine refuses it")
             return named.origin
-        if self.node.settings.adopt and await self._adopter.is_there(name):
+        if named is None and self.node.settings.adopt and await self._adopter.is_there(name):
             return ADOPTED
         refusal = self.node.refusals.answer(name, self.node.clock())
         try:

@@ -48,7 +48,7 @@ def list_reply(stager: Stager) -> pb.ListReply:
 
 
 async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes:
-    """An encoded ModelsReply: base models and adapters as vLLM would list them, without those that the engine has refused.
+    """An encoded ModelsReply: base models and adapters as vLLM would list them, without those that the engine or the settings refuse: their names follow apart.
 
     It is made of slices, since parts of an encoded message that follow each other are one message, and a hundred thousand adapters would stop the
     event loop for a tenth of a second. What comes or goes between two slices is listed, or not.
