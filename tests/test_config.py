@@ -148,6 +148,10 @@ def test_an_unknown_key_is_named_by_its_path(raw: Any, path: str) -> None:
         ({"stager": {"origins": [{"type": "huggingface"}, {"type": "s3"}]}}, "stager.origins.1: an origin of type s3 needs bucket"),
         ({"stager": {"origins": [{"type": "file", "url": "x"}]}}, "stager.origins.0: an origin of type file needs path"),
         ({"stager": {"origins": [{"type": "http", "path": "x"}]}}, "stager.origins.0: an origin of type http needs url"),
+        (
+            {"stager": {"origins": [{"type": "huggingface", "mirror_of": "file"}, {"type": "file", "path": "/a"}]}},
+            "stager: origins.0.mirror_of: 'file' is no earlier origin",
+        ),
         ({"envoy": {"processing_mode": "STREAMED"}}, "envoy.processing_mode: 'STREAMED' Input should be 'FULL_DUPLEX_STREAMED', 'BUFFERED' or 'NONE'"),
         ({"envoy": {"hold_s": 60}}, "envoy.hold_s: 60 is below router.stage_deadline_s (120)"),
         ({"log": {"level": "loud"}}, "log.level: 'loud' Input should be 'debug', 'info', 'warning' or 'error'"),

@@ -231,6 +231,9 @@ class Stager:
             if error.stated in ("", sha256):
                 raise
             return await self._hold(name, priority, holder, sha256, loading)  # refused for what the first caller stated, which says nothing to this one
+        finally:
+            if name not in self._in_flight:
+                self._flights.landed(name)
         now = self.node.clock()
         return self._lease(name, now, holder, staged=landed.staged, waited_s=now - began) or replace(landed, waited_s=now - began)
 

@@ -5,10 +5,12 @@ import base64
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import close_session
 
+from extproc.core.artifact import AdapterName
 from extproc.errors import ModelNotFound, OriginFailed, OriginRefused
 from extproc.stager.supply.job import Job
 from extproc.stager.supply.source import ATTEMPTS
@@ -232,3 +234,21 @@ async def test_a_request_in_the_same_turn_hurries_a_prefetch(tmp_path: Path) -> 
         await asyncio.gather(first, *others)
         order = [name for name, path in origin.fetched if path == CONFIG]
         assert order == ["acme/first", "acme/both", "acme/between"]
+
+
+async def test_who_hurries_what_has_just_landed_hurries_no_later_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of events: a flight ends; before its waiters wake, a request asks for the same name; it is evicted; a prefetch brings it again."""
+    origin = FakeOrigin()
+    origin.add(NAME, small_files())
+    async with node(tmp_path / "node", origin) as stager:
+        flights = stager._flights
+        ends = flights._count
+
+        def hurried(*args: Any) -> None:
+            flights._jobs.clear()
+            flights.hurry(AdapterName(NAME), Job.REQUEST)
+            ends(*args)
+
+        monkeypatch.setattr(flights, "_count", hurried)
+        await stager.ensure(NAME)
+        assert flights._awaited == {}

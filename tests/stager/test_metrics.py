@@ -206,7 +206,7 @@ async def test_one_line_per_stage_has_the_time_of_each_phase(open_stager: OpenSt
     await asyncio.gather(*(stager.ensure("acme/a") for _ in range(5)))
     await stager.ensure("acme/a")
     (line,) = lines(caplog, "acme/a")
-    phases = ", ".join(rf"{phase} \d+" for phase in ("resolve", "check", "reserve", "fetch", "verify", "publish"))
+    phases = ", ".join(rf"{phase} \d+" for phase in ("resolve", "check", "fetch", "reserve", "verify", "publish"))
     assert re.fullmatch(rf"acme/a: staged from fake in \d+ ms, {length(files)} bytes \({phases}\)", line)
 
 

@@ -34,6 +34,11 @@ class Listing:
     archive: bool = False
     final: bool = False  # the revision can never mean anything else: there is nothing to revalidate
 
+    @property
+    def weights(self) -> RemoteFile:
+        """What is not the configuration; of an archive, the archive."""
+        return next(file for file in self.files if file.path != CONFIG_FILE)
+
 
 @dataclass(frozen=True, slots=True)
 class Absent:

@@ -35,6 +35,10 @@ class Flights:
         else:
             self._awaited[name] = min(priority, self._awaited.get(name, priority))
 
+    def landed(self, name: AdapterName) -> None:
+        """Nothing of `name` is in flight: whoever hurried what had just landed hurries no later flight."""
+        self._awaited.pop(name, None)
+
     def names(self) -> list[AdapterName]:
         return list(self._jobs)
 

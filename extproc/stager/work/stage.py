@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from ...core.artifact import AdapterName, File, Manifest
 from ...core.blocks import artifact_bytes
-from ...errors import AdapterDamaged, AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginChanged, OriginFailed, OriginRefused
+from ...errors import AdapterDamaged, AdapterTooLarge, InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
 from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
 from ..adapter.check import check_header, check_weights
@@ -25,9 +25,10 @@ from ..books.refusals import Version
 from ..node import Node
 from ..supply.download import Download, Judge
 from ..supply.job import Job
-from ..supply.listing import Absent, Listing, RemoteFile
+from ..supply.listing import Listing, RemoteFile
 from ..supply.origins.file import FileOrigin
 from ..supply.peers import Peers
+from ..supply.precedence import Precedence, Unanswered, agree
 from ..supply.source import Source
 from ..syscalls import disk_errors, hash_file, hash_open
 from ..threads import Threads
@@ -53,21 +54,12 @@ class Plan:
     stated: tuple[str, ...] = ()  # every SHA-256 that the weights must have
 
 
-class _Unanswered(Exception):
-    """An origin that may have the name failed, and so did its mirrors: nobody after them may answer for it."""
-
-    def __init__(self, failure: OriginFailed, labels: frozenset[str]) -> None:
-        super().__init__()
-        self.failure = failure
-        self.labels = labels
-
-
 class Fetcher:
     """Brings adapters to this node's disk. Whose turn it is, who waits and for how long is not its business."""
 
     def __init__(self, node: Node, sources: Sequence[Source], peers: Peers, remover: Remover) -> None:
         self._node = node
-        self._sources = sources
+        self._origins = Precedence(sources)
         self._peers = peers
         self._remover = remover
         self._widths: dict[str, int] = {}  # of base models, by the path of their configuration
@@ -75,11 +67,11 @@ class Fetcher:
         self._publications: SingleFlight[str, None] = SingleFlight()  # by digest
 
     async def open(self) -> None:
-        for source in self._sources:
+        for source in self._origins.sources:
             await source.open()
 
     async def close(self) -> None:
-        for source in self._sources:
+        for source in self._origins.sources:
             await source.close()
         await self._peers.close()
         self._checks.close()
@@ -103,8 +95,8 @@ class Fetcher:
     async def locate(self, name: AdapterName) -> str:
         """Which origin would give `name`, without bringing it. Raises what `bring` would, as far as the listing and earlier verdicts tell."""
         try:
-            source, listing = await self._resolve(name, None)
-        except _Unanswered as unanswered:
+            source, listing = await self._origins.resolve(name)
+        except Unanswered as unanswered:
             raise unanswered.failure from None
         plan = Plan(source, listing, source.label, self._stated(name, ""))
         if (refusal := self._node.refusals.verdict(name, self._version(plan), self._node.clock())) is not None:
@@ -122,8 +114,8 @@ class Fetcher:
         """What the origin whose `name` is says, brought from a peer where one has the same. Raises ModelNotFound, or that origin's failure."""
         try:
             async with self._phase(job, "resolve"):
-                source, listing = await self._resolve(name, known)
-        except _Unanswered as unanswered:
+                source, listing = await self._origins.resolve(name, known.origin if known is not None else "")
+        except Unanswered as unanswered:
             if known is None and (named := await self._from_peers(name, job, expected, tried, origins=unanswered.labels)) is not None:
                 log.warning("%s: its origin fails; a peer had it", name)
                 return named
@@ -140,10 +132,11 @@ class Fetcher:
         except OriginChanged:
             raise
         except OriginFailed as failure:
-            if known is None and (mirrored := await self._mirror(plan)) is not None:
-                log.warning("%s: %s; its mirror %s has the same", name, failure.message, mirrored.origin)
-                return await self._carry_out(mirrored, job)
-            raise
+            if known is not None or (mirrored := await self._origins.mirror(source, listing)) is None:
+                raise
+            mirror, found = mirrored
+            log.warning("%s: %s; its mirror %s has the same", name, failure.message, mirror.label)
+            return await self._carry_out(replace(plan, source=mirror, listing=found, origin=mirror.label), job)
 
     async def _from_peers(
         self, name: AdapterName, job: Job, expected: str, tried: set[str], plan: Plan | None = None, origins: Collection[str] = ()
@@ -163,7 +156,7 @@ class Fetcher:
             if origins and copy.origin not in origins:
                 continue
             if plan is not None:
-                if copy.origin != plan.origin or not _agree(listing, plan.listing):
+                if copy.origin != plan.origin or not agree(listing, plan.listing):
                     continue
                 listing = replace(listing, final=plan.listing.final)
             try:
@@ -174,53 +167,6 @@ class Fetcher:
                 log.info("%s: the copy of a peer is of no use: %s", name, error.message)
                 self._peers.was_of_no_use(copy, error)
                 job.done_bytes = 0
-        return None
-
-    async def _resolve(self, name: AdapterName, known: Named | None) -> tuple[Source, Listing]:
-        """The first origin, in order, that has `name`; of what is here, where that came from. Raises ModelNotFound or _Unanswered.
-
-        Order of events that this guards against: a private origin is down; the next one, a public hub, is asked for the same name; whoever has registered
-        that name there is served to everybody who trusts the private one. So after a failure only the mirrors of the origin that failed are asked.
-        """
-        own = [source for source in self._sources if known is not None and source.label == known.origin]  # none: the settings name it no longer
-        failed: list[Source] = []
-        failure: OriginFailed | None = None
-        instead = ""
-        for source in own or self._sources:
-            if failed and source.mirror_of not in {other.label for other in failed}:
-                continue
-            try:
-                found = await source.resolve(name)
-            except OriginFailed as error:
-                log.warning("%s: %s", name, error.message)
-                failed.append(source)
-                if failure is None or (failure.shared and not error.shared):  # one that another node may reach sends the request there
-                    failure = error
-                continue
-            if isinstance(found, Listing):
-                return source, found
-            if isinstance(found, Absent) and not instead:
-                instead = f"; the {source.label} origin has {found.instead}"
-        if failure is not None:
-            raise _Unanswered(failure, frozenset(source.label for source in failed))
-        raise ModelNotFound(f"The model `{name}` does not exist: no origin has it{instead}")
-
-    async def _mirror(self, plan: Plan) -> Plan | None:
-        """The same content at a mirror of the origin that failed: both state the SHA-256 of the weights, and it is equal."""
-        for source in self._sources:
-            if source.mirror_of == plan.source.label:
-                try:
-                    found = await source.resolve(plan.listing.name)
-                except OriginFailed as error:
-                    log.warning("%s: %s", plan.listing.name, error.message)
-                    continue
-                if (
-                    isinstance(found, Listing)
-                    and not found.archive
-                    and _agree(found, plan.listing)
-                    and all(_weights(of).sha256 for of in (found, plan.listing))
-                ):
-                    return replace(plan, source=source, listing=found, origin=source.label)
         return None
 
     def _stated(self, name: AdapterName, expected: str) -> tuple[str, ...]:
@@ -262,7 +208,7 @@ class Fetcher:
                         await self.let_go(named)
                         raise
             except InvalidAdapter as error:
-                if plan.source in self._sources:  # of what a peer sends, its origin is not to blame
+                if plan.source in self._origins.sources:  # of what a peer sends, its origin is not to blame
                     self._node.refusals.condemn(name, self._version(plan), error, self._node.clock())
                 raise
             finally:
@@ -308,7 +254,7 @@ class Fetcher:
         """The configuration first, then the header of the weights: what they rule out needs no room, and nothing is evicted for it."""
         listing = plan.listing
         size = self._check_listing(listing)
-        weights = _weights(listing)
+        weights = listing.weights
         _check_digest([weights], plan.stated)
         job.total_bytes = sum(file.size or 0 for file in listing.files)
         config_file = next(file for file in listing.files if file.path == CONFIG_FILE)
@@ -510,10 +456,6 @@ def _is_same(known: Named, plan: Plan) -> bool:
     return bool(plan.listing.revision.strip()) and (known.origin, known.revision) == (plan.origin, plan.listing.revision)
 
 
-def _weights(listing: Listing) -> RemoteFile:
-    return next(file for file in listing.files if file.path != CONFIG_FILE)
-
-
 def _check_digest(files: Sequence[File | RemoteFile], stated: Sequence[str]) -> None:
     """Before anything is fetched, where the origin states a digest; else, and for an archive, after it."""
     weights = next(file for file in files if file.path != CONFIG_FILE)
@@ -526,16 +468,6 @@ def _check_page(plan: Plan, head: bytes) -> None:
     """A web page where a file should be is a log-in or an error page: the origin's fault, not the adapter's."""
     if "web page" in (what := foreign(head)):
         raise OriginRefused(f"{plan.source.label} origin: a file of {plan.listing.name} {what}")
-
-
-def _agree(copy: Listing, listing: Listing) -> bool:
-    """Whether a peer's files can be what the origin lists."""
-    if listing.archive:
-        return True  # nothing can be compared before it is unpacked; the revision is the archive's
-    stated = {file.path: file for file in listing.files}
-    return all(
-        (known := stated.get(file.path)) is not None and known.size in (None, file.size) and known.sha256 in (None, file.sha256) for file in copy.files
-    ) and len(copy.files) == len(stated)
 
 
 def _in_place(plan: Plan) -> FileOrigin | None:
