@@ -38,7 +38,7 @@ _WORDS: Mapping[Feature, str] = {  # in the order in which vLLM says them
     features.QALORA: "vLLM does not support QALoRA.",
 }
 _BIAS = "Adapter bias is not supported."
-_TOO_FEW_DIMENSIONS = "tuple index out of range"
+_TOO_FEW_DIMENSIONS = "tuple index out of range"  # Python's words, for a shape without a second number
 
 
 class LoadError(Exception):
@@ -66,7 +66,6 @@ class Abilities:
 class _Module:
     """The two matrices of one module, by shape; None where the file lacks one."""
 
-    is_embedding: bool
     a: Sequence[int] | None = None
     b: Sequence[int] | None = None
 
@@ -86,7 +85,7 @@ def read_adapter(name: str, path: str, abilities: Abilities, base: Base, *, is_3
     shapes, sha256 = _read_weights(weights_path)
     try:
         has_effect = _check_weights(config, shapes, path, abilities, base, is_3d=is_3d)
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, KeyError, IndexError, AttributeError, re.error) as error:
         raise LoadError(str(error)) from None
     return Loaded(name, path, sha256 if has_effect else BASE_SHA256)
 
@@ -122,8 +121,9 @@ def _scale(config: Mapping[str, Any], rank: Any, alpha: Any) -> float:
 
 
 def _scale_of(config: Mapping[str, Any], module: str) -> float:
-    """The same with `rank_pattern` and `alpha_pattern`, whose keys are ends of names."""
-    name = module.removeprefix(features.PREFIX)
+    """The same with `rank_pattern` and `alpha_pattern`, whose keys are ends of names; for experts in one tensor, of the parameter's name."""
+    experts = module.removesuffix(".base_layer")
+    name = module if not experts.endswith(".experts") else f"{experts}.{'down_proj' if experts == module else 'gate_up_proj'}"
     values = []
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         match = next((value for end, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({end})$", name)), None)
@@ -220,8 +220,8 @@ def _modules(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], bas
             continue
         if is_embedding and side == "A" and base.vocabulary and shape[1] != base.vocabulary:
             raise LoadError(f"The embedding LoRA size({shape[1]}) must be consistent with the base model's vocabulary size({base.vocabulary}).")
-        known = modules.get(module, _Module(is_embedding))
-        modules[module] = _Module(is_embedding, shape if side == "A" else known.a, known.b if side == "A" else shape)
+        known = modules.get(module, _Module())
+        modules[module] = _Module(shape, known.b) if side == "A" else _Module(known.a, shape)
     return modules, heads
 
 
@@ -241,7 +241,7 @@ def _check_experts(modules: Mapping[str, _Module], abilities: Abilities, base: B
             if one.a[0] % base.experts:
                 raise LoadError(f"shape '[{base.experts}, -1, {one.a[1]}]' is invalid for input of size {one.a[0] * one.a[1]}")
             if (rank := one.a[0] // base.experts) > abilities.max_lora_rank:
-                raise LoadError(f"The size of tensor a ({abilities.max_lora_rank}) must match the size of tensor b ({rank}) at non-singleton dimension 1")
+                raise _mismatch(abilities.max_lora_rank, rank, 1)
     apart = {name.rpartition(".experts.")[0] for name in modules if ".experts." in name and not name.endswith(".base_layer")}
     wanted = [f"{layer}.{name}" for layer in apart if base.has(layer) for name in base.experts_apart]
     if any(name not in modules for name in wanted):
@@ -266,4 +266,9 @@ def _check_fit(name: str, module: _Module, abilities: Abilities, base: Base) -> 
         for dimension in (1, 0):  # as torch compares them: from the last
             limit, given = limits[dimension], shape[dimension]
             if limit and given > limit:
-                raise LoadError(f"The size of tensor a ({limit}) must match the size of tensor b ({given}) at non-singleton dimension {dimension}")
+                raise _mismatch(limit, given, dimension)
+
+
+def _mismatch(limit: int, given: int, dimension: int) -> LoadError:
+    """What torch says when a tensor is copied into a smaller place."""
+    return LoadError(f"The size of tensor a ({limit}) must match the size of tensor b ({given}) at non-singleton dimension {dimension}")

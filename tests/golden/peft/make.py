@@ -362,7 +362,9 @@ def write(name: str, bases: Path, root: Path = HERE) -> None:
                 value.normal_()
     model.save_pretrained(str(directory), **(case.save or {}))
     (directory / "README.md").unlink(missing_ok=True)  # a model card
-    keys(base_model_name_or_path=f"tiny-{case.base}")(directory)  # not where it lay on this machine
+    config = _read_config(directory)
+    lists = {name: sorted(config[name]) for name in ("target_modules", "target_parameters", "exclude_modules") if isinstance(config.get(name), list)}
+    keys(base_model_name_or_path=f"tiny-{case.base}", **lists)(directory)  # not where it lay on this machine, nor in the order of a set
     for edit in case.edits:
         edit(directory)
 
