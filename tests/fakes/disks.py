@@ -39,11 +39,12 @@ class Disk:
         return self.place / "node"
 
     def fill(self) -> None:
-        """Leave no room for a byte: what was deleted a moment ago is free when the journal is written, so that comes first."""
-        run("sync", "-f", str(self.place))
-        with (self.place / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
-            while True:
-                ballast.write(os.urandom(4096))  # which no file system compresses
+        """Leave no room for a byte. A page that no longer fits is refused whole, though blocks smaller than a page may be left: those come last."""
+        with (self.place / "ballast").open("wb", buffering=0) as ballast:
+            for size in (4096, 1024):
+                with contextlib.suppress(OSError):
+                    while True:
+                        ballast.write(os.urandom(size))  # which no file system compresses
 
     def empty(self) -> None:
         (self.place / "ballast").unlink()

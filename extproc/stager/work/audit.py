@@ -54,6 +54,7 @@ class Auditor:
                 # With all its names: while one is left, the content is, and whoever stages another would be shown it as there already.
                 if not named.id.is_adopted and self._node.holdings.index.leave(named.id, self._node.clock(), force=True):
                     removed = await self._remover.remove(named.id, "damaged") is None
+                removed = removed or not (named.id.is_adopted or self._node.holdings.index.is_known(named.id))  # a look has found it at the same time
             for each in names if removed else (name,):
                 yield Verified(each, named.digest, entry.size, why, removed)
 

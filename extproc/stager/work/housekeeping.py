@@ -1,6 +1,6 @@
 """What a node does by itself: the disk's health, room in advance, what others put into the directory, what watchers are told of room and demand.
 
-Each that may wait has a task of its own: a disk that hangs, a trim that waits for the engine and a scan of terabytes hold up nobody else.
+Each that may wait has a task of its own: a disk that hangs, an engine that lets nothing go and a scan of terabytes hold up nobody else.
 """
 
 import asyncio

@@ -44,9 +44,9 @@ class Kept:
         self._remover = remover
         self._refused_names: set[AdapterName] = set()  # that the start found, and the engine has not let go yet
 
-    def check(self, directory: Path, rules: Rules | None = None) -> Checked:
+    def check(self, directory: Path) -> Checked:
         """Whether the adapter in `directory` may be served by this node. Raises InvalidAdapter, OSError where it cannot be read."""
-        return through(check(directory, rules or self._rules()))
+        return through(check(directory, self._rules()))
 
     def check_digest(self, name: AdapterName, files: Sequence[File]) -> None:
         """Whether the weights are those that the settings or a pin state for the name. Raises InvalidAdapter."""
@@ -106,7 +106,7 @@ class Kept:
         refused: dict[AdapterName, str] = {}
         for name, id_ in named.items():
             try:
-                self.check(self._node.store.path(id_), self._checked_again())
+                through(check(self._node.store.path(id_), self._checked_again()))
             except InvalidAdapter as error:
                 refused[name] = error.message
             except OSError as error:

@@ -11,11 +11,14 @@ from extproc.config import EngineSettings
 from extproc.errors import InvalidAdapter
 from extproc.pb import stager_pb2 as pb
 from extproc.stager import stager as stager_module
+from extproc.stager.adapter import check as check_module
 from extproc.stager.adapter.check import Checked
 from extproc.stager.adapter.rules import Rules
 from extproc.stager.api.replies import models_reply
 from extproc.stager.stager import Stager
-from extproc.stager.work.kept import RULES_FILE, Kept
+from extproc.stager.threads import Steps
+from extproc.stager.work import kept as kept_module
+from extproc.stager.work.kept import RULES_FILE
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.adapters import WEIGHTS, sha256, small_files
 from tests.fakes.engine import RunningEngine, running_engine
@@ -86,13 +89,13 @@ async def test_with_the_same_settings_nothing_is_checked_again(
 ) -> None:
     """A small file says by which rules all of them were checked; where it is gone or damaged, they are checked once."""
     checked: list[Path] = []
-    check = Kept.check
+    check = check_module.check
 
-    def note(self: Kept, directory: Path, rules: Rules | None = None) -> Checked:
+    def note(directory: Path, rules: Rules) -> Steps[Checked]:
         checked.append(directory)
-        return check(self, directory, rules)
+        return check(directory, rules)
 
-    monkeypatch.setattr(Kept, "check", note)
+    monkeypatch.setattr(kept_module, "check", note)
     stager = await open_stager(origin)
     await stager.ensure(NAME)
     await stager.close()

@@ -8,7 +8,6 @@ import pytest
 
 from extproc.client import Loading
 from extproc.core.artifact import ArtifactId, adapter_name
-from extproc.core.lru import Hold
 from extproc.errors import DiskFailed, InvalidAdapter
 from extproc.stager import stager as stager_module
 from extproc.stager.disk.store import Store
@@ -119,13 +118,13 @@ async def test_the_engine_forgets_what_is_lost(open_stager: OpenStager, origin: 
 
 
 async def test_what_is_held_is_not_forgotten_under_its_holder(open_stager: OpenStager, origin: FakeOrigin) -> None:
-    """A flight is at it: the next look comes when it is done."""
+    """A flight is at it: the next look comes when it has landed."""
     stager = await open_stager(origin)
-    id_, index = ArtifactId((await stager.ensure(NAME)).digest), stager.node.holdings.index
-    assert index.hold(id_, Hold.FLIGHT)
-    assert not stager._repair.forget(id_, "it is gone")
-    index.let_go(id_, Hold.FLIGHT)
-    assert stager._repair.forget(id_, "it is gone")
+    held = await stager.ensure(NAME)
+    assert stager.node.holdings.index.hold(ArtifactId(held.digest))
+    assert not stager._repair.forget(ArtifactId(held.digest), "it is gone")
+    stager.node.holdings.index.let_go(ArtifactId(held.digest))
+    assert stager._repair.forget(ArtifactId(held.digest), "it is gone")
 
 
 async def test_a_peer_that_cannot_read_makes_a_look_due(serve_node: ServeNode, origin: FakeOrigin) -> None:
