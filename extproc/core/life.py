@@ -33,15 +33,13 @@ class State(Enum):
     GONE = "gone"
 
 
-_AT_REST = frozenset({State.PUBLISHED, State.NAMED})
-
 MOVES: Mapping[State, frozenset[State]] = {
     State.PUBLISHED: frozenset({State.NAMED, State.LOADED, State.UNLOADED, State.LEAVING, State.GONE}),
     State.NAMED: frozenset({State.PUBLISHED, State.LOADED, State.UNLOADED, State.LEAVING, State.GONE}),
     State.LOADED: frozenset({State.UNLOADED, State.LEAVING, State.GONE}),  # an engine that lost it may have requests of it all the same
     State.UNLOADED: frozenset({State.LOADED, State.SETTLED, State.LEAVING, State.GONE}),
     State.SETTLED: frozenset({State.LOADED, State.UNLOADED, State.LEAVING, State.GONE}),
-    State.LEAVING: frozenset({*_AT_REST, State.LOADED, State.UNLOADED, State.SETTLED, State.GONE}),
+    State.LEAVING: frozenset({State.PUBLISHED, State.NAMED, State.LOADED, State.UNLOADED, State.SETTLED, State.GONE}),
     State.GONE: frozenset(),
 }
 

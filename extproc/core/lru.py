@@ -140,7 +140,7 @@ class Index(Generic[Id]):
         for entry in reversed(self._entries.values()):
             if entry.last_used < now - lease_s:
                 break
-            count += entry.leased_until > now
+            count += entry.leases is not None and entry.leased_until > now
         return count
 
     def is_evictable(self, entry: Entry[Id], now: float) -> bool:
@@ -253,8 +253,15 @@ class Index(Generic[Id]):
         entry = self.get(id_)
         if entry is None:
             return False
-        _promise(entry, holder, until, now)
-        self.touch(id_, now)
+        leases = entry.leases
+        if leases is not None and holder in leases:  # as with nearly every warm request
+            if until > leases[holder]:
+                leases[holder] = until
+        else:
+            _promise(entry, holder, until, now)
+        entry.last_used = now
+        del self._entries[id_]
+        self._entries[id_] = entry
         return True
 
     def inherit(self, heir: Id, from_id: Id) -> None:

@@ -233,7 +233,6 @@ CASES = (
         (none_failed(), figure("evictions", 5, "at least 5 evictions", at_least=True)),
         Layout(disk="size=250k", settings={"stager": SHORT_LEASES}),
         MANY_COLD,
-        known="eviction looks at max_bytes and not at the file system's own room",
     ),
     Case(
         "directory_removed",

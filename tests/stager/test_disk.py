@@ -6,6 +6,7 @@ Every error here is the kernel's own; `tests/fakes/disks.py` tells how it is bro
 import asyncio
 import contextlib
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -421,3 +422,19 @@ async def test_a_start_on_a_dead_disk_is_refused(disk: Ext4, open_stager: OpenSt
 
 def _drain(queue: asyncio.Queue[Change | None]) -> list[Change]:
     return [change for _ in range(queue.qsize()) if (change := queue.get_nowait()) is not None]
+
+
+async def test_a_disk_that_is_smaller_than_its_budget_evicts_like_one_that_is_full(
+    tmp_path: Path, open_stager: OpenStager, origin: FakeOrigin, clock: Clock
+) -> None:
+    """The file system's own room counts, and a part of it is left free; before that nothing is evicted, and nothing is refused."""
+    with tmpfs(tmp_path, "size=400k") as disk:
+        stager = await open_stager(origin, dir=str(disk.node), free_share=0.1)
+        for number in range(40):
+            origin.add(f"acme/{number}", small_files(seed=number))
+            assert (await stager.ensure(f"acme/{number}")).staged
+            clock.now += 1000
+            assert shutil.disk_usage(disk.node).free >= 40 * 2**10
+        assert set(visible(disk.node)) == {f"acme/{number}" for number in range(40 - len(stager.node.holdings), 40)}
+        assert len(stager.node.holdings) >= 12
+        await stager.close()

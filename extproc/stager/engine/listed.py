@@ -49,21 +49,22 @@ class Known:
     def __init__(self) -> None:
         self.bases: tuple[BaseCard, ...] = ()
         self.adapters: dict[str, str] = {}  # name -> directory
-        self._by_end: dict[str, list[str]] = {}  # last part of the directory -> names
-        self._by_version: dict[str, list[str]] = {}  # last part of the name, behind its last colon, which ends a version's name -> names
+        self._by_end: dict[str, str | list[str]] = {}  # last part of the directory -> names; one, as nearly always, without a list
+        self._by_version: dict[str, str | list[str]] = {}  # what stands behind the last colon of the name, as a version's digits do -> names
 
     def add(self, name: str, root: str) -> None:
         """One more adapter."""
         self.adapters[name] = root
-        self._by_end.setdefault(root.rpartition("/")[2], []).append(name)
-        self._by_version.setdefault(name.rpartition(":")[2], []).append(name)
+        for names, key in ((self._by_end, root.rpartition("/")[2]), (self._by_version, name.rpartition(":")[2])):
+            there = names.setdefault(key, name)
+            if there is not name:
+                names[key] = [*there, name] if isinstance(there, list) else [there, name]
 
     def candidates(self, digits: str, ends: Collection[str], names: Collection[str]) -> set[str]:
         """Names that may lead to an artifact: those that end with its version's `digits`, lie in a directory that ends so, or are among `names`."""
         found = {name for name in names if name in self.adapters}
-        found.update(self._by_version.get(digits, ()))
-        for end in ends:
-            found.update(self._by_end.get(end, ()))
+        for listed in (self._by_version.get(digits, ()), *(self._by_end.get(end, ()) for end in ends)):
+            found.update((listed,) if isinstance(listed, str) else listed)
         return found
 
     def take(self, cards: list[_Card]) -> None:

@@ -59,6 +59,11 @@ class Rest:
         self._had_empty_queue = self._had_empty_queue or not requests.waiting
         return Look(known, requests)
 
+    async def notice_empty_queue(self) -> None:
+        """Once since the start: from then on what was never loaded can go while requests wait. Raises EngineUnreachable."""
+        if not self._had_empty_queue:
+            self._had_empty_queue = not (await self._engine.requests()).waiting
+
     def judge(self, look: Look, id_: ArtifactId, only: Sequence[AdapterName] | None = None) -> Verdict:
         """Where `id_` stands; with `only`, as far as these of the adapters go whose names lead to it.
 

@@ -30,6 +30,7 @@ LOOK_S = 0.1  # between two attempts of who needs room while the engine is busy 
 SETTLE_S = 0.2  # a request that came before an unload is in the engine's figures by then
 BATCH = 48  # removals that share two looks of two calls each: a twelfth of a call for each of them
 UNLOADS = 8  # at once; vLLM answers them one after the other
+DELETIONS = 4  # at once: in threads, which share the interpreter with the event loop
 MAX_VICTIMS = 1024  # of one reservation: an adapter that needs more of the others' room than that would empty the node for itself
 MAX_ROUNDS = 8  # choices of other victims for one reservation, before it is said that there is no room
 
@@ -79,7 +80,7 @@ class Remover:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._rest = Rest(node.engine, node.loads, node.holdings, node.store)
-        self._quiet_looks = int(node.settings.engine.quiet_s / LOOK_S)
+        self._deleting = asyncio.Semaphore(DELETIONS)
         self._retired: set[ArtifactId] = set()  # content that no name leads to any more, and somebody may still be sent to
         self._removals: dict[ArtifactId, Removal] = {}  # in progress; as many as leave
         self._queue: deque[Removal] = deque()  # of these, those that wait for a batch
@@ -99,7 +100,9 @@ class Remover:
         index = self._node.holdings.index
         before = index.reserved_by(token)
         passed_over: set[ArtifactId] = set()
-        looks, rounds, unread_only = self._quiet_looks, 0, False
+        rounds, unread_only = 0, False
+        loop = asyncio.get_running_loop()
+        patience_ends = loop.time() + self._node.settings.engine.quiet_s
         await self.measure()
         while True:
             try:
@@ -124,9 +127,8 @@ class Remover:
                 rounds += 1
                 if rounds % MAX_ROUNDS:
                     continue
-            if looks <= 0:
+            if loop.time() >= patience_ends:
                 raise NoSpace(f"{token} needs {size} bytes; what could go for it may still be read by the engine")
-            looks -= 1
             passed_over.clear()
             unread_only = False
             await asyncio.sleep(LOOK_S)
@@ -138,6 +140,12 @@ class Remover:
         with contextlib.suppress(NoSpace, DiskFailed):  # what cannot be written says so itself
             room = await self._node.disk.run(self._node.store.room, self._node.settings.free_share)
             index.disk_bytes = used + room
+
+    async def notice_empty_queue(self) -> None:
+        """See Rest."""
+        if self._node.engine.exists:
+            with contextlib.suppress(EngineUnreachable):
+                await self._rest.notice_empty_queue()
 
     async def trim(self, limit: int) -> Stays | None:
         """Remove what may go, least recently used first, until at most `limit` bytes are used or reserved. Why some of it had to stay, if any had."""
@@ -368,9 +376,10 @@ class Remover:
 
     async def _unlink(self, removals: Sequence[Removal]) -> None:
         async def unlink(removal: Removal) -> None:
-            with self._kept_by_the_disk(removal):
-                for link in removal.links:
-                    await self._node.disk.run(self._node.store.unlink, link, removal.id)
+            async with self._deleting:
+                with self._kept_by_the_disk(removal):
+                    for link in removal.links:
+                        await self._node.disk.run(self._node.store.unlink, link, removal.id)
 
         await asyncio.gather(*(unlink(removal) for removal in removals))
 
@@ -386,8 +395,9 @@ class Remover:
         holdings = self._node.holdings
         content_goes = set(holdings.names_of(removal.id)) <= set(removal.names)
         if content_goes:
-            with self._kept_by_the_disk(removal):
-                await self._node.disk.run(self._node.store.remove, removal.id)
+            async with self._deleting:
+                with self._kept_by_the_disk(removal):
+                    await self._node.disk.run(self._node.store.remove, removal.id)
             if removal.stays is not None:
                 return
         for name in removal.names:
@@ -439,7 +449,7 @@ class Remover:
 def _held(entry: Entry[ArtifactId], now: float) -> str:
     """Why it may not go."""
     if entry.flights:
-        return "being staged, refreshed or sent to another node"
+        return "being staged or refreshed"
     if entry.pinned:
         return "pinned"
     if entry.reads:

@@ -56,6 +56,7 @@ class Room:
         index, settings = self._node.holdings.index, self._node.settings
         if CAUSE in self._node.readiness or "disk" in self._node.readiness or self._node.clock() < self._next_round:
             return
+        await self._remover.notice_empty_queue()
         taken, low = index.used_bytes + index.reserved_bytes, int(settings.low_watermark * index.limit)
         stayed: Stays | None = None
         if settings.high_watermark < 1 and taken > settings.high_watermark * index.limit:

@@ -574,7 +574,7 @@ async def test_a_peer_that_reads_is_no_demand(serve_node: ServeNode, origin: Fak
     before = ([entry.id for entry in index.entries()], stager.demand)
     with stager.reading(digest, WEIGHTS):
         assert ([entry.id for entry in index.entries()], stager.demand) == before
-        assert not index.leave(ArtifactId(digest), stager.node.clock())
+        assert not index.leave(ArtifactId(digest), stager.node.clock() + 1000)
     assert ([entry.id for entry in index.entries()], stager.demand) == before
 
 
