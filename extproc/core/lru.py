@@ -255,8 +255,7 @@ class Index(Generic[Id]):
             return False
         leases = entry.leases
         if leases is not None and holder in leases:  # as with nearly every warm request
-            if until > leases[holder]:
-                leases[holder] = until
+            leases[holder] = max(leases[holder], until)
         else:
             _promise(entry, holder, until, now)
         entry.last_used = now
