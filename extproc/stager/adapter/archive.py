@@ -60,6 +60,8 @@ def members(archive: Path, *, max_bytes: int) -> list[Member]:
             if kind not in ("file", "directory") or size < 0:
                 _refuse(archive, f"has a member that is neither a file nor a directory, or cannot be read: {name!r}")
             if kind == "file":
+                if path == ".":
+                    _refuse(archive, "has a file without a name")
                 if path in sizes:
                     _refuse(archive, f"has {name!r} twice")
                 sizes[path] = size
