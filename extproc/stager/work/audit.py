@@ -46,8 +46,8 @@ class Auditor:
             entry = self._node.holdings.index.get(named.id) if named is not None else None
             if named is None or entry is None:
                 continue
-            why = await self.differs(name, named)
             names, removed = self._node.holdings.names_of(named.id), False
+            why = await self.differs(name, named)
             if why:
                 self._node.metrics.verify_failures.labels("disk").inc()
                 log.error("%s: %s", name, why)
