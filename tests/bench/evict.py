@@ -40,7 +40,7 @@ from .index import fill
 TICK_S = 0.001
 IDLE_S = 2.0
 RUNNING = 8  # adapters with requests at work, those that were used last
-QUEUE_S = 0.5  # of each second, in which requests wait
+QUEUE_S = 0.07  # that requests wait for, and that none waits after; out of step with the pauses between looks
 PATIENCE_S = 120.0  # with a trim that is broken off because they do, and begun again as housekeeping does
 
 LOOKS = ("/v1/models", "/metrics")
@@ -65,7 +65,7 @@ async def engine(port: int, node: Path) -> None:
     @web.middleware
     async def count(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         calls[request.path] += 1
-        adapters.waiting = length if length >= 0 else int(time.monotonic() % 1 < QUEUE_S)
+        adapters.waiting = length if length >= 0 else int(time.monotonic() % (2 * QUEUE_S) < QUEUE_S)
         return await handler(request)
 
     async def queue(request: web.Request) -> web.Response:

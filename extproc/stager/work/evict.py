@@ -13,8 +13,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from ...core.artifact import AdapterName, ArtifactId
@@ -23,6 +21,7 @@ from ...core.lru import Entry
 from ...errors import AdapterInUse, DiskFailed, EngineUnreachable, LoraExtprocError, NoSpace
 from ..engine.rest import Look, Rest, Standing
 from ..node import Node
+from .removal import Removal, Stays
 
 log = logging.getLogger(__name__)
 
@@ -35,43 +34,7 @@ MAX_VICTIMS = 1024  # of one reservation: an adapter that needs more of the othe
 MAX_ROUNDS = 8  # choices of other victims for one reservation, before it is said that there is no room
 
 
-class Stays(Enum):
-    """Why an artifact that was chosen is still there."""
-
-    READ = "read"  # the engine reads it
-    QUEUED = "queued"  # the engine's queue was not empty
-    LISTED = "listed"  # the engine was told to forget it, and lists a name of it all the same
-    UNKNOWN = "unknown"  # the engine could not be asked or told
-    DISK = "disk"  # the disk would not let it go
-    PREPARED = "prepared"  # it was only made ready to go
-
-
 _STAYS = {Standing.READ: Stays.READ, Standing.QUEUED: Stays.QUEUED, Standing.IDLE: Stays.LISTED}  # after the unload
-
-
-@dataclass(slots=True, eq=False)
-class Removal:
-    """One artifact on its way out. With `names`, only these of its names go; the content stays while another name leads to it."""
-
-    id: ArtifactId
-    cause: str
-    names: tuple[AdapterName, ...]
-    only: tuple[AdapterName, ...] | None
-    deletes: bool = True  # False: it is only made ready
-    links: tuple[str, ...] = ()
-    is_settled: bool = False  # it was seen at rest
-    is_gone: bool = False
-    stays: Stays | None = None
-    error: AdapterInUse | DiskFailed | None = None
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def title(self) -> str:
-        return ", ".join(self.names) or self.id
-
-    def keep(self, why: Stays, error: AdapterInUse | DiskFailed | None = None) -> None:
-        self.stays = why
-        self.error = error or AdapterInUse(f"{self.title} may still be read by the engine")
 
 
 class Remover:

@@ -12,7 +12,8 @@ import logging
 
 from ..engine.keeper import CAUSE
 from ..node import Node
-from .evict import Remover, Stays
+from .evict import Remover
+from .removal import Stays
 from .usage import Usage
 
 log = logging.getLogger(__name__)

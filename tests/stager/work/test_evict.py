@@ -11,7 +11,8 @@ from extproc.core.artifact import ArtifactId
 from extproc.core.life import State
 from extproc.errors import AdapterInUse, NoSpace
 from extproc.stager.stager import Stager
-from extproc.stager.work.evict import BATCH, Stays
+from extproc.stager.work.evict import BATCH
+from extproc.stager.work.removal import Stays
 from tests.fakes.adapters import size_of, small_files
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.origin import FakeOrigin
