@@ -54,7 +54,7 @@ async def live(directory: str, origin: Path, seed: int, say: int, room: int) -> 
         engine=EngineSettings(url=""),
         peers=PeerSettings(mode="off"),
     )
-    source = Source(FileOrigin(OriginSettings(type="file", path=str(origin))))
+    source = Source(FileOrigin(OriginSettings(type="file", path=str(origin), links_outside=True)))
     stager = Stager(settings, [source], Engine(settings.engine), StagerMetrics())
     await stager.open()
     chance = random.Random(seed)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from ....config import OriginSettings
 from ....core.artifact import AdapterName
-from ....errors import OriginChanged, OriginFailed, OriginRefused
+from ....errors import InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
 from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, wanted
 from ...threads import Threads
 from ..download import WRITE_BYTES, Download, opened
@@ -57,7 +57,7 @@ class FileOrigin:
         async with opened(begin, self._threads) as original:
             try:
                 await download.copy(original, first[0], self._threads)
-            except OriginFailed:  # another length than listed
+            except (OriginFailed, InvalidAdapter):  # another length than listed, or a header that belongs to another file than was listed
                 if _version(os.fstat(original.fileno())) == file.version:
                     raise
             if _version(os.fstat(original.fileno())) != file.version:

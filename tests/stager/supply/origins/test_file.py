@@ -7,7 +7,8 @@ import pytest
 
 from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
-from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
+from extproc.errors import InvalidAdapter, NoSpace, OriginChanged, OriginFailed, OriginRefused
+from extproc.stager.supply.download import Download
 from extproc.stager.supply.listing import Absent, Listing
 from extproc.stager.supply.origins.file import FileOrigin
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, small_files, write_small
@@ -192,3 +193,21 @@ async def test_a_full_disk_is_not_the_origin_s_failure(origin: FileOrigin, targe
     (target / CONFIG).symlink_to("/dev/full")
     with pytest.raises(NoSpace):
         await fetch_all(origin, listing, target)
+
+
+async def test_a_header_of_another_file_than_was_listed_is_a_change_and_no_fault_of_the_adapter(origin: FileOrigin, root: Path, target: Path) -> None:
+    """Resolve; the adapter is replaced; the header that arrives contradicts the length that was listed. What is invalid would be remembered as that."""
+    listing = await origin.resolve(NAME)
+    assert isinstance(listing, Listing)
+    weights = next(file for file in listing.files if file.path == WEIGHTS)
+    (root / NAME / WEIGHTS).write_bytes(b"another file, and of another length")
+
+    async def judge(_head: bytes) -> int:
+        raise InvalidAdapter("its header is of another length")
+
+    download = Download(weights, target / WEIGHTS)
+    download.hold_for(judge, 8)
+    with pytest.raises(OriginChanged, match="changed after it was listed"):
+        await origin.fetch(listing, weights, download)
+    download.close()
+    await origin.close()
