@@ -128,14 +128,16 @@ class Stager:
         """Take the directory and adopt what is in it. Raises StartError."""
         scan = await self.node.disk.run(self.node.store.open, keep_unnamed=self.node.engine.exists)
         await self.node.disk.run(self._pins.open)
-        refused = await self._kept.look_at(scan.names)
+        refused = await self._kept.look_at(scan)
         now, by_age = self.node.clock(), [*scan.unnamed, *scan.by_age()]
         for digest, disk_bytes in scan.unnamed.items():
             self.node.holdings.index.add(digest, disk_bytes, now)
             self._remover.retire(digest)
         for name, found in scan.take():
             self.node.holdings.index.add(found.digest, found.disk_bytes, now)
-            self.node.holdings.put(name, replace(named_as(name, found), refused=refused.get(name, "")))
+            named = named_as(name, found)
+            named.refused = refused.get(name, "")
+            self.node.holdings.put(name, named)
         self.node.loads.take(scan.versions)
         self.node.holdings.index.order(by_age)
         del by_age

@@ -185,8 +185,8 @@ def _repeated_and_long(scale: int) -> Iterator[Hostile]:
         "a million metadata values", "over 10000 entries", lambda: around('"__metadata__":{' + ",".join(f'"{n}":""' for n in range(MIB // scale)) + "}")
     )
     yield _weights("metadata of escapes", "", lambda: around(f'"__metadata__":{{"a":"{chr(92) + "u00e9"}{(chr(92) + "n") * (MIB // scale // 2)}"}}'))
-    yield _weights("30 MiB of white space", "", lambda: file_of(b"{" + b" " * (30 * MIB // scale) + good_weights()[9:-128], good_weights()[-128:]))
-    yield _weights("white space behind the header", "", lambda: file_of(good_weights()[8:-128] + b"\n" * (30 * MIB // scale), good_weights()[-128:]))
+    yield _weights("30 MiB of white space", "white space", lambda: file_of(b"{" + b" " * (30 * MIB) + good_weights()[9:-128], good_weights()[-128:]))
+    yield _weights("white space behind the header", "white space", lambda: file_of(good_weights()[8:-128] + b"\n" * (30 * MIB), good_weights()[-128:]))
     yield _weights("a dtype of a million characters", "broken header", lambda: one_tensor("[1]", dtype=f'"{"F" * MIB}"'))
     yield _weights("a dtype that is an object", "unknown dtype", one_tensor, "[1]", dtype="{}")
 

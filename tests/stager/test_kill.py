@@ -82,9 +82,10 @@ class World:
         store = Store(self.node)
         scan = store.open()
         store.close()
+        names = dict(scan.named())
         assert not any((self.node / ".staging").iterdir())
-        assert {path.name for path in (self.node / ".store").iterdir()} == set(scan.artifacts) == set(scan.names.values())
-        for name in scan.names:
+        assert {path.name for path in (self.node / ".store").iterdir()} == set(scan.artifacts) == set(names.values())
+        for name in names:
             assert (self.node / name).is_symlink()
         assert scan.foreign == [FOREIGN]
         assert self.look().total() == 0

@@ -89,7 +89,7 @@ def test_a_start_finds_the_damaged_among_them(full: Path) -> None:
     store.close()
     assert set(scan.removed) == {name(1), name(2), name(3), f".store/{replaced}"} | {path for path in scan.removed if path.startswith(".store/")}
     assert len([path for path in scan.removed if path.startswith(".store/")]) == 3
-    names = scan.names
+    names = dict(scan.named())
     assert set(names) == {name(number) for number in range(COUNT)} - {name(1), name(2), name(3)}
     assert names[adapter_name(name(4))] == nameless.name  # a crash between the two renames: it gets its name
     assert names[adapter_name(name(5))] == names[adapter_name(name(6))]

@@ -28,6 +28,7 @@ MAX_DIMENSIONS = 8  # a LoRA matrix has 2, stacked experts 3
 MAX_NAME_CHARACTERS = 1024  # real ones have up to 150
 MAX_DESCRIPTION_CHARACTERS = 4096  # of one tensor: real ones have up to 100
 MAX_TEXT_CHARACTERS = 2**20  # of one value in __metadata__, where some trainers keep their whole settings
+MAX_SPACE_CHARACTERS = 4 * 2**20  # between all items together: the format's writer puts up to 7, an indented header of 20 MB has 3 million
 MAX_NUMBER = 2**63 - 1  # readers keep sizes and ranges in machine words
 READ_BYTES = 2**16
 TENSORS_PER_STEP = 1000  # some milliseconds
@@ -220,6 +221,7 @@ class _Text:
         self._parse = JSONDecoder(object_pairs_hook=_unique).raw_decode
         self._text = ""
         self._at = 0
+        self._space = 0  # characters of it that were passed over
 
     def peek(self) -> str:
         """The very next character."""
@@ -231,6 +233,9 @@ class _Text:
         while True:
             space = _SPACE.match(self._text, self._at)
             assert space is not None
+            self._space += space.end() - self._at
+            if self._space > MAX_SPACE_CHARACTERS:
+                refuse(WEIGHTS_FILE, f"has a header with over {MAX_SPACE_CHARACTERS} characters of white space")
             self._at = space.end() + 1
             if self._at <= len(self._text):
                 return self._text[self._at - 1]

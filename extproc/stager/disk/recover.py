@@ -50,10 +50,9 @@ class Scan:
     versions: dict[str, ArtifactId] = field(default_factory=dict)  # names of versions that are linked -> digest
     unnamed: dict[ArtifactId, int] = field(default_factory=dict)  # digest -> bytes on disk of what no name leads to any more, but an engine may read
 
-    @property
-    def names(self) -> dict[AdapterName, ArtifactId]:
-        """Adapter name -> digest."""
-        return {name: found.digest for found in self.artifacts.values() for name in _all(found.names)}
+    def named(self) -> Iterator[tuple[AdapterName, ArtifactId]]:
+        """Every name, and what it leads to."""
+        return ((name, found.digest) for found in self.artifacts.values() for name in _all(found.names))
 
     def take(self) -> Iterator[tuple[AdapterName, Found]]:
         """Every name with its artifact, which is forgotten then: else all would be held twice."""

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
-from ...core.artifact import AdapterName, ArtifactId, File, adapter_name
+from ...core.artifact import AdapterName, ArtifactId, File
 from ...errors import AdapterInUse, DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
 from ..adapter.check import Checked, check
 from ..adapter.files import CONFIG_FILE
 from ..adapter.rules import Rules
+from ..disk.recover import Scan
 from ..disk.store import read_memory
 from ..node import Node
 from ..syscalls import disk_errors
@@ -62,9 +63,9 @@ class Kept:
         """Without a look at all weights, which would take an hour per terabyte: `lora-extproc verify` reads them."""
         return replace(self._rules(), finite=False)
 
-    async def look_at(self, named: Mapping[AdapterName, ArtifactId]) -> dict[AdapterName, str]:
+    async def look_at(self, scan: Scan) -> dict[AdapterName, str]:
         """Of the names that a start found, those that today's settings refuse, and why. A disk that cannot be read refuses none."""
-        refused = await self._look_at(named)
+        refused = await self._look_at(scan)
         for name, why in refused.items():
             log.warning("%s: it is not served any more: %s", name, why)
         self._refused_names.update(refused)
@@ -80,15 +81,16 @@ class Kept:
             with contextlib.suppress(AdapterInUse, DiskFailed):
                 await self._remover.take_away(name, "refused", force=False)
 
-    async def _look_at(self, named: Mapping[AdapterName, ArtifactId]) -> dict[AdapterName, str]:
+    async def _look_at(self, scan: Scan) -> dict[AdapterName, str]:
         refused: dict[AdapterName, str] = {}
-        stated = [name for name in {*self._node.settings.digests, *self._node.holdings.pins} if name in named]
-        for name in stated:
-            if why := await self._node.disk.run(self._differs, adapter_name(name), named[adapter_name(name)]):
-                refused[adapter_name(name)] = why
+        stated = {*self._node.settings.digests, *self._node.holdings.pins}
+        for name, id_ in [(name, id_) for name, id_ in scan.named() if name in stated]:
+            if why := await self._node.disk.run(self._differs, name, id_):
+                refused[name] = why
         rules = as_kept(self._checked_again())
         if await self._node.disk.run(read_memory, self._node.store, RULES_FILE) == rules:
             return refused
+        named = dict(scan.named())
         if named:
             log.info("%d adapters are checked again: the settings that they were checked by are not known, or others", len(named))
         names, broken = list(named), dict[AdapterName, str]()

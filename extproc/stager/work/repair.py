@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 60.0  # between two looks at an artifact that is asked for; a look costs a thread some 35 us
 LOOKS_AT_ONCE = 64
-MAX_WAITING = 4096  # artifacts whose look is due: what comes beyond is looked at when it is asked for again
+MAX_LOOKED = 4096  # per LOOK_S, on behalf of requests: the others are looked at after that, or when something fails
+MAX_WAITING = 2 * MAX_LOOKED  # artifacts whose look is due: what comes beyond is looked at when it is asked for again
 MAX_READ_BACK = 10_000  # artifacts that were read from end to end because the engine refused them
 IN_TRANSIT_S = 0.5  # what routers sent to the engine before they heard of the eviction has arrived by then
 SLICE = 500  # names between two turns of the event loop: about a millisecond
@@ -37,7 +38,7 @@ class Repair:
         self._remover = remover
         self._adopter = adopter
         self._auditor = auditor
-        self._looked: set[ArtifactId] = set()  # since `_forget_at` was set; as many as are on disk
+        self._looked: set[ArtifactId] = set()  # since `_forget_at` was set; at most MAX_LOOKED
         self._forget_at = 0.0
         self._waiting: dict[ArtifactId, None] = {}  # at most MAX_WAITING
         self._read_back: set[ArtifactId] = set()  # at most MAX_READ_BACK
@@ -60,9 +61,12 @@ class Repair:
         if (now := self._node.clock()) >= self._forget_at:
             self._looked.clear()
             self._forget_at = now + LOOK_S
-        if (id_ in self._looked and not is_due) or len(self._waiting) >= MAX_WAITING:
+        if not is_due:
+            if id_ in self._looked or len(self._looked) >= MAX_LOOKED:
+                return
+            self._looked.add(id_)
+        if len(self._waiting) >= MAX_WAITING:
             return
-        self._looked.add(id_)
         self._waiting[id_] = None
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_at_waiting(), name="looks")
@@ -183,7 +187,7 @@ class Repair:
         """Bring the books in line with what the directory holds after it was taken again."""
         node, now = self._node, self._node.clock()
         holdings, index = node.holdings, node.holdings.index
-        found, linked = {*scan.artifacts, *scan.unnamed}, scan.names
+        found, linked = {*scan.artifacts, *scan.unnamed}, dict(scan.named())
         lost = [entry.id for entry in index.entries() if not entry.id.is_adopted and entry.id not in found]
         for number, id_ in enumerate(lost):
             self._drop(id_)

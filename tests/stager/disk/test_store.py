@@ -205,7 +205,7 @@ def test_a_start_adopts_what_is_whole(store: Store, node: Path) -> None:
     found = scan.artifacts[digest]
     assert (found.name, found.origin, found.revision, found.final) == ("acme/a", "fake", "1", False)
     assert found.disk_bytes == artifact_bytes(map(len, small_files().values()))
-    assert scan.names == {"acme/a": digest, "acme/b": digest}
+    assert dict(scan.named()) == {"acme/a": digest, "acme/b": digest}
     assert scan.removed == []
 
 
@@ -232,7 +232,7 @@ def test_a_start_removes_what_is_not_whole(store: Store, node: Path, damage: obj
     scan = again.open()
     again.close()
     assert scan.artifacts == {}
-    assert scan.names == {}
+    assert dict(scan.named()) == {}
     assert list((node / ".store").iterdir()) == []
     assert not (node / "acme" / "sql").is_symlink()
 
@@ -254,7 +254,7 @@ def test_a_crash_between_the_two_renames_is_made_good(store: Store, node: Path) 
     again = Store(node)
     scan = again.open()
     again.close()
-    assert scan.names == {NAME: digest}
+    assert dict(scan.named()) == {NAME: digest}
     assert (node / "acme" / "sql").resolve() == store.path(digest)
 
 
@@ -267,7 +267,7 @@ def test_a_start_removes_the_version_that_a_newer_one_replaced(store: Store, nod
     scan = again.open()
     again.close()
     assert set(scan.artifacts) == {new}
-    assert scan.names == {NAME: new}
+    assert dict(scan.named()) == {NAME: new}
     assert scan.removed == [f".store/{old}"]
     assert [path.name for path in (node / ".store").iterdir()] == [new]
 
@@ -285,7 +285,7 @@ def test_foreign_files_are_left_alone(store: Store, node: Path, tmp_path: Path) 
     scan = again.open()
     again.close()
     assert visible(node) == before
-    assert scan.names == {}
+    assert dict(scan.named()) == {}
     assert scan.removed == []
 
 
@@ -336,7 +336,7 @@ def test_an_adapter_and_its_checkpoint_are_both_served(store: Store, node: Path,
     store.close()
     again = Store(node)
     scan = again.open()
-    assert scan.names == ids
+    assert dict(scan.named()) == ids
     assert not scan.removed
     assert shown(node) == SHOWN
     assert all(again.shows(adapter_name(name), id_) for name, id_ in ids.items())
@@ -395,7 +395,7 @@ def test_a_crash_in_mid_unlinking_leaves_nothing_in_the_folder(store: Store, nod
     (node / RUN / ".adapter").unlink()
     store.close()
     again = Store(node)
-    assert again.open().names == {CHECKPOINT: ids[CHECKPOINT]}
+    assert dict(again.open().named()) == {CHECKPOINT: ids[CHECKPOINT]}
     assert visible(node) == ["acme", RUN, CHECKPOINT]
     again.close()
 
