@@ -11,6 +11,10 @@ from .blocks import artifact_bytes
 
 AdapterName = NewType("AdapterName", str)
 
+# Which content on a node: the digest of what is published; for a directory that others put there `digest@name`, since it lies below that name. No
+# class of its own: of a hundred thousand, each would take 50 bytes more than a plain string.
+ArtifactId = NewType("ArtifactId", str)
+
 VERSION_MARK = "@sha256:"  # as container registries write it
 VERSION_DIGITS = 12
 
@@ -52,33 +56,24 @@ def adapter_name(raw: str) -> AdapterName:
     return AdapterName(raw)
 
 
-class ArtifactId(str):
-    """Which content on a node: the digest of what is published; for a directory that others put there `digest@name`, since it lies below that name.
+def adopted_id(digest: str, name: AdapterName) -> ArtifactId:
+    """Of what others put under `name`."""
+    return ArtifactId(f"{digest}@{name}")
 
-    A string, because a hundred thousand of them are the keys of several tables, and lines of logs.
-    """
 
-    __slots__ = ()
+def is_adopted(id_: ArtifactId) -> bool:
+    """Whether others put it there."""
+    return "@" in id_
 
-    @classmethod
-    def adopted(cls, digest: str, name: AdapterName) -> "ArtifactId":
-        """Of what others put under `name`."""
-        return cls(f"{digest}@{name}")
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the content, in hex."""
-        return self.partition("@")[0]
+def digest_of(id_: ArtifactId) -> str:
+    """SHA-256 of the content, in hex."""
+    return id_.partition("@")[0]
 
-    @property
-    def place(self) -> str:
-        """The name below which others put it; "" for what is published."""
-        return self.partition("@")[2]
 
-    @property
-    def is_adopted(self) -> bool:
-        """Whether others put it there."""
-        return "@" in self
+def place_of(id_: ArtifactId) -> str:
+    """The name below which others put it; "" for what is published."""
+    return id_.partition("@")[2]
 
 
 def versioned_name(adapter: AdapterName, digest: str) -> str:

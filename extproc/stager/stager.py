@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..client import Claimed, Loading
 from ..config import StagerSettings
-from ..core.artifact import AdapterName, ArtifactId, Manifest, adapter_name
+from ..core.artifact import AdapterName, ArtifactId, Manifest, adapter_name, is_adopted
 from ..core.breaker import STATES, Breaker
 from ..core.lru import Hold
 from ..errors import (
@@ -362,7 +362,7 @@ class Stager:
         named = self.node.holdings.get(adapter_name(raw_name))
         if named is None or self.node.holdings.index.get(named.id) is None:
             return None
-        if named.id.is_adopted:
+        if is_adopted(named.id):
             return await self._adopter.look(adapter_name(raw_name))
         return await self.node.disk.run(self.node.store.manifest, named.digest)
 

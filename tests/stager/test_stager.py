@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from extproc.config import OriginSettings
-from extproc.core.artifact import ArtifactId, adapter_name
+from extproc.core.artifact import ArtifactId, adapter_name, adopted_id
 from extproc.errors import (
     AdapterInUse,
     AdapterTooLarge,
@@ -1098,4 +1098,4 @@ async def test_the_layout_of_what_others_put_here_is_read_when_it_is_loaded(open
     for path, data in _experts_in_one_tensor().items():
         (directory / path).write_bytes(data)
     stager = await open_stager()
-    assert stager.node.store.load_options(ArtifactId.adopted("0" * 64, adapter_name("team/moe"))) == {"is_3d_lora_weight": True}
+    assert stager.node.store.load_options(adopted_id("0" * 64, adapter_name("team/moe"))) == {"is_3d_lora_weight": True}

@@ -14,7 +14,7 @@ import grpc.aio
 from ... import chunks
 from ...client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE, Claimed, Loading
 from ...config import PeerSettings
-from ...core.artifact import ArtifactId, adapter_name
+from ...core.artifact import ArtifactId, adapter_name, is_adopted
 from ...errors import (
     AdapterInUse,
     InvalidAdapter,
@@ -184,7 +184,7 @@ class StagerService:
     async def find(self, request: pb.FindRequest, context: Context) -> pb.FindReply:
         async with _errors(context):
             named = self._stager.node.holdings.get(adapter_name(request.adapter))
-            manifest = await self._stager.manifest(request.adapter) if named is not None and not named.id.is_adopted else None
+            manifest = await self._stager.manifest(request.adapter) if named is not None and not is_adopted(named.id) else None
             if named is None or manifest is None or (request.revision and named.revision != request.revision):
                 raise ModelNotFound("not on this node")
             files = [pb.File(path=file.path, size=file.size, sha256=file.sha256) for file in manifest.files]
@@ -248,7 +248,7 @@ def stated_sha256(text: str) -> str:
 
 def _open_published(store: Store, request: pb.ReadRequest, path: Path) -> BinaryIO:
     """The file at its offset, if the manifest of our own artifact lists it: others' directories may lead anywhere. Blocks."""
-    files = store.manifest(request.digest).files if not ArtifactId(request.digest).is_adopted else ()
+    files = store.manifest(request.digest).files if not is_adopted(ArtifactId(request.digest)) else ()
     size = next((file.size for file in files if file.path == request.path), None)
     if size is None:
         raise ModelNotFound(f"{request.digest[:64]!r} has no file {request.path[:80]!r} on this node")

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from ...core.artifact import is_adopted
 from ...pb import stager_pb2 as pb
 from ..stager import Ensured, Stager
 
@@ -37,7 +38,7 @@ def list_reply(stager: Stager) -> pb.ListReply:
             pinned=name in holdings.pins,
             checked_seconds=stager.checked_s(named),
             refresh_error=named.refresh_error,
-            adopted=named.id.is_adopted,
+            adopted=is_adopted(named.id),
             loaded=stager.is_loaded(name, named.id),
         )
         for entry in index.entries()

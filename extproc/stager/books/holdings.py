@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...core.artifact import AdapterName, ArtifactId
+from ...core.artifact import AdapterName, ArtifactId, digest_of
 from ...core.lru import Index
 
 
@@ -22,7 +22,7 @@ class Named:
 
     @property
     def digest(self) -> str:
-        return self.id.digest
+        return digest_of(self.id)
 
 
 class Holdings:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...config import StagerSettings
-from ...core.artifact import AdapterName, ArtifactId, File, Manifest, content_digest
+from ...core.artifact import AdapterName, ArtifactId, File, Manifest, adopted_id, content_digest, is_adopted
 from ...errors import DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
 from ..adapter.check import Checked
 from ..adapter.files import wanted
@@ -90,7 +90,7 @@ class Adopter:
             try:
                 if named is None:
                     await self.adopt(name)
-                elif named.id.is_adopted and named.revision != await self._disk.run(self.revision, name):
+                elif is_adopted(named.id) and named.revision != await self._disk.run(self.revision, name):
                     await self.look_again(name, named)
             except (LoraExtprocError, OSError) as error:
                 log.debug("%s: %s", name, error)
@@ -103,7 +103,7 @@ class Adopter:
 
     def _holds(self, name: AdapterName) -> bool:
         named = self._holdings.get(name)
-        return named is not None and named.id.is_adopted
+        return named is not None and is_adopted(named.id)
 
     async def adopt(self, name: AdapterName) -> None:
         """Serve it from where it is. Raises InvalidAdapter."""
@@ -145,7 +145,7 @@ class Adopter:
         self._replaced(known.id)
 
     def _take(self, name: AdapterName, manifest: Manifest, kind: str) -> Named:
-        named = Named(ArtifactId.adopted(manifest.digest, name), manifest.origin, manifest.revision)
+        named = Named(adopted_id(manifest.digest, name), manifest.origin, manifest.revision)
         self._holdings.index.add(named.id, manifest.disk_bytes, self._clock(), keep=not self._settings.evict_adopted)
         self._holdings.put(name, named)
         self._adopted.add(name)

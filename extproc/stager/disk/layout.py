@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...core.artifact import AdapterName, ArtifactId, adapter_name
+from ...core.artifact import AdapterName, ArtifactId, adapter_name, is_adopted, place_of
 from ...errors import InvalidAdapter, InvalidRequest
 from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
 from ..syscalls import disk_errors, exchange, fsync
@@ -44,7 +44,7 @@ class Layout:
 
     def path(self, id_: ArtifactId) -> Path:
         """Where the artifact lies: its directory in .store, or, for `digest@name`, where others put it."""
-        return self.directory / id_.place if id_.is_adopted else self.content / id_
+        return self.directory / place_of(id_) if is_adopted(id_) else self.content / id_
 
     # -- names that lead to ours
 
@@ -53,7 +53,7 @@ class Layout:
         target = self.directory / name
         with disk_errors():
             with self._folders:
-                if id_.is_adopted:  # `unlink` took it away
+                if is_adopted(id_):  # `unlink` took it away
                     self._put_back(target, self._away(id_))
                     return
                 self.check_name(name)
@@ -75,7 +75,7 @@ class Layout:
 
     def shows(self, name: AdapterName, id_: ArtifactId) -> bool:
         """Whether an engine finds the artifact under `name`."""
-        if id_.is_adopted:
+        if is_adopted(id_):
             return (self.directory / name).is_dir()
         return self._leads_to(name) == self.path(id_)
 
@@ -103,7 +103,7 @@ class Layout:
                 else:
                     self._take_out_of(target)
                     folders.insert(0, target)
-            elif id_ is not None and id_.is_adopted and target.is_dir():
+            elif id_ is not None and is_adopted(id_) and target.is_dir():
                 self._take_away(target, self._away(id_))
             for folder in folders:
                 if self.directory not in folder.parents:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ...core.artifact import ArtifactId, Manifest
+from ...core.artifact import ArtifactId, Manifest, is_adopted
 from ...errors import DiskFailed, StageError, StartError
 from ..adapter.check import options
 from ..syscalls import disk_errors, fsync
@@ -109,7 +109,7 @@ class Store(Layout):
 
     def load_options(self, id_: ArtifactId) -> dict[str, bool]:
         """What an engine's load call must say of an artifact beside its place. Raises StageError, or InvalidAdapter where others have broken it since."""
-        if not id_.is_adopted:
+        if not is_adopted(id_):
             return self.manifest(id_).options
         with disk_errors("read"):
             return through(options(self.path(id_)))
@@ -213,7 +213,7 @@ class Store(Layout):
     def remove(self, id_: ArtifactId) -> None:
         """Delete an artifact; whole or gone at any instant."""
         with disk_errors():
-            self.staged.discard(self._away(id_) if id_.is_adopted else self.path(id_))
+            self.staged.discard(self._away(id_) if is_adopted(id_) else self.path(id_))
 
 
 def read_memory(store: Store, name: str) -> object:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ...core.artifact import AdapterName, ArtifactId, split_version, versioned_name
+from ...core.artifact import AdapterName, ArtifactId, adopted_id, digest_of, split_version, versioned_name
 from ...core.life import State
 from ...errors import GatewayProtocolError, InvalidAdapter, LoraExtprocError
 from ...flight import SingleFlight
@@ -82,7 +82,7 @@ class Loads:
 
     def has(self, adapter: AdapterName, id_: ArtifactId) -> bool:
         """Whether the engine knows this version of the adapter."""
-        return any(self._known.get(name) == Load(adapter, id_) for name in (versioned_name(adapter, id_.digest), adapter))
+        return any(self._known.get(name) == Load(adapter, id_) for name in (versioned_name(adapter, digest_of(id_)), adapter))
 
     def still_has(self, adapter: AdapterName, id_: ArtifactId, model: str, *, plain: bool) -> bool:
         """Whether the engine answers to `model` with this version. Before its list was seen what an earlier stager let it know is believed, and kept in mind:
@@ -90,7 +90,7 @@ class Loads:
         """
         if not self._engine.exists:
             return model == adapter
-        name, load = adapter if plain else versioned_name(adapter, id_.digest), Load(adapter, id_)
+        name, load = adapter if plain else versioned_name(adapter, digest_of(id_)), Load(adapter, id_)
         if not model.endswith(name) or (self._is_compared and self._engine.request_model(name) != model):  # its base's name may not be known yet
             return False
         if not self._engine.loads and plain:
@@ -106,7 +106,7 @@ class Loads:
         """
         if not self._engine.exists:
             return adapter
-        name, load = adapter if plain else versioned_name(adapter, id_.digest), Load(adapter, id_)
+        name, load = adapter if plain else versioned_name(adapter, digest_of(id_)), Load(adapter, id_)
         model = self._engine.request_model(name)
         if plain and model != adapter:
             raise GatewayProtocolError("this node's engine needs the request's `model` rewritten, which processing mode NONE does not allow")
@@ -120,7 +120,7 @@ class Loads:
 
     def begin(self, adapter: AdapterName, id_: ArtifactId) -> None:
         """Start to load a version that somebody will ask for in a moment. Whatever comes of it, `ensure` tells."""
-        name, load = versioned_name(adapter, id_.digest), Load(adapter, id_)
+        name, load = versioned_name(adapter, digest_of(id_)), Load(adapter, id_)
         if self._engine.loads and name not in self._known:
             with contextlib.suppress(InvalidAdapter):
                 self._refuse(load)
@@ -239,7 +239,7 @@ class Loads:
         """What a name that the engine lists leads to here, if it was we who loaded it."""
         version = split_version(name)
         adapter = AdapterName(version[0] if version else name)
-        for id_ in (ArtifactId(Path(root).name), ArtifactId.adopted(Path(root).name, adapter)):
+        for id_ in (ArtifactId(Path(root).name), adopted_id(Path(root).name, adapter)):
             if root == str(self._store.path(id_)) and self._holdings.index.get(id_) is not None:
                 return Load(adapter, id_)
         named = self._holdings.get(adapter)
@@ -322,4 +322,4 @@ class Loads:
 def leads_to(name: str, id_: ArtifactId) -> bool:
     """Whether `name` is that of this version of some adapter."""
     version = split_version(name)
-    return version is not None and id_.digest.startswith(version[1])
+    return version is not None and digest_of(id_).startswith(version[1])

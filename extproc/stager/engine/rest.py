@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ...core.artifact import VERSION_DIGITS, AdapterName, ArtifactId, split_version
+from ...core.artifact import VERSION_DIGITS, AdapterName, ArtifactId, digest_of, split_version
 from ..books.holdings import Holdings
 from ..disk.store import Store
 from .api import Engine, Requests
@@ -90,7 +90,7 @@ class Rest:
         ends = {end.rpartition("/")[2] for end in (path, *own)}
         ours: set[str] = set()
         has_others = False
-        for name in known.candidates(id_.digest[:VERSION_DIGITS], ends, own):
+        for name in known.candidates(digest_of(id_)[:VERSION_DIGITS], ends, own):
             root, version = known.adapters[name], split_version(name)
             if version is not None:
                 if (leads_to(name, id_) or root == path) and (only is None or version[0] in only):

@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from ...core.artifact import AdapterName, adapter_name
+from ...core.artifact import AdapterName, adapter_name, is_adopted
 from ...errors import LoraExtprocError, ModelNotFound
 from ..books.holdings import Named
 from ..disk.adopt import Adopter
@@ -52,9 +52,9 @@ class Auditor:
                 self._node.metrics.verify_failures.labels("disk").inc()
                 log.error("%s: %s", name, why)
                 # With all its names: while one is left, the content is, and whoever stages another would be shown it as there already.
-                if not named.id.is_adopted and self._node.holdings.index.leave(named.id, self._node.clock(), force=True):
+                if not is_adopted(named.id) and self._node.holdings.index.leave(named.id, self._node.clock(), force=True):
                     removed = await self._remover.remove(named.id, "damaged") is None
-                removed = removed or not (named.id.is_adopted or self._node.holdings.index.is_known(named.id))  # a look has found it at the same time
+                removed = removed or not (is_adopted(named.id) or self._node.holdings.index.is_known(named.id))  # a look has found it at the same time
             for each in names if removed else (name,):
                 yield Verified(each, named.digest, entry.size, why, removed)
 
@@ -65,7 +65,7 @@ class Auditor:
     def _differs(self, name: AdapterName, named: Named) -> str:
         directory = self._node.store.path(named.id)
         try:
-            if named.id.is_adopted:
+            if is_adopted(named.id):
                 return self._adopter.differs(name, named)
             for file in self._node.store.manifest(named.digest).files:
                 if hash_file(directory / file.path, file.path) != file:

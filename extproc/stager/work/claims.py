@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from ...client import Claimed, Loading
-from ...core.artifact import AdapterName, ArtifactId, adapter_name
+from ...core.artifact import AdapterName, ArtifactId, adapter_name, is_adopted
 from ...errors import InvalidRequest
 from ..node import Node
 
@@ -69,4 +69,4 @@ class Claims:
         if named is not None and named.digest == digest:
             return None if named.refused else named.id
         id_ = ArtifactId(digest)
-        return id_ if not id_.is_adopted and id_ in self._node.holdings.index else None
+        return id_ if not is_adopted(id_) and id_ in self._node.holdings.index else None

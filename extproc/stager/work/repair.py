@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 
-from ...core.artifact import VERSION_DIGITS, AdapterName, ArtifactId, split_version
+from ...core.artifact import VERSION_DIGITS, AdapterName, ArtifactId, digest_of, is_adopted, split_version
 from ...errors import InvalidAdapter, LoraExtprocError
 from ..books.holdings import Named
 from ..disk.adopt import Adopter
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 60.0  # between two looks at an artifact that is asked for; a look costs a thread some 35 us
 LOOKS_AT_ONCE = 64
-MAX_LOOKED = 4096  # per LOOK_S, on behalf of requests: the others are looked at after that, or when something fails
-MAX_WAITING = 2 * MAX_LOOKED  # artifacts whose look is due: what comes beyond is looked at when it is asked for again
+MAX_LOOKED = 1024  # per LOOK_S, on behalf of requests: the others are looked at after that, or when something fails
+MAX_WAITING = 4096  # artifacts whose look is due: what comes beyond is looked at when it is asked for again
 MAX_READ_BACK = 10_000  # artifacts that were read from end to end because the engine refused them
 IN_TRANSIT_S = 0.5  # what routers sent to the engine before they heard of the eviction has arrived by then
 SLICE = 500  # names between two turns of the event loop: about a millisecond
@@ -79,7 +79,7 @@ class Repair:
         try:
             if await self._is_lost(named.id):
                 return self.forget(named.id, "its files are not there any more")
-            if isinstance(error, InvalidAdapter) and not named.id.is_adopted and named.id not in self._read_back:
+            if isinstance(error, InvalidAdapter) and not is_adopted(named.id) and named.id not in self._read_back:
                 if len(self._read_back) >= MAX_READ_BACK:
                     self._read_back.clear()
                 self._read_back.add(named.id)
@@ -96,11 +96,11 @@ class Repair:
         while self._waiting:
             some = list(self._waiting)[:LOOKS_AT_ONCE]
             with contextlib.suppress(LoraExtprocError):  # the disk's own check tells
-                ours = [id_ for id_ in some if not id_.is_adopted and id_ in self._node.holdings.index]
+                ours = [id_ for id_ in some if not is_adopted(id_) and id_ in self._node.holdings.index]
                 for id_ in await self._node.disk.run(self._not_whole, ours):
                     self.forget(id_, "its files are not there any more")
                 for id_ in some:
-                    if id_.is_adopted:
+                    if is_adopted(id_):
                         await self._is_lost(id_)
             for id_ in some:
                 del self._waiting[id_]
@@ -110,7 +110,7 @@ class Repair:
 
     async def _is_lost(self, id_: ArtifactId) -> bool:
         """Whether one of ours is not whole. Of what others put here the adopter keeps the books itself."""
-        if not id_.is_adopted:
+        if not is_adopted(id_):
             return not await self._node.disk.run(self._node.store.is_whole, id_)
         for name in self._node.holdings.names_of(id_):
             if (known := self._node.holdings.get(name)) is not None:
@@ -169,8 +169,8 @@ class Repair:
             lost, self._lost = self._lost, {}
             by_digits: dict[str, list[ArtifactId]] = {}
             for id_ in lost:
-                by_digits.setdefault(id_.digest[:VERSION_DIGITS], []).append(id_)
-            by_path = {str(store.path(id_)): [id_] for id_ in lost if not id_.is_adopted}
+                by_digits.setdefault(digest_of(id_)[:VERSION_DIGITS], []).append(id_)
+            by_path = {str(store.path(id_)): [id_] for id_ in lost if not is_adopted(id_)}
             try:
                 for name, root in (await self._node.engine.known()).adapters.items():
                     version = split_version(name)
@@ -188,7 +188,7 @@ class Repair:
         node, now = self._node, self._node.clock()
         holdings, index = node.holdings, node.holdings.index
         found, linked = {*scan.artifacts, *scan.unnamed}, dict(scan.named())
-        lost = [entry.id for entry in index.entries() if not entry.id.is_adopted and entry.id not in found]
+        lost = [entry.id for entry in index.entries() if not is_adopted(entry.id) and entry.id not in found]
         for number, id_ in enumerate(lost):
             self._drop(id_)
             if number % SLICE == SLICE - 1:
@@ -205,7 +205,7 @@ class Repair:
             if id_ not in index:
                 index.add(id_, disk_bytes, now)
                 self._remover.retire(id_)
-        unlinked = [name for name in holdings if (named := holdings.get(name)) is not None and not named.id.is_adopted and linked.get(name) != named.id]
+        unlinked = [name for name in holdings if (named := holdings.get(name)) is not None and not is_adopted(named.id) and linked.get(name) != named.id]
         for name in unlinked:
             if (named := holdings.get(name)) is not None:
                 await node.disk.run(node.store.link, name, named.id)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...core.artifact import is_adopted
 from ..disk.layout import MANIFEST_FILE
 from ..node import Node
 
@@ -35,7 +36,7 @@ class Usage:
         entries = self._node.holdings.index.entries()
         for first in range(0, len(entries), SLICE):
             some = entries[first : first + SLICE]
-            used = [(self._node.store.path(entry.id), entry.last_used + ahead) for entry in some if entry.last_used > since and not entry.id.is_adopted]
+            used = [(self._node.store.path(entry.id), entry.last_used + ahead) for entry in some if entry.last_used > since and not is_adopted(entry.id)]
             if used:
                 await self._node.disk.run(_write, used)
             else:
