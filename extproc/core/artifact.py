@@ -106,7 +106,6 @@ class Manifest:
     revision: str
     in_place: bool = False  # the files are links to where the origin has them
     final: bool = False  # the revision can never mean anything else
-    base_was: str = ""  # the base model that the configuration named before it was changed to the name that this engine needs
     options: dict[str, bool] = field(default_factory=dict)  # of the engine's load call, such as is_3d_lora_weight
 
     @property
@@ -134,7 +133,7 @@ class Manifest:
             files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in raw["files"])
             flags = raw.get("in_place") is True, raw.get("final") is True
             options = {str(key): value is True for key, value in raw.get("options", {}).items()}  # an earlier version wrote none
-            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), *flags, str(raw.get("base_was", "")), options)
+            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), *flags, options)
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error}") from error
 

@@ -231,14 +231,6 @@ class Index(Generic[Id]):
             self.kept(id_)
             self.touch(id_, now)
 
-    def resize(self, id_: Id, size: int) -> None:
-        """The content of `id_` changed under us: others write there."""
-        entry = self._entries[id_]
-        self.used_bytes += on_disk(size) - entry.size
-        if entry.state is LEAVING:
-            self._leaving_bytes += on_disk(size) - entry.size
-        entry.size = on_disk(size)
-
     def touch(self, id_: Id, now: float) -> None:
         entry = self._entries.pop(id_)
         entry.last_used = now

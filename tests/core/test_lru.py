@@ -98,15 +98,11 @@ def test_giving_back_all_or_of_nothing_leaves_nothing() -> None:
     assert index.reserved_bytes == B
 
 
-def test_what_others_put_there_counts_and_may_change_its_size() -> None:
-    """They write into it whenever they like."""
+def test_what_others_put_there_counts() -> None:
+    """As long as it is there."""
     index = filled("a")
     index.add("theirs", 3 * B, 2, keep=True)
     assert index.used_bytes == 4 * B
-    index.resize("theirs", B + 1)
-    assert (index.used_bytes, index.entries()[-1].size) == (3 * B, 2 * B)
-    index.resize("theirs", 20 * B)
-    assert index.used_bytes == 21 * B
     index.removed("theirs")
     assert index.used_bytes == B
 
@@ -665,14 +661,6 @@ class Calls(RuleBasedStateMachine):
         self.index.add(id_, size, self.now, keep=True)
         self.sizes[id_] = on_disk(size)
         self.theirs.add(id_)
-        self._grew()
-
-    @precondition(lambda self: self.theirs)
-    @rule(data=st.data(), size=st.sampled_from((0, B, B, 2 * B, 2 * B, 2 * LIMIT)))
-    def others_change(self, data: st.DataObject, size: int) -> None:
-        id_ = data.draw(st.sampled_from(sorted(self.theirs)))
-        self.index.resize(id_, size)
-        self.sizes[id_] = on_disk(size)
         self._grew()
 
     @precondition(lambda self: self.theirs - set(self.at_work))

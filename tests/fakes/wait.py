@@ -3,6 +3,7 @@
 import asyncio
 import selectors
 from collections.abc import Callable
+from typing import Self
 
 PATIENCE_S = 60.0  # only a test that would hang reaches it
 
@@ -18,6 +19,24 @@ async def turns(count: int = 20) -> None:
     """Let everything that is ready run."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+class Turns:
+    """How often others have had their turn: `with Turns() as turns: ...; turns.count`."""
+
+    count = 0
+
+    def __enter__(self) -> Self:
+        self._counting = asyncio.create_task(self._count())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._counting.cancel()
+
+    async def _count(self) -> None:
+        while True:
+            self.count += 1
+            await asyncio.sleep(0)
 
 
 class Clock:

@@ -13,7 +13,7 @@ from extproc.core.placement import Pool
 from extproc.errors import InvalidRequest, LoraExtprocError, OriginDown, OriginFailed, StagerUnavailable
 from extproc.router import servable as servable_module
 from extproc.router.servable import Servable
-from tests.fakes.wait import VirtualLoop, turns, until
+from tests.fakes.wait import Turns, VirtualLoop, turns, until
 
 from .fakes import Router, ScriptedStager, get, serve
 
@@ -309,17 +309,8 @@ async def test_a_hundred_thousand_names_are_listed_while_others_have_their_turn(
     router = Router(1)
     (stager,) = router.stagers.values()
     stager.origins = [f"acme/{number:06}" for number in range(100_000)]
-    turns_of_others = 0
-
-    async def other() -> None:
-        nonlocal turns_of_others
-        while True:
-            turns_of_others += 1
-            await asyncio.sleep(0)
-
-    others = asyncio.create_task(other())
-    body = json.loads(b"".join(await router.models.list()))
-    others.cancel()
+    with Turns() as turns:
+        body = json.loads(b"".join(await router.models.list()))
     assert [card["id"] for card in body["data"]] == ["base", *stager.origins]
     assert len(stager.catalogues) == 100_000 / servable_module.PAGE
-    assert turns_of_others >= 400
+    assert turns.count >= 400

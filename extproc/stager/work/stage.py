@@ -195,12 +195,10 @@ class Fetcher:
                     rules = self._rules(await self._width())
                     with disk_errors("read"):
                         checked = await self._checks.walk(check_weights(directory, config, rules))
-                    files, base_was = await self._name_base(directory, config, files)
+                    files = await self._name_base(directory, config, files)
                 async with self._phase(job, "publish"):
                     in_place = _in_place(plan)
-                    manifest = Manifest(
-                        tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final, base_was, checked.options
-                    )
+                    manifest = Manifest(tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final, checked.options)
                     named = Named(manifest.digest, plan.origin, listing.revision, self._node.clock(), final=listing.final)
                     try:
                         await to_the_end(self._publish(directory, manifest, token))
@@ -352,11 +350,11 @@ class Fetcher:
     def _rules(self, width: int = 0) -> Rules:
         return Rules.of(self._node.settings, max_rank=self._node.engine.limits.max_lora_rank, width=width)
 
-    async def _name_base(self, directory: Path, config: AdapterConfig, files: list[File]) -> tuple[list[File], str]:
-        """For vLLM's resolver: a base model that the adapter calls by another name is named as the engine does, in our copy; what it was called before."""
+    async def _name_base(self, directory: Path, config: AdapterConfig, files: list[File]) -> list[File]:
+        """For vLLM's resolver: a base model that the adapter calls by another name is named as the engine does, in our copy."""
         engine = self._node.settings.engine
         if engine.mode != "resolver" or not engine.base_model or config.base_model == engine.base_model:
-            return files, ""
+            return files
 
         def rewrite() -> File:
             path = directory / CONFIG_FILE
@@ -366,7 +364,7 @@ class Fetcher:
             return hash_file(path, CONFIG_FILE)
 
         changed = await self._on_disk(rewrite)
-        return [changed if file.path == CONFIG_FILE else file for file in files], config.base_model
+        return [changed if file.path == CONFIG_FILE else file for file in files]
 
     async def _width(self) -> int:
         """The base model's hidden size, from its own configuration; 0 where that cannot be read."""

@@ -1,12 +1,12 @@
 """The engine's list of models: read in slices, the same as at once, and never trusted to be cut where it is not."""
 
-import asyncio
 import json
 
 import msgspec
 import pytest
 
 from extproc.stager.engine.listed import SLICE_BYTES, Known, read_list
+from tests.fakes.wait import Turns
 
 COUNT = 3000
 CARDS = [{"id": "base", "root": "/models/base", "parent": None, "max_model_len": 4096}] + [
@@ -30,18 +30,9 @@ def same(known: Known) -> bool:
 async def test_a_long_list_is_read_in_slices(separators: tuple[str, str]) -> None:
     """Between two of them the loop has its turn."""
     body = json.dumps({"object": "list", "data": CARDS, "more": []}, separators=separators).encode()
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    counting = asyncio.create_task(count())
-    assert same(await read_list(body))
-    counting.cancel()
-    assert turns >= len(body) // (2 * SLICE_BYTES)
+    with Turns() as turns:
+        assert same(await read_list(body))
+    assert turns.count >= len(body) // (2 * SLICE_BYTES)
 
 
 async def test_a_list_that_cannot_be_cut_is_read_whole() -> None:

@@ -17,7 +17,7 @@ from extproc.up.processes import Child, free_ports, python, spawn, stop
 from tests.fakes.adapters import size_of, small_files, write_small
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.origin import FakeOrigin
-from tests.fakes.wait import Clock, until
+from tests.fakes.wait import Clock, Turns, until
 
 from ..conftest import OpenStager
 
@@ -153,18 +153,9 @@ async def test_an_engine_keeps_the_names_that_routers_use_over_a_start(
 async def test_a_long_claim_does_not_stop_the_loop(open_stager: OpenStager, origin: FakeOrigin) -> None:
     """Others have their turn in between."""
     stager = await open_stager(origin)
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    counting = asyncio.create_task(count())
-    await stager.claim("router", [Claimed(f"acme/{number}", "0" * 64, Loading.NONE, "", 9.0) for number in range(5000)])
-    counting.cancel()
-    assert turns >= 20
+    with Turns() as turns:
+        await stager.claim("router", [Claimed(f"acme/{number}", "0" * 64, Loading.NONE, "", 9.0) for number in range(5000)])
+    assert turns.count >= 20
 
 
 # -- with a real process
