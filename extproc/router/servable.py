@@ -13,7 +13,7 @@ from functools import partial
 
 from ..client import StagerClient
 from ..core.placement import Pool
-from ..errors import InvalidRequest, LoraExtprocError, ModelNotFound, NoEndpoint, Overloaded, StageDeadline
+from ..errors import InvalidRequest, LoraExtprocError, ModelNotFound, Overloaded, StageDeadline
 from ..flight import SingleFlight
 
 PAGE = 2_000  # names that are read in one turn of the event loop: a quarter of a millisecond
@@ -131,7 +131,8 @@ class Servable:
 
     async def _resolve(self, pool: Pool, name: str) -> None:
         stagers = list(dict.fromkeys(endpoint.stager for endpoint in pool.candidates(name) if endpoint.stager))
-        failure: LoraExtprocError = NoEndpoint(f"no endpoint of pool {pool.name} has a stager that could look for {name}")
+        nobody = f"The model `{name}` does not exist: no node has it, and pool {pool.name} has no stager that could stage it"
+        failure: LoraExtprocError = ModelNotFound(nobody)
         for stager in stagers[:MAX_ASKED]:
             try:
                 await self._clients[stager].resolve(name)
