@@ -51,9 +51,9 @@ class Feature:
     shows: Callable[[Config], bool] | None = None
 
     def verdict(self, engine: str, version: str = "") -> Verdict:
-        """Of that version of the engine; of the newest that is known where `version` is ""."""
-        history = self.sglang if engine == SGLANG else self.vllm
-        reached = [verdict for since, verdict in history if not version or _numbers(since) <= _numbers(version)]
+        """Of that version of the engine; of the newest that is known where `version` has no number, as "" and a build's own name have none."""
+        history, numbers = self.sglang if engine == SGLANG else self.vllm, _numbers(version)
+        reached = [verdict for since, verdict in history if not numbers or _numbers(since) <= numbers]
         return reached[-1]
 
 

@@ -125,7 +125,10 @@ def test_ranks_are_the_configurations_and_the_patterns() -> None:
 
 def test_a_verdict_depends_on_the_version() -> None:
     """vLLM honours rank_pattern from 0.32 and has refused PiSSA since; the newest known counts where the version is not known."""
-    assert [features.PATTERNS.verdict(VLLM, version) for version in ("0.31.0+cpu", "0.32.0rc1", "")] == [Verdict.IGNORES, Verdict.SERVES, Verdict.SERVES]
+    assert [features.PATTERNS.verdict(VLLM, version) for version in ("0.31.0+cpu", "0.32.0rc1", "", "sim")] == [
+        Verdict.IGNORES,
+        *(Verdict.SERVES,) * 3,
+    ]
     assert [features.CHANGED_BASE.verdict(VLLM, version) for version in ("0.9.2", "0.32", "1.0")] == [Verdict.IGNORES, Verdict.REFUSES, Verdict.REFUSES]
 
 

@@ -21,7 +21,7 @@ class Rules:
     finite: bool = True
 
     @classmethod
-    def of(cls, settings: StagerSettings, *, max_rank: int = 0, width: int = 0, adopted: bool = False) -> "Rules":
+    def of(cls, settings: StagerSettings, *, max_rank: int = 0, width: int = 0, version: str = "", adopted: bool = False) -> "Rules":
         """As the settings say. `max_rank` 0: the settings' own. What is adopted is not changed, so vLLM's resolver must find the exact name in it."""
         engine = settings.engine
         by_resolver = engine.mode == "resolver"
@@ -31,6 +31,7 @@ class Rules:
             max_rank or engine.max_lora_rank,
             width,
             engine.kind,
+            version,
             by_resolver=by_resolver,
             allow_pickle=settings.allow_pickle,
             finite=settings.verify.finite,

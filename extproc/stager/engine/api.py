@@ -28,6 +28,7 @@ _INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$",
 _RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
 _MAX_LORAS = re.compile(r'max_lora="(\d+)"')
 LARGE_METRICS = 128 * 2**10  # characters, searched in about a millisecond
+MAX_VERSION_CHARACTERS = 50  # real ones have some twenty
 JSON = "application/json"
 _NO_SUCH_NAME = "/"  # no adapter can be called so
 RUNTIME_UPDATING_IS_OFF = "the engine takes no adapters at run time: it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=true"
@@ -63,6 +64,8 @@ class Engine:
         self._loading = asyncio.Semaphore(settings.max_loads)
         self.limits = Limits(settings.max_loras, settings.max_cpu_loras or settings.max_loras, settings.max_lora_rank)
         self.bases: tuple[BaseCard, ...] = ()  # as it listed them last
+        self.version = ""  # as it says itself; "": not known
+        self._says_version = True  # until it was asked
         self.keeps_prefixes = False  # it was asked to clear its prefix cache and knows no way to
         self._can_sleep = True  # until it says that it knows no such path
         self._takes_adapters: bool | None = None  # None: not asked since it came back
@@ -93,6 +96,7 @@ class Engine:
                 return RUNTIME_UPDATING_IS_OFF
         except EngineUnreachable as error:
             self.keeps_prefixes, self._can_sleep, self._takes_adapters = False, True, None  # it may come back with other settings
+            self._says_version = True  # or as another version
             return error.message
         return None
 
@@ -132,6 +136,10 @@ class Engine:
         if not self.limits.max_loras and (found := _MAX_LORAS.search(await self._metrics())):
             slots = int(found[1])
             self.limits = Limits(slots, self.limits.max_cpu_loras, self.limits.max_lora_rank)
+        if self._says_version:
+            status, body = await self._call("GET", "/version")
+            told = body.get("version") if status == 200 and isinstance(body, dict) else ""
+            self.version, self._says_version = str(told)[:MAX_VERSION_CHARACTERS], False
 
     async def load(self, name: str, directory: Path, options: Mapping[str, bool] | None = None) -> None:
         """Let it know the adapter in `directory` as `name`. Knows it already is fine. Raises InvalidAdapter with what it has against the adapter.

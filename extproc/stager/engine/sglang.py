@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import EngineUnreachable
-from .api import Engine, Limits, Requests
+from .api import MAX_VERSION_CHARACTERS, Engine, Limits, Requests
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class SglangEngine(Engine):
             raise EngineUnreachable(f"the engine answers {status} to /server_info")
         told = [body.get(name) or 0 for name in ("max_loras_per_batch", "max_loaded_loras", "max_lora_rank")]
         ours = (self._settings.max_loras, self._settings.max_cpu_loras, self._settings.max_lora_rank)
+        self.version = str(body.get("version", ""))[:MAX_VERSION_CHARACTERS]
         self.limits = Limits(*(own or (value if isinstance(value, int) else 0) for own, value in zip(ours, told, strict=True)))
 
     async def reset_prefix_cache(self) -> None:

@@ -348,7 +348,8 @@ class Fetcher:
             return await self._checks.run(read)
 
     def _rules(self, width: int = 0) -> Rules:
-        return Rules.of(self._node.settings, max_rank=self._node.engine.limits.max_lora_rank, width=width)
+        engine = self._node.engine
+        return Rules.of(self._node.settings, max_rank=engine.limits.max_lora_rank, width=width, version=engine.version)
 
     async def _name_base(self, directory: Path, config: AdapterConfig, files: list[File]) -> list[File]:
         """For vLLM's resolver: a base model that the adapter calls by another name is named as the engine does, in our copy."""

@@ -256,3 +256,25 @@ async def test_a_load_call_says_what_the_adapters_layout_asks_for(scripted: tupl
         {"lora_name": "a", "lora_path": "/x"},
         {"lora_name": "a", "lora_path": "/x", "is_3d_lora_weight": True},
     ]
+
+
+async def test_its_version_is_asked_once_and_again_when_it_was_away(scripted: tuple[ScriptedEngine, str]) -> None:
+    """What is refused depends on it; one that does not say it counts as the newest."""
+    answers = scripted[0].answers
+    engine = Engine(EngineSettings(url=scripted[1], max_loras=1))
+    answers["GET /version"] = web.json_response({"version": "0.31.0" + "x" * 100})
+    await engine.learn_limits()
+    assert engine.version == "0.31.0" + "x" * 44
+    answers["GET /version"] = web.json_response({"version": "0.32.0"})
+    await engine.learn_limits()
+    assert engine.version.startswith("0.31")
+    answers["GET /health"] = web.Response(status=503)
+    assert await engine.why_not_ready()
+    await engine.learn_limits()
+    assert engine.version == "0.32.0"
+    answers["GET /health"] = web.Response(status=503)
+    assert await engine.why_not_ready()
+    answers["GET /version"] = web.Response(status=404)
+    await engine.learn_limits()
+    assert engine.version == ""
+    await engine.close()
