@@ -26,7 +26,7 @@ MANY = tuple(f"many/{number:02}" for number in range(60))
 PROMPT = "Tell the model that is asked which one it is, in more words than one block of the prefix cache holds, so that blocks are shared. "
 TOKENS = 10
 ROOM = 20  # adapters that a node's disk holds
-ADAPTER_BYTES = 12 * 1024  # 10 KB, in blocks of the disk
+ADAPTER_BYTES = 24 * 1024  # 10 KB of files, a manifest and a directory, in blocks of the disk
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
