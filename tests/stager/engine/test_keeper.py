@@ -18,7 +18,7 @@ from tests.fakes.wait import Clock, until
 
 from ..conftest import OpenStager
 
-QUICK = 0.05  # seconds for /health
+QUICK = 0.2  # seconds for /health
 
 
 @pytest.fixture
@@ -49,6 +49,8 @@ async def test_an_engine_that_hangs_is_noticed_and_holds_nothing_else_up(
         stager = await open_stager(origin, engine=settings.model_copy(update={"url": engine.url}))
         await until(lambda: stager.not_ready is None)
         engine.hold = asyncio.Event()
+        asked = engine.healths
+        await until(lambda: engine.healths > asked)  # all answers before that have arrived: none comes after the clock has moved
         clock.now += 7
         await until(lambda: stager.not_ready == f"the engine did not answer /health within {QUICK} s")
         with stager.node.changes.since(stager.node.changes.last) as (queue, _):
