@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import StagerSettings
+from ..core.artifact import AdapterName
 from ..metrics import StagerMetrics
 from .books.changes import Changes
 from .books.holdings import Holdings
@@ -30,3 +31,7 @@ class Node:
     metrics: StagerMetrics
     disk: Threads  # in which all work on the directory is done
     clock: Callable[[], float]  # seconds; goes forward only
+
+    def stated(self, name: AdapterName) -> tuple[str, ...]:
+        """Every SHA-256 that the weights under `name` must have, by the settings and by its pin."""
+        return tuple(filter(None, (self.settings.digests.get(name), self.holdings.pins.get(name))))

@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..flight import SingleFlight, to_the_end
 from ..metrics import StagerMetrics
-from .adapter.files import CONFIG_FILE
+from .adapter.files import weights_of
 from .books.changes import Changes
 from .books.holdings import Holdings, Named
 from .books.readiness import Readiness
@@ -476,7 +476,7 @@ class Stager:
 
     async def _weights_sha256(self, name: AdapterName) -> str:
         manifest = await self.manifest(name)
-        return next((file.sha256 for file in manifest.files if file.path != CONFIG_FILE), "") if manifest is not None else ""
+        return weights_of(manifest.files).sha256 if manifest is not None else ""
 
     # -- the node's state
 

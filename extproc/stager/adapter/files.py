@@ -1,7 +1,7 @@
 """Which files make an adapter, as engines name them, and what they may be packed in."""
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
 from ...errors import InvalidAdapter, shortened
 
@@ -25,6 +25,28 @@ def wanted(paths: Iterable[str]) -> list[str]:
     have = set(paths)
     weights = next((path for path in (WEIGHTS_FILE, *PICKLE_FILES) if path in have), WEIGHTS_FILE)
     return [path for path in (CONFIG_FILE, weights) if path in have]
+
+
+class Described(Protocol):
+    """A file as an origin lists it, or as it lies on the disk."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def sha256(self) -> str | None: ...
+
+
+D = TypeVar("D", bound=Described)
+
+
+def weights_of(files: Iterable[D]) -> D:
+    """Of an adapter's two files, the one that is not the configuration; of an archive alone, the archive."""
+    return next(file for file in files if file.path != CONFIG_FILE)
+
+
+def other_digest(weights: Described, stated: Iterable[str]) -> str:
+    """The first SHA-256 of those stated that the weights have not; "" if they have all, or nobody knows theirs yet."""
+    return next((sha256 for sha256 in stated if weights.sha256 not in (None, sha256)), "")
 
 
 def archive_suffix(path: str) -> str:

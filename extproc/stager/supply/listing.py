@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...core.artifact import AdapterName
-from ..adapter.files import CONFIG_FILE
+from ..adapter.files import CONFIG_FILE, weights_of
 
 _MODEL = re.compile(r"(model|pytorch_model|consolidated)([-.].*)?\.(safetensors|bin|pth)(\.index\.json)?")
 SHOWN = 3  # names in a message; of forty characters each at most
@@ -37,7 +37,7 @@ class Listing:
     @property
     def weights(self) -> RemoteFile:
         """What is not the configuration; of an archive, the archive."""
-        return next(file for file in self.files if file.path != CONFIG_FILE)
+        return weights_of(self.files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,6 @@ DELETIONS = 4  # at once: in threads, which share the interpreter with the event
 MAX_VICTIMS = 1024  # of one reservation: an adapter that needs more of the others' room than that would empty the node for itself
 MAX_ROUNDS = 8  # choices of other victims for one reservation, before it is said that there is no room
 
-
 _STAYS = {Standing.READ: Stays.READ, Standing.QUEUED: Stays.QUEUED, Standing.IDLE: Stays.LISTED}  # after the unload
 
 

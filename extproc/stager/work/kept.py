@@ -15,7 +15,7 @@ from pathlib import Path
 from ...core.artifact import AdapterName, ArtifactId, File
 from ...errors import AdapterInUse, DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
 from ..adapter.check import Checked, check
-from ..adapter.files import CONFIG_FILE
+from ..adapter.files import other_digest, weights_of
 from ..adapter.rules import Rules
 from ..disk.recover import Scan
 from ..disk.store import read_memory
@@ -51,10 +51,9 @@ class Kept:
 
     def check_digest(self, name: AdapterName, files: Sequence[File]) -> None:
         """Whether the weights are those that the settings or a pin state for the name. Raises InvalidAdapter."""
-        weights = next(file for file in files if file.path != CONFIG_FILE)
-        for wanted in (self._node.settings.digests.get(name, ""), self._node.holdings.pins.get(name, "")):
-            if wanted and weights.sha256 != wanted:
-                raise InvalidAdapter(f"{name}: {weights.path} has SHA-256 {weights.sha256}; {wanted} is stated for it", "digest")
+        weights = weights_of(files)
+        if wanted := other_digest(weights, self._node.stated(name)):
+            raise InvalidAdapter(f"{name}: {weights.path} has SHA-256 {weights.sha256}; {wanted} is stated for it", "digest")
 
     def _rules(self) -> Rules:
         return Rules.of(self._node.settings, max_rank=self._node.engine.limits.max_lora_rank, adopted=True)

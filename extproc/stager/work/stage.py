@@ -16,7 +16,7 @@ from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
 from ..adapter.check import check_header, check_weights
 from ..adapter.config import MAX_CONFIG_BYTES, AdapterConfig, check_config, read_limited, with_base
-from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, foreign
+from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, foreign, other_digest, weights_of
 from ..adapter.rules import Rules
 from ..adapter.safetensors import PREFIX_BYTES, header_length
 from ..adapter.width import hidden_size
@@ -170,8 +170,7 @@ class Fetcher:
         return None
 
     def _stated(self, name: AdapterName, expected: str) -> tuple[str, ...]:
-        stated = (expected, self._node.settings.digests.get(name, ""), self._node.holdings.pins.get(name, ""))
-        return tuple(sorted({sha256 for sha256 in stated if sha256}))
+        return tuple(sorted({*self._node.stated(name), *filter(None, (expected,))}))
 
     def _version(self, plan: Plan) -> Version:
         """What a verdict counts for: an engine that takes other adapters, or another digest asked for, is another question."""
@@ -457,10 +456,9 @@ def _is_same(known: Named, plan: Plan) -> bool:
 
 def _check_digest(files: Sequence[File | RemoteFile], stated: Sequence[str]) -> None:
     """Before anything is fetched, where the origin states a digest; else, and for an archive, after it."""
-    weights = next(file for file in files if file.path != CONFIG_FILE)
-    for wanted in stated:
-        if weights.sha256 is not None and weights.sha256 != wanted:
-            raise InvalidAdapter(f"{weights.path} has SHA-256 {weights.sha256}; {wanted} is pinned", "digest")
+    weights = weights_of(files)
+    if wanted := other_digest(weights, stated):
+        raise InvalidAdapter(f"{weights.path} has SHA-256 {weights.sha256}; {wanted} is pinned", "digest")
 
 
 def _check_page(plan: Plan, head: bytes) -> None:
