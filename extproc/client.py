@@ -84,6 +84,7 @@ class NodeState:
     resumed: bool = False
     draining: bool = False
     heartbeat_s: float = 0.0
+    empty: bool = False  # it drains, and nobody needs it any longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,53 @@ class Demand:
     cpu_slots: int
 
 
-WatchEvent = NodeState | Published | Refreshed | Evicted | Refused | Space | Demand | Silent | Heard
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """A part of what the node has: adapters on disk only, and those in its engine's memory. The first part after a NodeState that is not `resumed`
+    begins anew; `more` parts follow."""
+
+    cold: tuple[str, ...]
+    warm: tuple[str, ...]
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The engine has the adapter in memory."""
+
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """The engine has it in memory no longer."""
+
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine works on, `age_s` seconds before this was sent. Slots of 0: not known."""
+
+    running: float
+    waiting: float
+    kv_usage: float
+    slots: int
+    cpu_slots: int
+    age_s: float
+
+
+WatchEvent = NodeState | Published | Refreshed | Evicted | Refused | Space | Demand | Inventory | Loaded | Unloaded | EngineLoad | Silent | Heard
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """How far a drain is."""
+
+    draining: bool
+    empty: bool
+    leased: int
+    requests: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +358,14 @@ class StagerClient:
         """Remove `adapter` whoever holds it, but for the engine; the bytes it took. Raises AdapterInUse."""
         return int((await self._unary("Purge", pb.EvictRequest(adapter=adapter), pb.EvictReply)).bytes)
 
+    async def drain(self, why: str) -> Drained:
+        """Have the node take nothing new; how far that is. Asked again, it says how far it is by then."""
+        return _drained(await self._unary("Drain", pb.DrainRequest(drain=True, why=why), pb.DrainReply))
+
+    async def undrain(self) -> Drained:
+        """Have it take what comes again."""
+        return _drained(await self._unary("Drain", pb.DrainRequest(drain=False), pb.DrainReply))
+
     async def refresh(self, adapter: str) -> tuple[bool, str, str]:
         """Compare with the origin now: whether a new version took its place, its digest and revision."""
         reply = await self._unary("Refresh", pb.RefreshRequest(adapter=adapter), pb.RefreshReply)
@@ -335,15 +390,17 @@ class StagerClient:
         async for chunk in self._stream("Read", pb.ReadRequest(digest=digest, path=path, offset=offset), chunks.decode):
             yield chunk
 
-    async def watch(self, heartbeat_s: float = 0.0) -> AsyncIterator[WatchEvent]:
+    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False) -> AsyncIterator[WatchEvent]:
         """What was missed since the last watch, the node's state, then every change, until the stager goes away.
 
         With `heartbeat_s` the stager says something at least so often, as its NodeState confirms: Silent comes once when it does not, Heard when it
-        does again, and StagerUnavailable is raised when it has been silent for six heartbeats.
+        does again, and StagerUnavailable is raised when it has been silent for six heartbeats. With `copies` it tells what the node has, whole and then by
+        changes; with `load` what its engine works on.
         """
+        asked = pb.WatchRequest(heartbeat_seconds=heartbeat_s, copies=copies, load=load)
         try:
             while True:
-                async with self._channel.line() as line, contextlib.aclosing(self._watch(line, heartbeat_s)) as events:
+                async with self._channel.line() as line, contextlib.aclosing(self._watch(line, asked)) as events:
                     async for event in events:
                         if event is not None:
                             yield event
@@ -354,11 +411,12 @@ class StagerClient:
         except Silence as silence:
             raise StagerUnavailable(f"stager {self.address}: {silence}") from None
 
-    async def _watch(self, line: Line, heartbeat_s: float) -> AsyncGenerator[WatchEvent | None, None]:
-        """One stream; None for what is no event. Raises Silence."""
-        instance, after = self._position
-        request = pb.WatchRequest(instance=instance, after=after, heartbeat_seconds=heartbeat_s)
-        beat = Heartbeat(heartbeat_s)  # until its first word, which any stager says at once
+    async def _watch(self, line: Line, asked: pb.WatchRequest) -> AsyncGenerator[WatchEvent | None, None]:
+        """One stream, from where the last one ended; None for what is no event. Raises Silence."""
+        request = pb.WatchRequest()
+        request.CopyFrom(asked)
+        request.instance, request.after = self._position
+        beat = Heartbeat(asked.heartbeat_seconds)  # until its first word, which any stager says at once
         messages = self._stream_on(line, "Watch", request, pb.WatchEvent.FromString)
         async with contextlib.aclosing(messages), contextlib.aclosing(Listener(lambda: anext(messages, None), beat).listen()) as heard:
             async for message in heard:
@@ -367,9 +425,9 @@ class StagerClient:
                     continue
                 event = _event(message)
                 if isinstance(event, NodeState):
-                    beat.every_s = event.heartbeat_s if heartbeat_s else 0.0
+                    beat.every_s = event.heartbeat_s if asked.heartbeat_seconds else 0.0
                     self._position = (event.instance, message.sequence)
-                elif not message.HasField("heartbeat"):
+                elif message.sequence:
                     self._position = (self._position[0], message.sequence)
                 yield event
 
@@ -476,11 +534,15 @@ def _claimed(lease: Claimed) -> pb.ClaimedLease:
     )
 
 
+def _drained(reply: pb.DrainReply) -> Drained:
+    return Drained(reply.draining, reply.empty, reply.leased, reply.requests)
+
+
 def _event(message: pb.WatchEvent) -> WatchEvent | None:
     match message.WhichOneof("event"):
         case "node":
             node = message.node
-            return NodeState(node.ready, node.why, node.instance, node.resumed, node.draining, node.heartbeat_seconds)
+            return NodeState(node.ready, node.why, node.instance, node.resumed, node.draining, node.heartbeat_seconds, node.empty)
         case "published":
             return Published(message.published)
         case "refreshed":
@@ -491,6 +553,16 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
             return Refused(message.refused)
         case "demand":
             return Demand(message.demand.adapters, message.demand.cpu_slots)
+        case "inventory":
+            part = message.inventory
+            return Inventory(tuple(part.cold), tuple(part.warm), part.more)
+        case "loaded":
+            return Loaded(message.loaded)
+        case "unloaded":
+            return Unloaded(message.unloaded)
+        case "load":
+            load = message.load
+            return EngineLoad(load.running, load.waiting, load.kv_usage, load.slots, load.cpu_slots, load.age_seconds) if load.known else None
         case "space":
             return Space(message.space.used_bytes, message.space.reserved_bytes, message.space.max_bytes)
         case _:

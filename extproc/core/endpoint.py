@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, order=True)
 class Endpoint:
-    """Identity is the address alone: that is what Envoy sees. A node that comes back with another stager is the same endpoint."""
+    """Identity is the address and the instance: Envoy sees the address, and a pod that was replaced under an old address is a new endpoint, which has
+    nothing. A node that comes back with another stager is the same endpoint."""
 
     address: str  # ip:port, as Envoy's cluster spells it
     node: str = field(default="", compare=False)
     stager: str = field(default="", compare=False)  # host:port of the stager that fills this node's directory; "" = nothing is staged here
+    instance: str = ""  # what the source of endpoints tells instances apart by, as a pod's UID; "": it does not
     host: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -226,30 +226,64 @@ class VerifyResult(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., digest: _Optional[str] = ..., ok: _Optional[bool] = ..., why: _Optional[str] = ..., removed: _Optional[bool] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("instance", "after", "heartbeat_seconds")
+    __slots__ = ("instance", "after", "heartbeat_seconds", "copies", "load")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     instance: str
     after: int
     heartbeat_seconds: float
-    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ..., heartbeat_seconds: _Optional[float] = ...) -> None: ...
+    copies: bool
+    load: bool
+    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ..., heartbeat_seconds: _Optional[float] = ..., copies: _Optional[bool] = ..., load: _Optional[bool] = ...) -> None: ...
 
 class NodeState(_message.Message):
-    __slots__ = ("ready", "why", "instance", "resumed", "draining", "heartbeat_seconds")
+    __slots__ = ("ready", "why", "instance", "resumed", "draining", "heartbeat_seconds", "empty")
     READY_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EMPTY_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     why: str
     instance: str
     resumed: bool
     draining: bool
     heartbeat_seconds: float
-    def __init__(self, ready: _Optional[bool] = ..., why: _Optional[str] = ..., instance: _Optional[str] = ..., resumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., heartbeat_seconds: _Optional[float] = ...) -> None: ...
+    empty: bool
+    def __init__(self, ready: _Optional[bool] = ..., why: _Optional[str] = ..., instance: _Optional[str] = ..., resumed: _Optional[bool] = ..., draining: _Optional[bool] = ..., heartbeat_seconds: _Optional[float] = ..., empty: _Optional[bool] = ...) -> None: ...
+
+class Inventory(_message.Message):
+    __slots__ = ("cold", "warm", "more")
+    COLD_FIELD_NUMBER: _ClassVar[int]
+    WARM_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    cold: _containers.RepeatedScalarFieldContainer[str]
+    warm: _containers.RepeatedScalarFieldContainer[str]
+    more: bool
+    def __init__(self, cold: _Optional[_Iterable[str]] = ..., warm: _Optional[_Iterable[str]] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class EngineLoad(_message.Message):
+    __slots__ = ("running", "waiting", "kv_usage", "slots", "cpu_slots", "age_seconds", "known")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_USAGE_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CPU_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    running: float
+    waiting: float
+    kv_usage: float
+    slots: int
+    cpu_slots: int
+    age_seconds: float
+    known: bool
+    def __init__(self, running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., slots: _Optional[int] = ..., cpu_slots: _Optional[int] = ..., age_seconds: _Optional[float] = ..., known: _Optional[bool] = ...) -> None: ...
 
 class Space(_message.Message):
     __slots__ = ("used_bytes", "reserved_bytes", "max_bytes")
@@ -274,7 +308,7 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "heartbeat", "refused", "sequence")
+    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "heartbeat", "refused", "inventory", "loaded", "unloaded", "load", "sequence")
     NODE_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +317,10 @@ class WatchEvent(_message.Message):
     DEMAND_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    INVENTORY_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    UNLOADED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     node: NodeState
     published: str
@@ -292,8 +330,32 @@ class WatchEvent(_message.Message):
     demand: Demand
     heartbeat: Heartbeat
     refused: str
+    inventory: Inventory
+    loaded: str
+    unloaded: str
+    load: EngineLoad
     sequence: int
-    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., refused: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., refused: _Optional[str] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., loaded: _Optional[str] = ..., unloaded: _Optional[str] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("drain", "why")
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    drain: bool
+    why: str
+    def __init__(self, drain: _Optional[bool] = ..., why: _Optional[str] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("draining", "empty", "leased", "requests")
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    EMPTY_FIELD_NUMBER: _ClassVar[int]
+    LEASED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    draining: bool
+    empty: bool
+    leased: int
+    requests: float
+    def __init__(self, draining: _Optional[bool] = ..., empty: _Optional[bool] = ..., leased: _Optional[int] = ..., requests: _Optional[float] = ...) -> None: ...
 
 class ModelsRequest(_message.Message):
     __slots__ = ("after", "limit")

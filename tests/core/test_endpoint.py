@@ -1,4 +1,4 @@
-"""An endpoint is its address."""
+"""An endpoint is an address and an instance."""
 
 import dataclasses
 
@@ -7,10 +7,11 @@ import pytest
 from extproc.core.endpoint import Endpoint
 
 
-def test_identity_is_the_address_alone() -> None:
+def test_identity_is_the_address_and_the_instance() -> None:
     """A node that comes back with another stager is the same endpoint."""
     assert Endpoint("10.0.0.1:8000", "a", "10.0.0.1:9102") == Endpoint("10.0.0.1:8000", "b", "10.0.0.9:9102")
     assert len({Endpoint("10.0.0.1:8000", "a"), Endpoint("10.0.0.1:8000", "b"), Endpoint("10.0.0.2:8000", "a")}) == 2
+    assert Endpoint("10.0.0.1:8000", instance="pod-1") != Endpoint("10.0.0.1:8000", instance="pod-2")
 
 
 def test_endpoints_are_ordered_by_address() -> None:

@@ -148,7 +148,7 @@ class ScriptedStager(StagerClient):
         if self.error is not None:
             raise type(self.error)(self.error.message)
 
-    async def watch(self, heartbeat_s: float = 0.0) -> AsyncIterator[WatchEvent]:
+    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False) -> AsyncIterator[WatchEvent]:
         self.watched += 1
         self.heartbeats.append(heartbeat_s)
         if self.first_state is not None:
