@@ -191,7 +191,7 @@ def owner(
     assert isinstance(decision, Forward | PassThrough), "a POST is forwarded or passed, where every endpoint is ready"
     pool = decision.pool
     key = decision.key or model
-    order = pool.candidates(key)
+    order = pool.order(key)
     hashed = key_hash(key)
     if as_json:
         shown = {"model": model, "key": key, "pool": pool.name, "hash": hashed, "slot": hashed % pool.table.size}
@@ -200,7 +200,7 @@ def owner(
     typer.echo(f"{key}: pool {pool.name}, hash {hashed:016x}, slot {hashed % pool.table.size} of {pool.table.size}")
     shares = pool.table.slots_per_endpoint()
     for place, endpoint in enumerate(order):
-        why = "owner: holds the slot" if place == 0 else "next by highest random weight, if those before are down"
+        why = "owner: holds the slot" if place == 0 else "next in the key's order, where those before are down or busier"
         share = 100 * shares[endpoint.address] / pool.table.size
         typer.echo(f"  {place + 1}. {endpoint.address} ({endpoint.node}, {share:.1f} % of the keys)  {why}")
 

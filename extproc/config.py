@@ -4,13 +4,14 @@ Unknown keys are errors. Every complaint names its path and the bad value. The t
 made of it (`lora-extproc settings`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .core.choice import Balance, Rule, Rules
 from .core.decision import HashOn, Policy
 from .core.endpoint import Endpoint
 from .core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable, is_prime
@@ -105,6 +106,21 @@ class TlsSettings(Group):
         return self
 
 
+class CopiesSettings(Group):
+    match: str = Field(min_length=1)
+    """Shell pattern of adapter names; the first that matches wins."""
+    min: Annotated[int, Field(ge=1, le=64)] = 1
+    """So many copies are kept in engines' memory, whatever the load."""
+    max: Annotated[int, Field(ge=0)] = 0
+    """No more are made. 0: as many as the load makes."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "CopiesSettings":
+        if 0 < self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
 class RouterSettings(Group):
     listen: Address = "127.0.0.1:9002"
     """ext_proc and gRPC health, for Envoy."""
@@ -134,6 +150,20 @@ class RouterSettings(Group):
     cors_allow_origins: tuple[str, ...] = ("*",)
     """Origins whose pages may read what the router answers itself (errors, the list of models); `*`: all, as SGLang does and vLLM did up to 0.31. Empty:
     none, as vLLM does since. What an engine answers is the engine's to allow."""
+    balance: Balance = "bounded"
+    """Which endpoint serves a request. `bounded`: the copy with the least in flight below `balance_factor`; where there is none, one is made. The others
+    are for comparison, and make one copy of an adapter: `maglev` and `hrw` at the key's owner, `random` at each request's, `least_adapters`, `least_latency`
+    and `bin_pack` where those rules would put it."""
+    balance_factor: Annotated[float, Field(ge=1, le=10)] = 1.25
+    """An endpoint takes no more, while another can, from so many times the mean of requests in flight on. Lower: more copies; higher: more uneven."""
+    copies: tuple[CopiesSettings, ...] = ()
+    """How many copies adapters have, by name. Without: as many as the load makes, and a second of what is hot where engines have room."""
+    hold_down_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    """An endpoint that its source shows no longer is sent nothing more, and keeps its place and what is warm there for so long, should it come back."""
+    join_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+    """How long an endpoint that has come is given what it will own, at most, before it is sent requests. 0: it is sent them at once."""
+    leave_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
+    """How long what is leased on an endpoint that drains is made warm elsewhere and given back, at most."""
     table_size: Annotated[int, AfterValidator(_prime)] = DEFAULT_TABLE_SIZE
     """Slots of the Maglev table; a prime of at least 100 times the endpoints. Equal on every replica."""
     stage_deadline_s: Seconds = 120.0
@@ -188,6 +218,10 @@ class RouterSettings(Group):
         except ValueError as error:
             raise ValueError(str(error).removeprefix(f"{value!r} ")) from None
         return value
+
+    def rules(self, draw: Callable[[int], int]) -> Rules:
+        """How endpoints are chosen. `draw`: a number below the one it is given."""
+        return Rules(Rule(draw, self.balance, self.balance_factor), [(c.match, c.min, c.max) for c in self.copies])
 
     def policy(self) -> Policy:
         """What decisions depend on."""
@@ -540,8 +574,8 @@ def _complaint(error: Any, source: str) -> str:
 
 def build_pools(settings: Settings) -> tuple[Pool, ...]:
     """The pools with their tables filled."""
-    size = settings.router.table_size
-    return tuple(Pool(p.name, frozenset(p.base_models), p.adapters, LookupTable(p.members(), size), p.paths) for p in settings.pools)
+    size, by_weight = settings.router.table_size, settings.router.balance == "hrw"
+    return tuple(Pool(p.name, frozenset(p.base_models), p.adapters, LookupTable(p.members(), size), p.paths, by_weight) for p in settings.pools)
 
 
 def settings_table() -> str:

@@ -279,7 +279,7 @@ def test_the_reference_states_the_defaults_as_yaml() -> None:
             group[name] = yaml.safe_load(default)
     assert parse(raw, source="") == Settings()
     required = [path for path, default, _ in reference() if default == "required"]
-    assert required == ["pools[].name", "pools[].endpoints[].address", "stager.origins[].type"]
+    assert required == ["pools[].name", "pools[].endpoints[].address", "router.copies[].match", "stager.origins[].type"]
 
 
 def test_the_table_has_one_row_per_setting() -> None:

@@ -74,8 +74,9 @@ class Forward:
     adapter: AdapterName
     pool: Pool
     key: str
-    candidates: tuple[Endpoint, ...]  # that are not down, in the key's order: the owner first; never empty
-    stageable: tuple[Endpoint, ...]  # those of them that may be given something new
+    candidates: tuple[Endpoint, ...]  # the first that are not down, in the key's order: the owner first; never empty
+    snapshot: Snapshot  # that it was decided on
+    subset: tuple[str, ...] | None  # the gateway's hint: only these endpoints
     wait_s: float  # how long it may be held
     plain: bool = False  # the engine must know it by the adapter's own name
 
@@ -139,10 +140,10 @@ def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     if pool is None:
         raise ModelNotFound(f"The model `{adapter}` does not exist: it belongs to no pool")
     key = policy.hash_on.key(adapter, facts.headers)
-    usable = snapshot.usable(pool.candidates(key), facts.subset)
+    usable = snapshot.candidates(pool, key, facts.subset)
     if not usable:
         return _nobody(facts, pool, wait)
-    return Forward(adapter, pool, key, usable, snapshot.stageable(usable), wait, not facts.can_rename)
+    return Forward(adapter, pool, key, usable, snapshot, facts.subset, wait, not facts.can_rename)
 
 
 def _pool_without_model(facts: Facts, snapshot: Snapshot, policy: Policy) -> tuple[Pool, str | None]:
@@ -162,7 +163,7 @@ def _pool_without_model(facts: Facts, snapshot: Snapshot, policy: Policy) -> tup
 
 
 def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, wait: float) -> Decision:
-    usable = snapshot.usable(pool.candidates(key) if key else pool.table.endpoints, facts.subset)
+    usable = snapshot.candidates(pool, key, facts.subset) if key else snapshot.usable(pool.table.endpoints, facts.subset)
     if not usable:
         return _nobody(facts, pool, wait)
     return PassThrough(pool, key, usable if key else snapshot.stageable(usable) or usable)

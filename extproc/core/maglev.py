@@ -9,6 +9,8 @@ from .endpoint import Endpoint
 
 DEFAULT_TABLE_SIZE = 65_537  # the paper's small table and Envoy's default; at 100x the endpoints shares differ by about 1 %
 MAX_TABLE_SIZE = 5_000_011  # Envoy refuses larger ones
+FIRST = 4  # places of a key that are looked at for a request: the two where its copy belongs, and two for when those are away or too busy
+_STEPS_PER_PLACE = 8  # looks for another endpoint; with two of equal shares, eight find the second in 255 of 256 keys
 _OFFSET_SEED, _SKIP_SEED, _KEY_SEED = 0x6F66, 0x736B, 0x6B65  # three independent hash functions
 
 
@@ -40,19 +42,39 @@ class LookupTable:
         """The endpoint that owns `key`; None only if there are no endpoints."""
         return self.endpoints[self._slots[key_hash(key) % self.size]] if self.endpoints else None
 
-    def candidates(self, key: str) -> tuple[Endpoint, ...]:
-        """Every endpoint, owner first, then in the key's own fixed order.
+    def first(self, key: str, count: int) -> tuple[Endpoint, ...]:
+        """The first `count` endpoints in the key's order, or all: its owner, then the owners that further hashes of it give.
 
-        The rest is ordered by highest random weight (Thaler & Ravishankar 1998): keys of one owner spread over all others when it is
-        skipped, and an endpoint that joins or leaves changes nobody else's order.
+        So keys of one owner spread over all others when it is skipped, in the shares that all have, and a change of membership moves no more of the later
+        places than of the first. It costs a few steps, however many endpoints there are.
         """
         if not self.endpoints:
             return ()
-        hashed = key_hash(key)
-        owner = self.endpoints[self._slots[hashed % self.size]]
-        seed = hashed >> 32
-        rest = sorted((e for e in self.endpoints if e is not owner), key=lambda e: (mmh3.hash(e.host, seed, False), e.address), reverse=True)
-        return (owner, *rest)
+        hashed, step = mmh3.hash64(key.encode("utf-8", "surrogatepass"), _KEY_SEED, signed=False)
+        step = step % (self.size - 1) + 1
+        found: dict[int, None] = {}  # indexes, in order
+        wanted = min(count, len(self.endpoints))
+        for _ in range(_STEPS_PER_PLACE * wanted):
+            found[self._slots[hashed % self.size]] = None
+            if len(found) == wanted:
+                return tuple([self.endpoints[index] for index in found])
+            hashed += step
+        first = [self.endpoints[index] for index in found]
+        return (*first, *self._by_weight(key, [e for e in self.endpoints if e not in first]))[:wanted]
+
+    def order(self, key: str) -> tuple[Endpoint, ...]:
+        """Every endpoint: `first`, then the rest by highest random weight (Thaler & Ravishankar 1998), in which an endpoint that joins or leaves changes
+        nobody else's place."""
+        first = self.first(key, FIRST)
+        return (*first, *self._by_weight(key, [e for e in self.endpoints if e not in first]))
+
+    def by_weight(self, key: str) -> tuple[Endpoint, ...]:
+        """Every endpoint, by highest random weight alone."""
+        return tuple(self._by_weight(key, self.endpoints))
+
+    def _by_weight(self, key: str, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+        seed = key_hash(key) >> 32
+        return sorted(endpoints, key=lambda e: (mmh3.hash(e.host, seed, False), e.address), reverse=True)
 
     def slots_per_endpoint(self) -> dict[str, int]:
         """How many of the `size` slots each address holds: the share of keys it owns."""

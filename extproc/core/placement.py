@@ -1,14 +1,16 @@
 """Which pool a model belongs to and which endpoints may serve a key: the snapshot every decision is made on, replaced whole."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
+from .choice import HOME
 from .endpoint import Endpoint
-from .maglev import LookupTable
+from .maglev import FIRST, LookupTable
 from .standing import Standing
 
-_REMEMBERED_KEYS = 65_536  # orders kept per pool; at 100 endpoints one costs 50 us to compute and 1 KB to keep
+_REMEMBERED_KEYS = 65_536  # orders kept per pool; one costs some 4 us to compute and 300 bytes to keep
 _REMEMBERED_KEY_CHARS = 512  # an adapter's name has 256 bytes; a header that is hashed may have 60 KB, and a client invents them
 
 
@@ -21,26 +23,38 @@ class Pool:
     adapters: tuple[str, ...]  # shell patterns of the adapter names that run on this base
     table: LookupTable
     paths: tuple[str, ...] = ()  # shell patterns of paths whose requests come here although they name no model
+    by_weight: bool = False  # a key's order is that of highest random weight alone, without the table
     _takes_all: bool = field(init=False, repr=False, compare=False)
-    _orders: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _first: Callable[[str, int], tuple[Endpoint, ...]] = field(init=False, repr=False, compare=False)
+    _at: Mapping[str, tuple[Endpoint, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_takes_all", "*" in self.adapters)
+        first = (lambda key, count: self.table.by_weight(key)[:count]) if self.by_weight else self.table.first
+        object.__setattr__(self, "_first", lru_cache(_REMEMBERED_KEYS)(first))  # the table never changes
+        at: dict[str, tuple[Endpoint, ...]] = {}
+        for endpoint in self.table.endpoints:
+            if endpoint.stager:
+                at[endpoint.stager] = (*at.get(endpoint.stager, ()), endpoint)
+        object.__setattr__(self, "_at", at)
 
     def serves(self, adapter: str) -> bool:
         """Whether one of the patterns matches."""
         return self._takes_all or any(fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
-    def candidates(self, key: str) -> tuple[Endpoint, ...]:
-        """`LookupTable.candidates`, remembered: the table never changes."""
-        order = self._orders.get(key)
-        if order is None:
-            order = self.table.candidates(key)
-            if len(key) <= _REMEMBERED_KEY_CHARS:
-                if len(self._orders) >= _REMEMBERED_KEYS:
-                    self._orders.clear()
-                self._orders[key] = order
-        return order
+    def candidates(self, key: str, count: int = FIRST) -> tuple[Endpoint, ...]:
+        """The first `count` endpoints in the key's order, remembered."""
+        if len(key) > _REMEMBERED_KEY_CHARS:
+            return self.table.by_weight(key)[:count] if self.by_weight else self.table.first(key, count)
+        return self._first(key, count)
+
+    def order(self, key: str) -> tuple[Endpoint, ...]:
+        """Every endpoint, in the key's order."""
+        return self.table.by_weight(key) if self.by_weight else self.table.order(key)
+
+    def at(self, stager: str) -> tuple[Endpoint, ...]:
+        """The endpoints whose directory that stager fills."""
+        return self._at.get(stager, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +96,15 @@ class Snapshot:
         known = self.standings.get(endpoint.address)
         return Standing.READY if known is None else known[0]
 
+    def candidates(self, pool: Pool, key: str, subset: Sequence[str] | None = None) -> tuple[Endpoint, ...]:
+        """The first endpoints in the key's order that are not down, within the gateway's subset hint if it gave one. Only where the key's own first places
+        are away, or the hint leaves few, are all endpoints looked at."""
+        if subset is None:
+            usable = self.usable(pool.candidates(key))
+            if len(usable) >= min(HOME, len(pool.table.endpoints)):
+                return usable
+        return self.usable(pool.order(key), subset)[:FIRST]
+
     def usable(self, order: Iterable[Endpoint], subset: Sequence[str] | None = None) -> tuple[Endpoint, ...]:
         """`order` without the endpoints that are down, and within the gateway's subset hint (`ip:port` or `ip`) if it gave one."""
         up = tuple(e for e in order if self.standing(e) is not Standing.DOWN) if self.standings else tuple(order)
@@ -90,6 +113,6 @@ class Snapshot:
         allowed = frozenset(hint.strip("[]") for hint in subset)
         return tuple(e for e in up if e.address.strip("[]") in allowed or e.address.rpartition(":")[0].strip("[]") in allowed)
 
-    def stageable(self, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    def stageable(self, usable: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
         """Those of `usable` that may be given something new."""
-        return tuple(e for e in usable if self.standing(e) is Standing.READY) if self.standings else usable
+        return tuple(e for e in usable if self.standing(e) is Standing.READY) if self.standings else tuple(usable)

@@ -3,9 +3,17 @@
 A stager that is gone deletes nothing, so what it leased stays where it is; only its engine decides whether requests can still be answered there. An
 engine that has gone knows no adapter when it comes back: what was leased there is forgotten with it.
 
+An endpoint that has come, or come back with an engine that knows nothing, is given what it will own before it is sent anything. One that has vanished
+keeps its place for a while, so that a blip moves nothing.
+
 | the stager | its engine | the endpoint is |
 | --- | --- | --- |
+| whatever it says | the source of endpoints shows the endpoint no longer | down |
+| whatever it says | the proxy could not reach it, twice in a row | down, until the proxy may try again |
 | says that it is ready, or was not heard of yet | (the stager says so) | ready |
+| the same | it has what it will own not yet | joining |
+| the same | the source of endpoints says that it will go | draining |
+| says that the node drains | (the stager says so) | draining |
 | says that it is not ready: its engine or its disk fails | | down |
 | says that it is stopping | not asked yet, or answers | draining |
 | says that it is stopping | does not answer | down |
@@ -24,6 +32,7 @@ class Standing(Enum):
 
     __hash__ = object.__hash__  # members are compared by identity
 
+    JOINING = "what it will own, to be prepared; no request"
     READY = "everything"
     DRAINING = "what is leased there, and base models; nothing is staged"
     DOWN = "nothing"
@@ -36,8 +45,12 @@ class Stager(Enum):
 
     READY = "ready"
     NOT_READY = "not ready"
+    DRAINING = "draining"
     STOPPING = "stopping"
     LOST = "lost"
+
+
+MISSED = 2  # one may be a connection that was closed for being idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +61,23 @@ class Observed:
     why: str = ""
     is_silent: bool = False
     engine_answers: bool | None = None  # to this router; None: not asked, since its stager tells
+    is_prepared: bool = True
+    is_leaving: bool = False  # as its source says
+    is_gone: bool = False  # from its source
+    missed: int = 0  # requests in a row that the proxy sent to another of the list
 
     def standing(self) -> tuple[Standing, str]:
         """The table above."""
+        if self.is_gone:
+            return Standing.DOWN, "its source of endpoints shows it no longer"
+        if self.missed >= MISSED:
+            return Standing.DOWN, "the proxy could not reach it"
         if self.stager is Stager.NOT_READY:
             return Standing.DOWN, self.why
         if (self.is_silent or self.stager in (Stager.LOST, Stager.STOPPING)) and self.engine_answers is False:
             return Standing.DOWN, f"{self.why or 'its stager is silent'}; its engine does not answer either"
+        if self.stager is Stager.READY and self.is_leaving:
+            return Standing.DRAINING, "its source of endpoints says that it will go"
         if self.stager is Stager.READY:
-            return Standing.READY, ""
+            return (Standing.READY, "") if self.is_prepared else (Standing.JOINING, "it is given what it will own")
         return Standing.DRAINING, self.why

@@ -1,57 +1,106 @@
-"""Who is there, and what may be sent to whom: the snapshot that decisions are made on, kept current by each stager's Watch stream.
+"""Who is there, and what may be sent to whom: the snapshot that decisions are made on.
 
-A stager that hangs keeps its connections, so it proves with a heartbeat that it lives. When it falls silent, or its stream ends, this router asks the
-engine itself: an engine that answers goes on serving what is there, one that does not is a node that is gone. `core/standing.py` has the table.
+Sources of endpoints give whole fleets; `apply` finds what has changed, has the lookup tables filled in a thread, and replaces the snapshot by one
+assignment. Each stager that an endpoint names is connected to and watched for as long as one does. `core/standing.py` says how an endpoint stands by
+what is observed of it.
+
+An endpoint that the fleet shows no longer is down at once, and keeps its place in the tables, its leases and its copies for `hold_down_s`: one that is
+back by then, as the same instance, goes on as if nothing had been.
 """
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from ..client import Demand, Evicted, NodeState, Published, Refreshed, Refused, StagerClient
+from ..client import StagerClient
 from ..core.endpoint import Endpoint
+from ..core.fleet import Fleet, Found
+from ..core.load import Engine, Loads
+from ..core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable
 from ..core.placement import Pool, Snapshot
-from ..core.standing import Observed, Stager, Standing
-from ..errors import LoraExtprocError
-from ..heartbeat import Heard, Silent
+from ..core.popularity import Popularity
+from ..core.standing import MISSED, Observed, Stager, Standing
 from ..metrics import RouterMetrics
 from .models import Models
+from .moving import Moves
 from .probe import Probe
 from .residency import Residency
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
-RECONNECT_S = 0.5  # a restarted stager is back in the walk this soon; the channel itself backs off between attempts
-PROBE_EVERY_S = 1.0  # while a stager is lost, its engine is asked again after so long
-HUNG_UP_S = 0.05  # after an engine has hung up: its port refuses connections by then, if it has gone
 WATCHES_PER_S = 400.0  # heartbeats of all stagers together that this router listens to: a few percent of a core
+MISSED_S = 5.0  # an endpoint that the proxy could not reach is tried again after so long
+TICK_S = 1.0  # what is too old to count as load is dropped so often
+_SIZES = (DEFAULT_TABLE_SIZE, 655_373, MAX_TABLE_SIZE)  # a table that the fleet has outgrown is replaced by the next, on every router alike
+WINDOW_TICKS = 30  # and after so many of those a window of popularity ends
+
+
+@dataclass(slots=True)
+class _Stager:
+    """One that is connected to."""
+
+    client: StagerClient
+    watch: asyncio.Task[None]
 
 
 class Membership:
     """Endpoints count as ready until their stager is heard of; then they stand as it says and as their engines answer."""
 
-    def __init__(self, pools: Sequence[Pool], residency: Residency, models: Models, metrics: RouterMetrics, probe: Probe, heartbeat_s: float) -> None:
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        residency: Residency,
+        models: Models,
+        metrics: RouterMetrics,
+        probe: Probe,
+        moves: Moves,
+        popularity: Popularity,
+        *,
+        clients: dict[str, StagerClient],
+        connect: Callable[[str], StagerClient],
+        heartbeat_s: float,
+        hold_down_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.snapshot = Snapshot(tuple(pools))
+        self.loads = {pool.name: Loads(endpoint.address for endpoint in pool.table.endpoints) for pool in pools}
         self._residency = residency
         self._models = models
         self._metrics = metrics
         self._probe = probe
+        self._moves = moves
+        self._popularity = popularity
+        self._clients = clients
+        self._connect = connect
+        self._clock = clock
         self._heartbeat_s = heartbeat_s
+        self._hold_down_s = hold_down_s
         self._observed: dict[str, Observed] = {}  # by endpoint address
         self._since: dict[str, float] = {}  # by endpoint address, when it began to stand as it does
+        self._pool_of: dict[str, str] = {}  # by endpoint address
+        self._at: dict[str, tuple[Endpoint, ...]] = {}  # by stager
+        self._gone: dict[str, float] = {}  # by address: when an endpoint that the fleet shows no longer loses its place
+        self._fleet: Fleet | None = None  # as it was applied last
+        self._stagers: dict[str, _Stager] = {}
         self._turn = 0
-        self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()  # replaced at each change
+        self._applying = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_started = False
+        self.on_change: list[Callable[[Snapshot], None]] = []
+        self._index()
+        self._shares({pool.name: pool.table.slots_per_endpoint() for pool in pools}, ())
         self._count()
 
-    def in_turn(self, candidates: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
-        """The candidates, beginning with another one each time."""
+    def turn(self) -> int:
+        """A number that is another each time."""
         self._turn += 1
-        first = self._turn % len(candidates)
-        return (*candidates[first:], *candidates[:first])
+        return self._turn
 
     async def changed(self, timeout_s: float) -> None:
         """Wait for the next snapshot, at most so long."""
@@ -59,33 +108,119 @@ class Membership:
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
 
+    # -- what is sent, and who served
+
+    def send(self, pool: str, endpoint: Endpoint) -> None:
+        """A request goes to that endpoint."""
+        self.loads[pool].send(endpoint.address, self._clock())
+
+    def served(self, first: Endpoint, served: str) -> None:
+        """The proxy says who served a request whose list began with `first`. Another one, twice in a row, means that `first` cannot be reached."""
+        observed = self._observed.get(first.address)
+        if served == first.address:
+            if observed is not None and observed.missed:
+                self.observe(first, missed=0)
+            return
+        missed = (observed.missed if observed is not None else 0) + 1
+        if missed <= MISSED:
+            self.observe(first, missed=missed)
+            if missed == MISSED:
+                self._later(MISSED_S, lambda: self._try_again(first))
+
+    def _try_again(self, endpoint: Endpoint) -> None:
+        """Let the proxy send it one: it is down again with the next miss."""
+        if endpoint.address in self._observed:
+            self.observe(endpoint, missed=MISSED - 1)
+
     # -- how endpoints stand
+
+    def at(self, stager: str) -> Sequence[Endpoint]:
+        """The endpoints whose directory that stager fills, now."""
+        return self._at.get(stager, ())
+
+    def engine_says(self, stager: str, engine: Engine, age_s: float) -> None:
+        """What the engine worked on so long ago."""
+        for endpoint in self.at(stager):
+            self.loads[self._pool_of[endpoint.address]].say(endpoint.address, engine, self._clock() - age_s)
+
+    def in_demand(self, stager: str, adapters: int, slots: int) -> None:
+        """How many adapters compete for the engine's slots."""
+        for endpoint in self.at(stager):
+            self.loads[self._pool_of[endpoint.address]].demand(endpoint.address, adapters, slots)
+
+    def engine_is_new(self, endpoint: Endpoint) -> None:
+        """Its engine knows nothing when it comes back: it is given what it will own before it is sent anything, if others can serve meanwhile."""
+        self.observe(endpoint, is_prepared=False)
 
     def observe(self, endpoint: Endpoint, **seen: object) -> None:
         """Something new was seen of `endpoint`: fields of `Observed`. Replaces the snapshot and logs if the endpoint stands otherwise because of it."""
-        known = self._observed.get(endpoint.address, Observed())
-        observed = self._observed[endpoint.address] = replace(known, **seen)  # type: ignore[arg-type]  # as the callers below name them
-        standing, why = observed.standing()
-        before, before_why = self.snapshot.standings.get(endpoint.address, (Standing.READY, ""))
-        if (standing, why) == (before, before_why):
+        self._observe([(endpoint, seen)])
+
+    def _observe(self, seen: Sequence[tuple[Endpoint, Mapping[str, object]]]) -> None:
+        """The same for many, with one snapshot."""
+        standings = dict(self.snapshot.standings)
+        others: list[tuple[Endpoint, Standing, str]] = []
+        is_other = False
+        for endpoint, fields in seen:
+            if endpoint.address not in self._pool_of:
+                continue  # it has lost its place meanwhile
+            known = self._observed.get(endpoint.address, Observed())
+            observed = self._observed[endpoint.address] = replace(known, **fields)  # type: ignore[arg-type]  # as the callers name them
+            standing, why = observed.standing()
+            if standing is Standing.JOINING and not self._others_are_ready(endpoint, standings):
+                observed = self._observed[endpoint.address] = replace(observed, is_prepared=True)
+                standing, why = observed.standing()
+            before, before_why = standings.pop(endpoint.address, (Standing.READY, ""))
+            if standing is not Standing.READY:
+                standings[endpoint.address] = (standing, why)
+            is_other = is_other or (standing, why) != (before, before_why)
+            if standing is not before:
+                others.append((endpoint, standing, why))
+        if not is_other:
             return
-        standings = {address: known for address, known in self.snapshot.standings.items() if address != endpoint.address}
-        if standing is not Standing.READY:
-            standings[endpoint.address] = (standing, why)
-        self.snapshot = Snapshot(self.snapshot.pools, standings, self.snapshot.version + 1)
+        self._publish(Snapshot(self.snapshot.pools, standings, self.snapshot.version + 1))
+        for name in {self._pool_of[endpoint.address] for endpoint, _, _ in others}:
+            self._stand(name)
+        for endpoint, standing, why in others:
+            self._tell(endpoint, standing, why)
+            self._move(endpoint, standing)
+
+    def _others_are_ready(self, endpoint: Endpoint, standings: Mapping[str, tuple[Standing, str]]) -> bool:
+        pool = self.snapshot.pool(self._pool_of[endpoint.address])
+        return pool is not None and any(e != endpoint and e.address not in standings for e in pool.table.endpoints)
+
+    def _move(self, endpoint: Endpoint, standing: Standing) -> None:
+        """Have what the new standing asks for done in the background; it ends when the standing does."""
+        pool, observed = self._pool_of[endpoint.address], self._observed[endpoint.address]
+        if standing is Standing.JOINING:
+            self._moves.join(self, pool, endpoint, lambda: self.observe(endpoint, is_prepared=True))
+        elif standing is Standing.DRAINING and observed.stager is not Stager.LOST:  # one that is lost may be back in a moment
+            self._moves.leave(self, pool, endpoint)
+        else:
+            self._moves.stay(endpoint)
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         self._count()
-        if standing is not before:
-            self._tell(endpoint, standing, why)
+        for tell in self.on_change:
+            tell(snapshot)
+
+    def _stand(self, name: str) -> None:
+        pool = self.snapshot.pool(name)
+        if pool is not None:
+            self.loads[name].stand(e.address for e in pool.table.endpoints if self.snapshot.standing(e) is Standing.READY)
 
     def _tell(self, endpoint: Endpoint, standing: Standing, why: str) -> None:
-        now = time.monotonic()
+        now = self._clock()
         since = self._since.get(endpoint.address, now)
         self._since[endpoint.address] = now
         who = f"endpoint {endpoint.address} ({endpoint.node})"
         if standing is Standing.READY:
-            log.info("%s is ready again after %.1f s", who, now - since)
+            log.info("%s is ready after %.1f s", who, now - since)
+        elif standing is Standing.JOINING:
+            log.info("%s joins: %s", who, why)
         elif standing is Standing.DRAINING:
             log.warning("%s is draining: %s; what is leased there and base models go on being sent there", who, why)
         else:
@@ -100,142 +235,188 @@ class Membership:
         for standing, count in counts.items():
             self._metrics.endpoints.labels(standing.name.lower()).set(count)
 
-    # -- watching
+    # -- the fleet
 
-    def start(self, clients: Mapping[str, StagerClient]) -> None:
-        """Watch every stager until `stop`."""
-        self._heartbeat_s = max(self._heartbeat_s, len(clients) / WATCHES_PER_S)
-        for address, client in clients.items():
-            served = [e for pool in self.snapshot.pools for e in pool.table.endpoints if e.stager == address]
-            self._tasks.append(asyncio.create_task(self._watch(client, served), name=f"watch {address}"))
+    async def apply(self, fleet: Fleet) -> None:
+        """These are the endpoints of every pool now. Pools that are not named keep theirs."""
+        async with self._applying:
+            self._fleet = fleet
+            await self._follow_fleet()
+
+    async def _follow_fleet(self) -> None:
+        assert self._fleet is not None
+        now = self._clock()
+        places: dict[str, list[Endpoint]] = {}
+        taken: dict[str, str] = {}
+        for pool in self.snapshot.pools:
+            found = {f.endpoint.address: f for f in self._fleet.get(pool.name, ()) if taken.setdefault(f.endpoint.address, pool.name) == pool.name}
+            if pool.name not in self._fleet:
+                found = {e.address: Found(e) for e in pool.table.endpoints}
+            places[pool.name] = [*(f.endpoint for f in found.values()), *self._held(pool, found, now)]
+        others = [pool for pool in self.snapshot.pools if _differ(pool.table.endpoints, places[pool.name])]
+        tables = await asyncio.to_thread(_tables, [(pool, places[pool.name]) for pool in others])
+        self._replace(tables)
+        seen = []
+        leaving = {f.endpoint.address for shown in self._fleet.values() for f in shown if f.is_leaving}
+        for pool in self.snapshot.pools:
+            for endpoint in pool.table.endpoints:
+                known = self._observed.get(endpoint.address, Observed())
+                fields = {"is_gone": endpoint.address in self._gone, "is_leaving": endpoint.address in leaving}
+                if (known.is_gone, known.is_leaving) != tuple(fields.values()):
+                    seen.append((endpoint, fields))
+        self._observe(seen)
+
+    def _held(self, pool: Pool, found: Mapping[str, Found], now: float) -> Iterable[Endpoint]:
+        """The endpoints of the pool that the fleet shows no longer, and that keep their places yet."""
+        for endpoint in pool.table.endpoints:
+            if endpoint.address in found:
+                self._gone.pop(endpoint.address, None)
+                continue
+            until = self._gone.get(endpoint.address)
+            if until is None:
+                until = self._gone[endpoint.address] = now + self._hold_down_s
+                self._later(self._hold_down_s, self._let_go)
+            if until > now:
+                yield endpoint
+
+    def _let_go(self) -> None:
+        """Some endpoint's time is over."""
+        self._do(self._follow_again(), "fleet")
+
+    async def _follow_again(self) -> None:
+        async with self._applying:
+            await self._follow_fleet()
+
+    def _replace(self, tables: Mapping[str, tuple[LookupTable, Mapping[str, int]]]) -> None:
+        """Make the snapshot with these tables the one that counts, and follow its endpoints."""
+        if not tables:
+            return
+        old = {e.address: e for pool in self.snapshot.pools for e in pool.table.endpoints}
+        pools = tuple(replace(pool, table=tables[pool.name][0]) if pool.name in tables else pool for pool in self.snapshot.pools)
+        new = {e.address: e for pool in pools for e in pool.table.endpoints}
+        left = [endpoint for address, endpoint in old.items() if new.get(address) != endpoint]
+        came = [endpoint for address, endpoint in new.items() if old.get(address) != endpoint]
+        for endpoint in left:
+            self._moves.stay(endpoint)
+            self._gone.pop(endpoint.address, None)
+            self._observed.pop(endpoint.address, None)
+            self._since.pop(endpoint.address, None)
+        standings = {address: known for address, known in self.snapshot.standings.items() if address in new and address in self._observed}
+        stagers_before = set(self._at)
+        is_first = not old
+        self.snapshot = Snapshot(pools, standings, self.snapshot.version + 1)
+        self._index()
+        for name in tables:
+            pool = self.snapshot.pool(name)
+            assert pool is not None
+            self.loads[name].follow(e.address for e in pool.table.endpoints)
+            self._stand(name)
+        instances = {endpoint.stager for endpoint in came if endpoint.address in old}  # a new instance, under an address that others had
+        for stager in (stagers_before - set(self._at)) | (instances & stagers_before):
+            self._disconnect(stager)
+        self._shares({name: slots for name, (_, slots) in tables.items()}, [e.address for e in left if e.address not in new])
+        self._models.follow(pools)
+        self._publish(self.snapshot)
+        if left or came:
+            log.info("the fleet has %d endpoints: %d came, %d left", len(new), len(came), len(left))
+        if self._is_started:
+            self._connect_all()
+        if not is_first:
+            self._observe([(endpoint, {"is_prepared": False}) for endpoint in came])
+
+    def _index(self) -> None:
+        self._pool_of = {e.address: pool.name for pool in self.snapshot.pools for e in pool.table.endpoints}
+        at: dict[str, tuple[Endpoint, ...]] = {}
+        for pool in self.snapshot.pools:
+            for endpoint in pool.table.endpoints:
+                if endpoint.stager:
+                    at[endpoint.stager] = (*at.get(endpoint.stager, ()), endpoint)
+        self._at = at
+
+    def _shares(self, shares: Mapping[str, Mapping[str, int]], left: Iterable[str]) -> None:
+        for address in left:
+            with contextlib.suppress(KeyError):
+                self._metrics.share.remove(address)
+        for slots in shares.values():
+            size = sum(slots.values())
+            for address, count in slots.items():
+                self._metrics.share.labels(address).set(count / size)
+
+    # -- stagers
+
+    def start(self) -> None:
+        """Connect to every stager and watch it until `stop`."""
+        self._is_started = True
+        self._connect_all()
+        self._do(self._tick(), "loads")
+
+    def _connect_all(self) -> None:
+        for stager in self._at:
+            client = self._clients.get(stager)
+            if client is None:
+                client = self._clients[stager] = self._connect(stager)
+            if stager not in self._stagers:
+                watch = Watch(client, self, self._residency, self._models, self._probe, self._beat_s)
+                self._stagers[stager] = _Stager(client, asyncio.create_task(watch.run(), name=f"watch {stager}"))
+
+    def _beat_s(self) -> float:
+        return max(self._heartbeat_s, len(self._stagers) / WATCHES_PER_S)
+
+    def _disconnect(self, address: str) -> None:
+        stager = self._stagers.pop(address, None)
+        client = self._clients.pop(address, None)
+        self._residency.forget_stager(address)
+        if stager is not None:
+            stager.watch.cancel()
+        if client is not None:
+            self._do(_close(client, stager), f"close {address}")
+
+    async def _tick(self) -> None:
+        for tick in itertools.count(1):
+            await asyncio.sleep(TICK_S)
+            for loads in self.loads.values():
+                loads.sweep(self._clock())
+            if tick % WINDOW_TICKS == 0:
+                await asyncio.to_thread(self._popularity.roll)
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        """End what is done by itself; the clients stay open for who has to say good-bye."""
+        await self._moves.close()
+        tasks = [*self._tasks, *(stager.watch for stager in self._stagers.values())]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._probe.close()
 
-    async def _watch(self, client: StagerClient, endpoints: Sequence[Endpoint]) -> None:
-        watch = _Watch(self, client, endpoints)
-        try:
-            while True:
-                try:
-                    await watch.follow()
-                    why = "its stream ended"
-                except LoraExtprocError as error:
-                    why = error.message.removeprefix(f"stager {client.address}: ")
-                except Exception as error:
-                    log.exception("the watch of stager %s met an error of the router's own", client.address)
-                    why = type(error).__name__
-                watch.lost(why)
-                await asyncio.sleep(RECONNECT_S)
-        finally:
-            await watch.ask_engines_no_more()
+    # -- tasks
+
+    def _later(self, seconds: float, then: Callable[[], None]) -> None:
+        async def wait() -> None:
+            await asyncio.sleep(seconds)
+            then()
+
+        self._do(wait(), "later")
+
+    def _do(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-class _Watch:
-    """One stager's stream, and what follows from each event. Its parent's endpoints stand as it observes them."""
+def _differ(old: Sequence[Endpoint], new: Sequence[Endpoint]) -> bool:
+    return {(e, e.node, e.stager) for e in old} != {(e, e.node, e.stager) for e in new}
 
-    def __init__(self, membership: Membership, client: StagerClient, endpoints: Sequence[Endpoint]) -> None:
-        self._m = membership
-        self._client = client
-        self._endpoints = endpoints
-        self._instance = ""
-        self._said = ""  # why it was lost, since it was heard last
-        self._asking: asyncio.Task[None] | None = None  # the engines, while the stager says nothing
 
-    async def follow(self) -> None:
-        """Take events until the stream ends. Raises what the client raises."""
-        stager, m = self._client.address, self._m
-        async for event in self._client.watch(m._heartbeat_s):  # noqa: SLF001  # one thing in two classes
-            match event:
-                case NodeState():
-                    await self._node(event)
-                case Silent(seconds):
-                    log.warning("stager %s has been silent for %.1f s; its engine is asked directly", stager, seconds)
-                    self._observe(is_silent=True)
-                    self._ask_engines()
-                case Heard():
-                    await self.ask_engines_no_more()
-                    self._observe(is_silent=False, engine_answers=None)
-                case Evicted(adapter):
-                    m._residency.forget(stager, adapter)  # noqa: SLF001
-                    m._models.changed(stager)  # noqa: SLF001
-                case Refreshed(adapter):
-                    m._residency.refreshed(stager, adapter)  # noqa: SLF001
-                    m._models.changed(stager)  # noqa: SLF001
-                case Refused():
-                    m._models.changed(stager)  # noqa: SLF001
-                case Published():  # nothing is believed that was not asked for
-                    m._models.changed(stager)  # noqa: SLF001
-                case Demand() as demand:
-                    m._residency.learn_demand(stager, demand)  # noqa: SLF001
-                case _:
-                    pass
+def _tables(pools: Collection[tuple[Pool, Sequence[Endpoint]]]) -> dict[str, tuple[LookupTable, Mapping[str, int]]]:
+    """For a thread: the lookup table of each pool, and how many slots its endpoints have."""
+    tables: dict[str, tuple[LookupTable, Mapping[str, int]]] = {}
+    for pool, endpoints in pools:
+        table = LookupTable(endpoints, next(size for size in (pool.table.size, *_SIZES) if size >= len(endpoints)))
+        tables[pool.name] = (table, table.slots_per_endpoint())
+    return tables
 
-    def lost(self, why: str) -> None:
-        """The stream has ended: what is leased counts on, if the engines live. They are asked until the stager says something again.
 
-        A stager that is gone refuses each new stream at once: a question to an engine that hangs outlives many of those. A reason that repeats is logged
-        once.
-        """
-        if why != self._said:
-            log.warning("stager %s is lost: %s", self._client.address, why)
-        self._said = why
-        self._observe(stager=Stager.LOST, why=f"stager {self._client.address} is lost: {why}", is_silent=False)
-        self._ask_engines()
-
-    async def _node(self, state: NodeState) -> None:
-        await self.ask_engines_no_more()
-        if self._instance not in ("", state.instance) or not state.resumed:
-            await self._m._residency.claim(self._client.address)  # noqa: SLF001
-        self._instance, self._said = state.instance, ""
-        self._m._models.came(self._client.address)  # noqa: SLF001  # its engine may be another, too
-        stager = Stager.READY if state.ready else Stager.STOPPING if state.draining else Stager.NOT_READY
-        self._observe(stager=stager, why=state.why, is_silent=False, engine_answers=None)
-        if stager is Stager.STOPPING:  # and says nothing more of its engine
-            self._ask_engines()
-
-    def _observe(self, **seen: object) -> None:
-        for endpoint in self._endpoints:
-            self._m.observe(endpoint, **seen)
-
-    def _ask_engines(self) -> None:
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._keep_asking(), name=f"engines of {self._client.address}")
-
-    async def ask_engines_no_more(self) -> None:
-        """The stager tells how they are."""
-        asking, self._asking = self._asking, None
-        if asking is not None:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-
-    async def _keep_asking(self) -> None:
-        await asyncio.gather(*(self._follow_engine(endpoint) for endpoint in self._endpoints))
-
-    async def _follow_engine(self, endpoint: Endpoint) -> None:
-        """Ask the engine again and again, and notice when it goes: one that was started anew in between answers well, and knows no adapter.
-
-        It closes its connections when it ends; one that closes them for being idle goes on answering, and is only asked every PROBE_EVERY_S.
-        """
-        m = self._m
-        until_it_goes: asyncio.Task[None] | None = None
-        try:
-            while True:
-                answers = await m._probe.answers(endpoint.address)  # noqa: SLF001
-                if not answers:
-                    m._residency.forget_stager(self._client.address)  # noqa: SLF001
-                m.observe(endpoint, engine_answers=answers)
-                if until_it_goes is None and answers:
-                    until_it_goes = asyncio.create_task(m._probe.until_it_hangs_up(endpoint.address), name=f"engine {endpoint.address}")  # noqa: SLF001
-                    await asyncio.wait({until_it_goes}, timeout=PROBE_EVERY_S)
-                    await asyncio.sleep(HUNG_UP_S if until_it_goes.done() else 0)
-                elif until_it_goes is not None and not until_it_goes.done():
-                    await asyncio.wait({until_it_goes}, timeout=PROBE_EVERY_S)
-                else:
-                    until_it_goes = None
-                    await asyncio.sleep(PROBE_EVERY_S)
-        finally:
-            if until_it_goes is not None:
-                until_it_goes.cancel()
+async def _close(client: StagerClient, stager: _Stager | None) -> None:
+    if stager is not None:
+        await asyncio.gather(stager.watch, return_exceptions=True)
+    await client.close()

@@ -66,6 +66,16 @@ class Models:
         self._rests_until = 0.0
         self._flights: SingleFlight[str, None] = SingleFlight()
 
+    def follow(self, pools: Sequence[Pool]) -> None:
+        """These are the pools now, with their endpoints."""
+        self._pools = pools
+        stagers = {endpoint.stager for pool in pools for endpoint in pool.table.endpoints if endpoint.stager}
+        self._parts = {stager: part for stager, part in self._parts.items() if stager in stagers}
+        self._stale = (self._stale & stagers) | (stagers - self._parts.keys())
+        self._said += 1
+        if self._servable is not None:
+            self._servable.follow(pools)
+
     def changed(self, stager: str) -> None:
         """Something came or went there."""
         self._stale.add(stager)
@@ -111,8 +121,9 @@ class Models:
         if root is None:
             if self._servable is None:
                 raise ModelNotFound(f"The model `{name}` does not exist, or no node has it yet")
-            if not self._servable.has(owner, name) or any(name in part.refused for part in parts):
-                await self._servable.check(owner, name)  # of what was refused the origin may have another version now
+            refusing = [stager for stager, part in self._parts.items() if name in part.refused]
+            if refusing or not self._servable.has(owner, name):
+                await self._servable.check(owner, name, refusing)  # of what was refused the origin may have another version now
             root = name
         return (msgspec.json.encode(self._adapter_card(name, root, owner)),)
 
@@ -139,9 +150,12 @@ class Models:
     async def _ask(self, stager: str) -> None:
         self._stale.discard(stager)  # before it is asked: what changes meanwhile makes it stale again
         part, after = _Part(), ""
+        client = self._clients.get(stager)
+        if client is None:
+            return  # it has left
         try:
             while True:
-                page = await self._clients[stager].models(after, PAGE)
+                page = await client.models(after, PAGE)
                 part.bases += page.bases
                 part.refused |= frozenset(page.refused)
                 part.adapters.update((model.id, model.root if self._shows_paths else "") for model in page.adapters)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..core import cors
+from ..core.choice import least_of
 from ..core.decision import Decision, Facts, Forward, ListModels, NobodyReady, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
 from ..core.events import Action, BodyReply, Decide, ImmediateReply, Judge, Mutation, OwnReply, Reply, RequestHeaders, ResponseHeaders
@@ -97,6 +98,7 @@ class Processor:
                 self._judged_within(self._s.clock() - began, exchange.held_bytes)
             if isinstance(event, ResponseHeaders) and event.served and self._first is not None:
                 self._s.metrics.served.labels(str(self._first.address == event.served).lower()).inc()
+                self._s.membership.served(self._first, event.served)
             self._carry_out(actions)
             self._settle_account()
         except Exception:
@@ -193,18 +195,19 @@ class Processor:
                 self._wait(listing, "models", lambda task, _: self._exchange.answered(task.result()))
                 return []
             case PassThrough(pool, key, candidates):
-                order = candidates if key else self._s.membership.in_turn(candidates)
+                membership = self._s.membership
+                order = candidates if key else least_of(candidates, membership.loads[pool.name], membership.turn())
                 self._told(order[0], "pass")
-                return self._exchange.decided(
-                    _base_mutation(self._s.steering, pool.name, order[: self._s.steering.max_endpoints], facts.model or "", (key or "")[:MAX_NOTED_KEY_CHARS])
-                )
+                told = tuple(order[: self._s.steering.max_endpoints])
+                mutation = _base_mutation(self._s.steering, pool.name, told, facts.model or "", (key or "")[:MAX_NOTED_KEY_CHARS])
+                return self._answer(pool.name, mutation)
             case Forward() as forward:
                 self._account.adapter = forward.adapter
                 placed = self._placed and self._s.staging.again(forward, self._placed)
                 placed = placed or self._s.staging.now(forward)
                 if placed is not None:
-                    return self._exchange.decided(self._place(forward, placed))
-                if not forward.stageable:
+                    return self._answer_placed(forward, placed)
+                if not self._s.staging.can_stage(forward):
                     error = NoEndpoint(f"{forward.adapter} is nowhere yet, and no endpoint of pool {forward.pool.name} can be given it now")
                     return self._wait_for_an_endpoint(facts, error, forward.wait_s)
                 self._waits()
@@ -217,7 +220,7 @@ class Processor:
         if isinstance(error, NoEndpoint):  # every stager is gone, which the router may not have noticed yet
             return self._wait_for_an_endpoint(facts, error.bare(), forward.wait_s)
         self._placed = wait.result()
-        return self._exchange.decided(self._place(forward, self._placed))
+        return self._answer_placed(forward, self._placed)
 
     def _wait_for_an_endpoint(self, facts: Facts, error: NoEndpoint, wait_s: float) -> Sequence[Action]:
         """Hold the request until somebody can serve it, as at a start, or answer with `error` when it was held for long enough."""
@@ -242,7 +245,7 @@ class Processor:
 
     def _can_go_on(self, decision: Decision) -> bool:
         if isinstance(decision, Forward):
-            return bool(decision.stageable) or self._s.staging.now(decision) is not None
+            return self._s.staging.can_stage(decision) or self._s.staging.now(decision) is not None
         return not isinstance(decision, NobodyReady)
 
     def _waits(self) -> None:
@@ -278,6 +281,19 @@ class Processor:
         self._tasks.clear()
 
     # -- answering
+
+    def _answer_placed(self, forward: Forward, placed: Placed) -> Sequence[Action]:
+        actions = self._answer(forward.pool.name, self._place(forward, placed))
+        if actions:
+            self._s.staging.count(forward)
+        return actions
+
+    def _answer(self, pool: str, mutation: Mutation) -> Sequence[Action]:
+        """Let the request go, unless its body is arriving yet: then it is decided again."""
+        actions = self._exchange.decided(mutation)
+        if actions and self._first is not None:
+            self._s.membership.send(pool, self._first)
+        return actions
 
     def _place(self, forward: Forward, placed: Placed) -> Mutation:
         self._told(placed.endpoints[0], placed.outcome)

@@ -1,4 +1,5 @@
-"""What this router knows to be on which node's disk, and known to its engine: leases, so that a warm request makes no RPC."""
+"""What this router knows to be on which node's disk, and known to its engine: leases, so that a warm request makes no RPC; and copies, of which the
+stagers tell, and which are worth asking for."""
 
 import asyncio
 import contextlib
@@ -7,7 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..client import Claimed, Demand, Loading, Staged, StagerClient
+from ..client import Claimed, Loading, Staged, StagerClient
+from ..core.copies import Copies
 from ..core.endpoint import Endpoint
 from ..core.events import Mutation
 from ..errors import LoraExtprocError, StagerUnavailable
@@ -65,6 +67,7 @@ class Residency:
 
     def __init__(self, clients: Mapping[str, StagerClient], metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._clients = clients
+        self.copies = Copies()
         self._metrics = metrics
         self._clock = clock
         self._leases: dict[Key, Lease] = {}
@@ -73,7 +76,6 @@ class Residency:
         self._preparing: dict[str, set[Key]] = {}  # by stager
         self._not_before: dict[Key, float] = {}  # when a preparation that failed may be tried again
         self._usual_gap_s: dict[str, float] = {}  # by stager: for how long a flight tells nothing, usually
-        self._demand: dict[str, Demand] = {}  # by stager
         self._releases: set[asyncio.Task[None]] = set()
         self._sweep_at = SWEEP_ABOVE
 
@@ -93,10 +95,10 @@ class Residency:
             self._flights.start(key, lambda: self._ask(key))
         return lease
 
-    def is_full(self, endpoint: Endpoint) -> bool:
-        """Whether as many adapters are in demand on the node as its engine keeps in memory."""
-        demand = self._demand.get(endpoint.stager)
-        return demand is not None and 0 < demand.cpu_slots <= demand.adapters
+    def known(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> Lease | None:
+        """As `lease`, for who only looks: renews nothing."""
+        lease = self._leases.get((endpoint.stager, adapter, plain))
+        return lease if lease is not None and self._clock() < lease.until else None
 
     # -- asking
 
@@ -138,26 +140,27 @@ class Residency:
 
     # -- what stagers say
 
-    def learn_demand(self, stager: str, demand: Demand) -> None:
-        """What the stager says."""
-        self._demand[stager] = demand
-
     def forget(self, stager: str, adapter: str) -> None:
         """The stager says that it is gone.
 
         An answer that is on its way may be older than that: the stager grants a lease; it removes the adapter because somebody asked; the
         watch tells so; the answer with the lease arrives. It serves who waits for it, and makes no lease.
         """
+        self.copies.drop(stager, adapter)
         self._forget([(stager, adapter, plain) for plain in (False, True)])
+
+    def published(self, stager: str, adapter: str) -> None:
+        """It is on that node's disk now, if it was not known to be there: the answer to a request may have come before."""
+        if all(node != stager for node, _ in self.copies.of(adapter)):
+            self.copies.put(stager, adapter, warm=False)
 
     def refreshed(self, stager: str, adapter: str) -> None:
         """A new version is there. The next request asks for it; the lease on the old one is given back when what was sent there has arrived."""
         digests = {lease.digest for plain in (False, True) if (lease := self._leases.get((stager, adapter, plain))) is not None}
         self.forget(stager, adapter)
+        self.copies.put(stager, adapter, warm=False)
         for digest in digests:
-            task = asyncio.create_task(self._release_later(stager, adapter, digest), name=f"release {adapter}")
-            self._releases.add(task)
-            task.add_done_callback(self._releases.discard)
+            self._release_soon(stager, adapter, digest)
 
     async def claim(self, stager: str) -> None:
         """A new instance of the stager is there, and knows of no lease: tell it what is relied on, and forget what it does not honour.
@@ -168,7 +171,6 @@ class Residency:
         for key, call in self._calls.items():
             if key[0] == stager:
                 call.is_believed = False
-        self._demand.pop(stager, None)  # it says so anew, if it knows
         now = self._clock()
         relied = {key: lease for key, lease in self._leases.items() if key[0] == stager and lease.until > now}
         claims = [
@@ -191,8 +193,20 @@ class Residency:
             honoured = sum(lease_s > SAFETY_S for lease_s in granted)
             log.info("stager %s: its new instance honours %d of %d leases", stager, honoured, len(claims))
 
+    def leased_at(self, stager: str) -> list[tuple[str, bool]]:
+        """What is leased there: names of adapters, and whether the engine must know them by those."""
+        now = self._clock()
+        return [(adapter, plain) for (node, adapter, plain), lease in self._leases.items() if node == stager and lease.until > now]
+
+    def give_back(self, stager: str, adapter: str, *, plain: bool) -> None:
+        """Nothing more is sent to this copy. The lease is released when what was sent has arrived."""
+        lease = self._leases.pop((stager, adapter, plain), None)
+        if lease is not None:
+            self._release_soon(stager, adapter, lease.digest)
+
     def forget_stager(self, stager: str) -> None:
         """Its engine has gone, and will know no adapter when it comes back."""
+        self.copies.forget(stager)
         self._forget([key for key in (*self._leases, *self._calls) if key[0] == stager])
 
     def _forget(self, keys: Sequence[Key]) -> None:
@@ -219,15 +233,22 @@ class Residency:
                     await client.release()
 
         held = {stager for stager, _, _ in self._leases}
-        await asyncio.gather(*(release(self._clients[stager]) for stager in held))
+        await asyncio.gather(*(release(self._clients[stager]) for stager in held if stager in self._clients))
         self._leases.clear()
+
+    def _release_soon(self, stager: str, adapter: str, digest: str) -> None:
+        task = asyncio.create_task(self._release_later(stager, adapter, digest), name=f"release {adapter}")
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
 
     async def _release_later(self, stager: str, adapter: str, digest: str) -> None:
         await asyncio.sleep(IN_TRANSIT_S)
         if any(lease.digest == digest for key, lease in self._leases.items() if key[0] == stager):
             return  # another adapter with the same content: the stager counts one hold for both
-        with contextlib.suppress(LoraExtprocError):  # then it ends by itself
-            await self._clients[stager].release(adapter, digest)
+        client = self._clients.get(stager)
+        if client is not None:
+            with contextlib.suppress(LoraExtprocError):  # then it ends by itself
+                await client.release(adapter, digest)
 
     # -- one call
 
@@ -267,6 +288,7 @@ class Residency:
             return staged
         granted = min(answered, asked + staged.waited_s)  # the answer may have been late: the lease runs since the stager gave it
         model = "" if staged.model == adapter else staged.model
+        self.copies.put(stager, adapter, warm=True)
         self._leases[key] = Lease(staged.digest, granted + staged.lease_s - SAFETY_S, granted + staged.lease_s * RENEW_AT, model)
         if len(self._leases) >= self._sweep_at:
             self._sweep(answered)

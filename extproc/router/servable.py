@@ -51,6 +51,11 @@ class Servable:
         self._resolving: SingleFlight[str, None] = SingleFlight()  # by name
         self._answers: dict[str, tuple[float, str]] = {}  # by name: until when, and why no origin has it, "" where one has
 
+    def follow(self, pools: Sequence[Pool]) -> None:
+        """These are the pools now, with their endpoints."""
+        self._pools = {pool.name: pool for pool in pools}
+        self._passed_over = {stager: until for stager, until in self._passed_over.items() if stager in self._clients}
+
     async def close(self) -> None:
         await self._asking.close()
         await self._resolving.close()
@@ -80,8 +85,11 @@ class Servable:
         try:
             stagers = dict.fromkeys(endpoint.stager for endpoint in pool.table.endpoints if endpoint.stager)
             for stager in sorted(stagers, key=lambda stager: self._passed_over.get(stager, 0.0) > self._clock()):
+                client = self._clients.get(stager)
+                if client is None:
+                    continue  # it has left
                 try:
-                    await self._read(pool, self._clients[stager])
+                    await self._read(pool, client)
                     self._passed_over.pop(stager, None)
                     return
                 except (LoraExtprocError, TimeoutError):
@@ -113,15 +121,15 @@ class Servable:
         place = bisect_left(names, name)
         return place < len(names) and names[place] == name
 
-    async def check(self, pool: Pool, name: str) -> None:
-        """Return if an origin has `name`. Raises ModelNotFound if none has, or what a request for it would be answered while the origin fails."""
+    async def check(self, pool: Pool, name: str, refusing: Sequence[str] = ()) -> None:
+        """Return if an origin has `name`. The stagers that refused it are asked first: they know whether it is still what they refused. Raises ModelNotFound if none has, or what a request for it would be answered while the origin fails."""
         until, why = self._answers.get(name, (0.0, ""))
         if self._clock() >= until:
             if name not in self._resolving and len(self._resolving) >= MAX_RESOLVING:
                 raise Overloaded(f"{MAX_RESOLVING} names are being looked for at the origins already; ask again")
             try:
                 async with asyncio.timeout(RESOLVE_S):
-                    await self._resolving.join(name, partial(self._resolve, pool, name))
+                    await self._resolving.join(name, partial(self._resolve, pool, name, refusing))
             except TimeoutError:
                 raise StageDeadline(f"the origins have not said within {RESOLVE_S:g} s whether they have {name}; ask again") from None
             except LoraExtprocError as error:
@@ -129,13 +137,14 @@ class Servable:
         elif why:
             raise ModelNotFound(why)
 
-    async def _resolve(self, pool: Pool, name: str) -> None:
-        stagers = list(dict.fromkeys(endpoint.stager for endpoint in pool.candidates(name) if endpoint.stager))
+    async def _resolve(self, pool: Pool, name: str, refusing: Sequence[str]) -> None:
+        at_home = (endpoint.stager for endpoint in pool.candidates(name) if endpoint.stager)
+        stagers = dict.fromkeys((*(stager for stager in refusing if pool.at(stager)), *at_home))
         nobody = f"The model `{name}` does not exist: no node has it, and pool {pool.name} has no stager that could stage it"
         failure: LoraExtprocError = ModelNotFound(nobody)
-        for stager in stagers[:MAX_ASKED]:
+        for client in [client for stager in stagers if (client := self._clients.get(stager)) is not None][:MAX_ASKED]:
             try:
-                await self._clients[stager].resolve(name)
+                await client.resolve(name)
             except (ModelNotFound, InvalidRequest) as error:
                 missing = error.message if isinstance(error, ModelNotFound) else f"The model `{name}` does not exist: {error.message}"
                 self._remember(name, HAS_IT_NOT_S, missing)

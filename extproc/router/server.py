@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import random
 import secrets
 
 from ..client import StagerClient
 from ..config import Settings, build_pools
 from ..core.paths import Paths
+from ..core.popularity import Popularity
 from ..core.steering import Steering
 from ..metrics import RouterMetrics
 from ..process.http import HttpServer
@@ -17,6 +19,7 @@ from .http2.calls import Methods
 from .judging import Judges
 from .membership import Membership
 from .models import Models
+from .moving import Moves
 from .probe import Probe
 from .processor import Processor, Services
 from .residency import Residency
@@ -41,13 +44,25 @@ class Server:
         router = self._settings = settings.router
         self.metrics = RouterMetrics()
         pools = build_pools(settings)
-        stagers = sorted({e.stager for pool in pools for e in pool.table.endpoints if e.stager})
         holder = f"router {secrets.token_hex(4)}"
-        self._clients = {address: StagerClient(address, settings.rpc, holder) for address in stagers}
+        self._clients: dict[str, StagerClient] = {}
         self._residency = Residency(self._clients, self.metrics)
         servable = Servable(pools, self._clients) if router.lists_models and router.models == "servable" else None
         self._models = Models(pools, self._clients, servable, shows_paths=router.shows_paths)
-        self.membership = Membership(pools, self._residency, self._models, self.metrics, Probe(), router.heartbeat_s)
+        popularity = Popularity()
+        self.membership = Membership(
+            pools,
+            self._residency,
+            self._models,
+            self.metrics,
+            Probe(),
+            Moves(self._residency, popularity, join_s=router.join_s, leave_s=router.leave_s),
+            popularity,
+            clients=self._clients,
+            connect=lambda address: StagerClient(address, settings.rpc, holder),
+            heartbeat_s=router.heartbeat_s,
+            hold_down_s=router.hold_down_s,
+        )
         self._admission = Admission(
             self.metrics,
             max_waiting=router.max_waiting,
@@ -55,15 +70,22 @@ class Server:
             max_bytes=router.max_held_bytes,
             body_deadline_s=router.body_deadline_s,
         )
-        for pool in pools:
-            for address, slots in pool.table.slots_per_endpoint().items():
-                self.metrics.share.labels(address).set(slots / pool.table.size)
         self._judges = Judges(router.judges, router.max_body_bytes)
         self._watchdog = Watchdog(self.metrics)
         self.services = Services(
             membership=self.membership,
             models=self._models,
-            staging=Staging(self._residency, self._admission, self.metrics, no_space_wait_s=router.no_space_wait_s, hedge_s=router.hedge_s),
+            staging=Staging(
+                self._residency,
+                self._admission,
+                self.metrics,
+                loads=self.membership.loads,
+                popularity=popularity,
+                rules=router.rules(random.randrange),
+                no_space_wait_s=router.no_space_wait_s,
+                hedge_s=router.hedge_s,
+                max_endpoints=router.max_retry_endpoints,
+            ),
             judges=self._judges,
             admission=self._admission,
             watchdog=self._watchdog,
@@ -102,7 +124,7 @@ class Server:
             self._reloading = asyncio.create_task(_keep_current(certificate, self._listeners[0]), name="certificate")
         if self._http is not None:
             self._http.start()
-        self.membership.start(self._clients)
+        self.membership.start()
         self._admission.start()
         self._judges.start()
         self._watchdog.start()

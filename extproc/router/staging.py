@@ -1,14 +1,21 @@
-"""Where a forwarded request goes: the first candidate that has the adapter or can get it, within the deadline."""
+"""Where a forwarded request goes: the copy that `core/choice.py` chooses of those that are known, or the endpoint that it would have one made at, once
+that has it. Every wait ends with the deadline."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ..client import Staged
+from ..core.choice import At, Choice, Copy, Rule, Rules, choose
 from ..core.decision import Forward
 from ..core.endpoint import Endpoint
+from ..core.load import Loads
+from ..core.maglev import FIRST
+from ..core.popularity import Popularity
+from ..core.standing import Standing
 from ..errors import LoraExtprocError, NoEndpoint, NoSpace, StageDeadline
 from ..metrics import RouterMetrics
 from .admission import Admission
@@ -42,11 +49,19 @@ class Staging:
         admission: Admission,
         metrics: RouterMetrics,
         *,
+        loads: Mapping[str, Loads],
+        popularity: Popularity,
+        rules: Rules,
         no_space_wait_s: float,
         hedge_s: float,
+        max_endpoints: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._residency = residency
+        self._loads = loads
+        self._hot = popularity
+        self._rules = rules
+        self._max_others = max_endpoints - 1
         self._no_space_wait_s = no_space_wait_s
         self._hedge_s = hedge_s
         self._admission = admission
@@ -54,25 +69,64 @@ class Staging:
         self._clock = clock
 
     def now(self, forward: Forward) -> Placed | None:
-        """The answer, if no wait is needed: the first candidate that has the adapter.
+        """The answer, if no wait is needed. What is to be prepared in the background is."""
+        choice = self._choose(forward)
+        chosen = choice.serve
+        if chosen is None and choice.wait_for and self._lease(forward, choice.wait_for[0]) is not None:
+            chosen = choice.wait_for[0]  # its engine has to load it, which a wait would not spare
+        lease = self._lease(forward, chosen) if chosen is not None else None
+        if choice.prepare is not None:
+            self._residency.prepare(choice.prepare, forward.adapter, plain=forward.plain)
+        if chosen is None or lease is None:
+            return None
+        return Placed(self._having(forward, chosen, lease.model), "hit", "", 0.0, lease.model, lease)
 
-        If that is not the owner, the owner came back without it, or is full. One that came back is prepared in the background, and has its key again
-        with the next request after that.
-        """
-        for endpoint in forward.candidates[:MAX_CANDIDATES]:
-            lease = self._lease(forward, endpoint)
-            if lease is None:
-                continue
-            owner = forward.candidates[0]
-            if endpoint is not owner and owner.stager and owner in forward.stageable and not self._residency.is_full(owner):
-                self._residency.prepare(owner, forward.adapter, plain=forward.plain)
-            return Placed(self._having(forward, endpoint, lease.model), "hit", "", 0.0, lease.model, lease)
-        return None
+    def can_stage(self, forward: Forward) -> bool:
+        """Whether some endpoint may be given the adapter now."""
+        return bool(self._order(forward, self._rules.of(forward.adapter), 0))
+
+    def count(self, forward: Forward) -> None:
+        """The request has gone where it was sent."""
+        self._hot.count(forward.adapter, forward.key)
+
+    def _choose(self, forward: Forward) -> Choice:
+        copies = self._copies(forward)
+        rule = self._rules.of(forward.adapter)
+        loads = self._loads[forward.pool.name]
+        return choose(copies, self._order(forward, rule, len(copies)), loads, rule, is_hot=forward.adapter in self._hot.hottest)
+
+    def _copies(self, forward: Forward) -> list[Copy]:
+        """Where the adapter is, of the endpoints that may be sent this request."""
+        snapshot, found = forward.snapshot, []
+        for stager, warm in self._residency.copies.of(forward.adapter):
+            endpoints: Sequence[Endpoint] = forward.pool.at(stager)
+            if forward.subset is not None:
+                endpoints = snapshot.usable(endpoints, forward.subset)
+            for endpoint in endpoints:
+                standing = snapshot.standing(endpoint)
+                if standing is Standing.READY:
+                    leased = warm and self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None
+                    found.append(Copy(endpoint, At.LEASED if leased else At.WARM if warm else At.COLD))
+                elif standing is Standing.DRAINING and self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None:
+                    found.append(Copy(endpoint, At.LEAVING))
+        return found
+
+    def _order(self, forward: Forward, rule: Rule, copies: int) -> Sequence[Endpoint]:
+        """The endpoints in the key's order that may be given something new: as many as the rule looks at."""
+        snapshot, pool = forward.snapshot, forward.pool
+        if rule.looks_at_all:
+            order = snapshot.usable(pool.table.endpoints, forward.subset)
+        elif copies > 1 and forward.subset is None:  # as many more as there are copies, in powers of two, since orders are remembered by length
+            order = snapshot.usable(pool.candidates(forward.key, FIRST << copies.bit_length())) or forward.candidates
+        else:
+            order = forward.candidates
+        return [endpoint for endpoint in snapshot.stageable(order) if endpoint.stager]
 
     def again(self, forward: Forward, before: Placed) -> Placed | None:
         """The place that was waited for while the body arrived, if it is still one, by the name that its engine knows the adapter by now."""
         endpoint = before.endpoints[0]
-        lease = self._lease(forward, endpoint) if endpoint in forward.candidates else None
+        is_usable = bool(forward.snapshot.usable((endpoint,), forward.subset)) and endpoint in forward.pool.at(endpoint.stager)
+        lease = self._lease(forward, endpoint) if is_usable else None
         if lease is None:
             return None
         return Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model)
@@ -115,7 +169,8 @@ class Staging:
 
     async def _walk(self, forward: Forward, began: float) -> Placed:
         """Ask the candidates in turn, and beside one that makes no progress the next. The first that has the adapter is the place."""
-        candidates = self._with_room_first([e for e in forward.stageable if e.stager][:MAX_CANDIDATES])
+        choice = self._choose(forward)
+        candidates = choice.wait_for[:MAX_CANDIDATES] if choice.serve is None else (choice.serve,)
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")
         asked: dict[asyncio.Task[Staged], Endpoint] = {}
         entered = 0
@@ -132,7 +187,7 @@ class Staging:
                     endpoint = asked.pop(call)
                     error = call.exception()
                     if error is None:
-                        return self._placed(forward, endpoint, call.result(), began)
+                        return self._placed(forward, endpoint, call.result(), began, is_first=endpoint is candidates[0])
                     if not isinstance(error, LoraExtprocError) or error.shared:
                         raise error
                     self._metrics.failovers.inc()
@@ -163,22 +218,22 @@ class Staging:
             for e in asked.values()
         )
 
-    def _placed(self, forward: Forward, endpoint: Endpoint, staged: Staged, began: float) -> Placed:
-        outcome = "failover" if endpoint is not forward.candidates[0] else "staged" if staged.staged else "hit"
+    def _placed(self, forward: Forward, endpoint: Endpoint, staged: Staged, began: float, *, is_first: bool) -> Placed:
+        outcome = "failover" if not is_first else "staged" if staged.staged else "hit"
         model = "" if staged.model == forward.adapter else staged.model
         return Placed(self._having(forward, endpoint, model), outcome, staged.origin if staged.staged else "", self._clock() - began, model)
 
-    def _with_room_first(self, candidates: Sequence[Endpoint]) -> Sequence[Endpoint]:
-        """In their order, but those whose engine already has as many adapters in demand as it keeps in memory last: each more would cost a load per turn."""
-        return sorted(candidates, key=self._residency.is_full)
-
     def _having(self, forward: Forward, chosen: Endpoint, model: str) -> tuple[Endpoint, ...]:
-        """`chosen`, then the other candidates whose engines know the adapter by the same name: a retry sends the same body.
+        """`chosen`, then others whose engines know the adapter by the same name: a retry sends the same body.
 
         One that lacks it would answer with 404, which no client repeats.
         """
-        leases = ((e, self._lease(forward, e)) for e in forward.candidates if e is not chosen)
-        return (chosen, *(e for e, lease in leases if lease is not None and lease.model == model))
+        nodes = self._residency.copies.of(forward.adapter)
+        if len(nodes) < 2:
+            return (chosen,)
+        others = forward.snapshot.usable((e for stager, _ in nodes for e in forward.pool.at(stager) if e is not chosen), forward.subset)
+        leases = ((e, self._residency.known(e, forward.adapter, plain=forward.plain)) for e in others)
+        return (chosen, *islice((e for e, lease in leases if lease is not None and lease.model == model), self._max_others))
 
     def _lease(self, forward: Forward, endpoint: Endpoint) -> Lease | None:
         return self._residency.lease(endpoint, forward.adapter, plain=forward.plain)

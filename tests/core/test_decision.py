@@ -75,7 +75,7 @@ def test_the_key_is_made_as_configured(text: str, headers: dict[str, str], key: 
     decision = decided(policy=replace(POLICY, hash_on=hash_on), headers=headers)
     assert isinstance(decision, Forward)
     assert decision.key == key
-    assert decision.candidates == LLAMA.table.candidates(key)
+    assert decision.candidates == LLAMA.candidates(key)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_other_forms_are_refused(text: str) -> None:
 
 
 def test_an_adapter_goes_to_its_keys_candidates() -> None:
-    """Owner first, all of its pool; all of them may be given it."""
-    order = LLAMA.table.candidates("demo/sql")
-    assert decided("demo/sql") == Forward(AdapterName("demo/sql"), LLAMA, "demo/sql", order, order, 120.0, plain=True)
+    """Owner first, then the next of its pool in the key's order."""
+    order = LLAMA.candidates("demo/sql")
+    assert decided("demo/sql") == Forward(AdapterName("demo/sql"), LLAMA, "demo/sql", order, BOTH, None, 120.0, plain=True)
 
 
 def test_an_engine_must_know_the_adapters_own_name_where_the_body_cannot_be_changed() -> None:
@@ -167,7 +167,7 @@ def test_a_base_model_passes_without_a_key() -> None:
 def test_a_base_model_passes_by_key_where_the_request_has_one() -> None:
     """A tenant's requests stay together for the prefix cache."""
     policy = hashed_on("tenant")
-    assert decided("llama-3", policy=policy, headers={"x-tenant-id": "acme"}) == PassThrough(LLAMA, "acme", LLAMA.table.candidates("acme"))
+    assert decided("llama-3", policy=policy, headers={"x-tenant-id": "acme"}) == PassThrough(LLAMA, "acme", LLAMA.candidates("acme"))
     assert decided("llama-3", policy=policy) == PassThrough(LLAMA, None, LLAMA.table.endpoints)
 
 
@@ -230,7 +230,7 @@ def test_a_pool_that_does_not_exist_is_named() -> None:
 def test_a_request_without_a_model_goes_where_its_header_is_hashed_to(hash_on: str, headers: dict[str, str], key: str | None) -> None:
     """What an engine remembers of a session is asked of the same engine: the key is the one that a request for the base model has."""
     decision = decided(None, path="/v1/responses/resp_1", method="GET", policy=hashed_on(hash_on), headers=headers)
-    assert decision == PassThrough(LLAMA, key, LLAMA.table.candidates(key) if key else LLAMA.table.endpoints)
+    assert decision == PassThrough(LLAMA, key, LLAMA.candidates(key) if key else LLAMA.table.endpoints)
 
 
 # ---- who is ready
@@ -238,32 +238,32 @@ def test_a_request_without_a_model_goes_where_its_header_is_hashed_to(hash_on: s
 
 def test_an_endpoint_that_is_down_is_no_candidate() -> None:
     """The key's next one takes its place."""
-    order = LLAMA.table.candidates("demo/sql")
+    order = LLAMA.candidates("demo/sql")
     decision = decided(snapshot=Snapshot((LLAMA,), standing(Standing.DOWN, order[0].address)))
     assert isinstance(decision, Forward)
-    assert decision.candidates == decision.stageable == order[1:]
+    assert decision.candidates == decision.snapshot.stageable(decision.candidates) == order[1:]
 
 
 def test_an_endpoint_that_drains_is_given_nothing_new() -> None:
     """An adapter that is leased there is served there; base models go elsewhere, while there is an elsewhere."""
-    order = LLAMA.table.candidates("demo/sql")
+    order = LLAMA.candidates("demo/sql")
     one = Snapshot((LLAMA,), standing(Standing.DRAINING, order[0].address))
     decision = decided(snapshot=one)
     assert isinstance(decision, Forward)
-    assert (decision.candidates, decision.stageable) == (order, order[1:])
+    assert (decision.candidates, decision.snapshot.stageable(decision.candidates)) == (order, order[1:])
     base = decided("llama-3", snapshot=one)
     assert isinstance(base, PassThrough)
     assert set(base.candidates) == set(order[1:])
     everyone = Snapshot((LLAMA,), standing(Standing.DRAINING, *(e.address for e in order)))
     decision = decided(snapshot=everyone)
     assert isinstance(decision, Forward)
-    assert (decision.candidates, decision.stageable) == (order, ())
+    assert (decision.candidates, decision.snapshot.stageable(decision.candidates)) == (order, ())
     assert decided("llama-3", snapshot=everyone) == PassThrough(LLAMA, None, LLAMA.table.endpoints)
 
 
 def test_a_key_stays_where_it_is_while_its_owner_drains() -> None:
     """A base model's request with a key: what the engine remembers of it is there, and it still answers."""
-    order = LLAMA.table.candidates("acme")
+    order = LLAMA.candidates("acme")
     draining = Snapshot((LLAMA,), standing(Standing.DRAINING, order[0].address))
     assert decided("llama-3", snapshot=draining, policy=hashed_on("tenant"), headers={"x-tenant-id": "acme"}) == PassThrough(LLAMA, "acme", order)
 
@@ -273,7 +273,7 @@ def test_the_subset_hint_narrows_the_candidates(subset: tuple[str, ...]) -> None
     """As ip and as ip:port, in the key's order and not the hint's."""
     decision = decided(subset=subset)
     assert isinstance(decision, Forward)
-    assert decision.candidates == tuple(e for e in LLAMA.table.candidates("demo/sql") if e.address in ("10.0.0.2:8000", "10.0.0.3:8000"))
+    assert decision.candidates == tuple(e for e in LLAMA.candidates("demo/sql") if e.address in ("10.0.0.2:8000", "10.0.0.3:8000"))
 
 
 def nobody(decision: Decision) -> NobodyReady:

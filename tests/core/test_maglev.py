@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.core.endpoint import Endpoint
-from extproc.core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable, is_prime, key_hash
+from extproc.core.maglev import DEFAULT_TABLE_SIZE, FIRST, MAX_TABLE_SIZE, LookupTable, is_prime, key_hash
 
 SMALL = 1009  # a prime that fills in a millisecond
 KEYS = [f"org-{i % 7}/adapter-{i}" for i in range(3000)]
@@ -78,7 +78,7 @@ def test_an_empty_table_has_no_owner_and_no_candidates() -> None:
     """A pool may be configured before it has nodes."""
     table = LookupTable([])
     assert table.owner("a") is None
-    assert table.candidates("a") == ()
+    assert table.order("a") == ()
     assert table.slots_per_endpoint() == {}
 
 
@@ -86,7 +86,7 @@ def test_one_endpoint_owns_everything() -> None:
     """And is its only candidate."""
     table = LookupTable(fleet(1), SMALL)
     assert table.slots_per_endpoint() == {"10.0.0.1:8000": SMALL}
-    assert table.candidates("any") == tuple(fleet(1))
+    assert table.order("any") == tuple(fleet(1))
 
 
 @pytest.mark.parametrize("count", [2, 7, 100])
@@ -143,7 +143,7 @@ def test_order_and_repetition_of_endpoints_do_not_matter(endpoints: list[Endpoin
     one, other = LookupTable(endpoints, SMALL), LookupTable(shuffled, SMALL)
     assert one.endpoints == other.endpoints == tuple(sorted(endpoints))
     assert one.slots_per_endpoint() == other.slots_per_endpoint()
-    assert one.candidates(key) == other.candidates(key)
+    assert one.order(key) == other.order(key)
 
 
 # ---- candidates
@@ -154,45 +154,54 @@ def test_order_and_repetition_of_endpoints_do_not_matter(endpoints: list[Endpoin
 def test_candidates_are_all_endpoints_once_owner_first(endpoints: list[Endpoint], key: str) -> None:
     """For any key, any text at all."""
     table = LookupTable(endpoints, SMALL)
-    candidates = table.candidates(key)
+    candidates = table.order(key)
     assert candidates[0] == table.owner(key)
     assert sorted(candidates) == sorted(endpoints)
 
 
-@given(addresses.filter(lambda endpoints: len(endpoints) > 2), keys, st.data())
+@given(addresses, keys, st.integers(0, 15))
 @settings(deadline=None)
-def test_an_endpoint_that_leaves_does_not_reorder_the_rest(endpoints: list[Endpoint], key: str, data: st.DataObject) -> None:
-    """After the owner the order is the key's own, whoever else is there."""
-    before = LookupTable(endpoints, SMALL)
-    gone = data.draw(st.sampled_from(endpoints))
-    after = LookupTable([e for e in endpoints if e != gone], SMALL)
-    owners = {before.owner(key), after.owner(key), gone}
-    assert [e for e in before.candidates(key)[1:] if e not in owners] == [e for e in after.candidates(key)[1:] if e not in owners]
+def test_what_an_order_begins_with_does_not_depend_on_how_much_of_it_is_asked_for(endpoints: list[Endpoint], key: str, count: int) -> None:
+    """However many are asked for: the owner, then others, each once, and all where fewer are there."""
+    table = LookupTable(endpoints, SMALL)
+    first = table.first(key, count)
+    assert len(first) == len(set(first)) == min(count, len(endpoints))
+    assert first[:FIRST] == table.order(key)[: min(count, FIRST)]
+
+
+def test_an_endpoint_that_leaves_moves_few_of_the_later_places() -> None:
+    """Every place of a key is the owner of another hash of it, so each moves as owners do: here where the one that leaves had it, and by what the table
+    moves needlessly, as the paper says."""
+    before = LookupTable(fleet(20))
+    gone = before.endpoints[7]
+    after = LookupTable([e for e in before.endpoints if e != gone])
+    kept = [(before.first(key, 2), after.first(key, 2)) for key in KEYS if gone not in before.first(key, 2)]
+    assert sum(old != new for old, new in kept) <= 0.06 * len(KEYS)
 
 
 def test_keys_of_one_owner_have_different_second_candidates() -> None:
     """When the owner is skipped, its load spreads over all others."""
     table = LookupTable(fleet(6))
     owner = table.endpoints[0]
-    seconds = {table.candidates(key)[1] for key in KEYS if table.owner(key) == owner}
+    seconds = {table.order(key)[1] for key in KEYS if table.owner(key) == owner}
     assert seconds == set(table.endpoints[1:])
 
 
 def test_equal_keys_have_equal_candidates() -> None:
     """Nothing is remembered from call to call."""
     table = LookupTable(fleet(5), SMALL)
-    assert [table.candidates(key) for key in KEYS[:50]] == [table.candidates(key) for key in KEYS[:50]]
+    assert [table.order(key) for key in KEYS[:50]] == [table.order(key) for key in KEYS[:50]]
 
 
 # ---- the hash
 
 GOLDEN = {  # key -> its hash, and the last byte of its candidates' addresses among 10.0.0.1 ... 10.0.0.5
-    "demo/sql": (4970994895293169035, [3, 2, 4, 1, 5]),
-    "org/a": (3459422662132703207, [5, 1, 4, 3, 2]),
-    "a": (7945653736314733581, [2, 4, 1, 3, 5]),
-    "base": (7425536107315728438, [3, 5, 1, 4, 2]),
-    "ünï/ços": (15153168160106863144, [5, 2, 4, 1, 3]),
-    "tenant-7/demo/sql": (1530763686391823780, [5, 1, 3, 2, 4]),
+    "demo/sql": (4970994895293169035, [3, 5, 2, 1, 4]),
+    "org/a": (3459422662132703207, [5, 3, 1, 2, 4]),
+    "a": (7945653736314733581, [2, 1, 5, 3, 4]),
+    "base": (7425536107315728438, [3, 1, 2, 4, 5]),
+    "ünï/ços": (15153168160106863144, [5, 2, 4, 3, 1]),
+    "tenant-7/demo/sql": (1530763686391823780, [5, 2, 1, 4, 3]),
 }
 
 
@@ -201,7 +210,7 @@ def test_owners_are_what_they_were(key: str) -> None:
     """A change of hash moves every adapter of every fleet that is upgraded node by node; this test is where it is noticed."""
     hashed, order = GOLDEN[key]
     assert key_hash(key) == hashed
-    assert [e.address for e in LookupTable(fleet(5)).candidates(key)] == [f"10.0.0.{last}:8000" for last in order]
+    assert [e.address for e in LookupTable(fleet(5)).order(key)] == [f"10.0.0.{last}:8000" for last in order]
 
 
 def test_slots_are_what_they_were() -> None:
@@ -216,7 +225,7 @@ from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 table = LookupTable({Endpoint(f"10.0.0.{i}:8000") for i in range(1, 30)}, 1009)
 for i in range(200):
-    print(",".join(e.address for e in table.candidates(f"org/adapter-{i}")))
+    print(",".join(e.address for e in table.order(f"org/adapter-{i}")))
 """
 
 

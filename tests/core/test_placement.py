@@ -1,9 +1,12 @@
 """Pools and snapshots: who serves a model, and who of them is ready."""
 
+from dataclasses import replace
+
 import pytest
 
+from extproc.core import placement
 from extproc.core.endpoint import Endpoint
-from extproc.core.maglev import LookupTable
+from extproc.core.maglev import FIRST, LookupTable
 from extproc.core.placement import Pool, Snapshot
 from extproc.core.standing import Standing
 
@@ -53,18 +56,44 @@ def test_a_pool_without_patterns_serves_no_adapter() -> None:
 def test_candidates_of_a_pool_are_those_of_its_table() -> None:
     """The second answer is the remembered first."""
     one = pool()
-    assert one.candidates("a") == one.table.candidates("a")
+    assert one.candidates("a") == one.table.first("a", FIRST)
     assert one.candidates("a") is one.candidates("a")
+    assert one.order("a") == one.table.order("a")
 
 
-def test_forgetting_remembered_orders_changes_no_answer() -> None:
-    """More keys than are remembered: the memory is emptied, the order is computed again."""
+def test_the_orders_that_are_remembered_are_bounded() -> None:
+    """Clients invent names, and headers that are hashed: the memory keeps those used last, and none of a very long key."""
     one = pool(endpoints=ENDPOINTS[:2])
-    before = one.candidates("first")
-    for i in range(65_537):
+    for i in range(placement._REMEMBERED_KEYS + 10):
         one.candidates(str(i))
-    assert len(one._orders) <= 65_536
-    assert one.candidates("first") == before
+    one.candidates("x" * (placement._REMEMBERED_KEY_CHARS + 1))
+    assert one._first.cache_info().currsize == placement._REMEMBERED_KEYS  # type: ignore[attr-defined]
+
+
+def test_with_highest_random_weight_the_table_is_not_asked() -> None:
+    """Where the setting says so; an endpoint that leaves changes nobody else's place."""
+    one = replace(pool(), by_weight=True)
+    assert one.order("a") == one.candidates("a", 4) == one.table.by_weight("a")
+    fewer = replace(pool(endpoints=ENDPOINTS[1:]), by_weight=True)
+    assert fewer.order("a") == tuple(e for e in one.order("a") if e != ENDPOINTS[0])
+
+
+def test_candidates_are_looked_for_among_all_where_the_first_are_away() -> None:
+    """Every endpoint of the pool can take a key whose own first places are down."""
+    many = tuple(Endpoint(f"10.0.1.{i}:8000") for i in range(1, 41))
+    one = pool(endpoints=many)
+    first = one.candidates("a")
+    down = Snapshot((one,), {e.address: (Standing.DOWN, "ill") for e in many if e != many[17] and e != many[3]})
+    assert set(down.candidates(one, "a")) == {many[17], many[3]}
+    assert Snapshot((one,)).candidates(one, "a") == first
+    assert Snapshot((one,)).candidates(one, "a", (many[30].address,)) == (many[30],)
+
+
+def test_the_endpoints_of_a_stager_are_found() -> None:
+    """Of one that fills a directory for two engines, both."""
+    both = (Endpoint("10.0.0.1:8000", "n", "10.0.0.1:9102"), Endpoint("10.0.0.1:8001", "n", "10.0.0.1:9102"))
+    one = pool(endpoints=(*both, ENDPOINTS[3]))
+    assert (one.at("10.0.0.1:9102"), one.at(""), one.at("10.0.0.2:9102")) == (both, (), ())
 
 
 def test_the_pool_of_a_base_model_is_found_by_its_exact_name() -> None:

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from extproc.client import Catalogue, Claimed, Loading, Model, Models, NodeState, Progress, Staged, StagerClient, WatchEvent
 from extproc.config import RouterSettings
@@ -16,6 +16,7 @@ from extproc.core.maglev import LookupTable
 from extproc.core.paths import Paths
 from extproc.core.pieces import Buffer
 from extproc.core.placement import Pool
+from extproc.core.popularity import Popularity
 from extproc.core.reading import Reading
 from extproc.core.steering import Steering
 from extproc.errors import LoraExtprocError, ModelNotFound
@@ -26,6 +27,7 @@ from extproc.router.http2.calls import Message, joined
 from extproc.router.judging import Judges
 from extproc.router.membership import Membership
 from extproc.router.models import Models as FleetModels
+from extproc.router.moving import Moves
 from extproc.router.probe import Probe
 from extproc.router.processor import Processor, Services
 from extproc.router.residency import Residency
@@ -232,7 +234,22 @@ class Router:
         self.residency = Residency(self.stagers, self.metrics, clock=clock)
         servable = Servable(self.pools, self.stagers, clock) if self.settings.models == "servable" else None
         self.models = FleetModels(self.pools, self.stagers, servable, shows_paths=self.settings.shows_paths)
-        self.membership = Membership(self.pools, self.residency, self.models, self.metrics, self.probe, self.settings.heartbeat_s)
+        self.popularity = Popularity()
+        self.moves = Moves(self.residency, self.popularity, join_s=self.settings.join_s, leave_s=self.settings.leave_s)
+        self.membership = Membership(
+            self.pools,
+            self.residency,
+            self.models,
+            self.metrics,
+            self.probe,
+            self.moves,
+            self.popularity,
+            clients=cast("dict[str, StagerClient]", self.stagers),
+            connect=ScriptedStager,
+            heartbeat_s=self.settings.heartbeat_s,
+            hold_down_s=self.settings.hold_down_s,
+            clock=clock,
+        )
         self.admission = Admission(
             self.metrics,
             max_waiting=10,
@@ -241,7 +258,18 @@ class Router:
             body_deadline_s=self.settings.body_deadline_s,
             clock=clock,
         )
-        self.staging = Staging(self.residency, self.admission, self.metrics, no_space_wait_s=no_space_wait_s, hedge_s=self.settings.hedge_s, clock=clock)
+        self.staging = Staging(
+            self.residency,
+            self.admission,
+            self.metrics,
+            loads=self.membership.loads,
+            popularity=self.popularity,
+            rules=self.settings.rules(lambda _: 0),
+            no_space_wait_s=no_space_wait_s,
+            hedge_s=self.settings.hedge_s,
+            max_endpoints=self.settings.max_retry_endpoints,
+            clock=clock,
+        )
         self.services = Services(
             membership=self.membership,
             staging=self.staging,

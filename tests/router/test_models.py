@@ -95,7 +95,7 @@ async def test_a_stager_is_asked_again_when_something_changed_there() -> None:
     """And not for every list."""
     router = Router(2)
     one, two = router.stagers.values()
-    router.membership.start(router.stagers)
+    router.membership.start()
     await until(lambda: one.watched and two.watched)
     await listed(router)
     await listed(router)

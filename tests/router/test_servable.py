@@ -146,7 +146,7 @@ async def test_a_refusal_is_heard_of_and_forgotten(monkeypatch: pytest.MonkeyPat
     router = Router(1)
     (stager,) = router.stagers.values()
     stager.origins = ["a"]
-    router.membership.start(router.stagers)
+    router.membership.start()
     await until(lambda: stager.watched)
     assert await listed(router) == ["base", "a"]
     stager.listed = Models(refused=("a",))
@@ -166,7 +166,7 @@ async def test_names_are_asked_for_when_a_stager_is_heard_of() -> None:
     router = Router(1)
     (stager,) = router.stagers.values()
     stager.origins = ["a"]
-    router.membership.start(router.stagers)
+    router.membership.start()
     await until(lambda: stager.catalogues)
     await router.stop()
 

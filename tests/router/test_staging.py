@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from extproc.core.artifact import AdapterName
 from extproc.core.decision import Forward
 from extproc.core.endpoint import Endpoint
+from extproc.core.load import Engine
 from extproc.errors import ModelNotFound, NoSpace, OriginDown, StageDeadline, StagerUnavailable
 from extproc.router.staging import MAX_CANDIDATES, Placed
-from tests.fakes.wait import VirtualLoop, turns
+from tests.fakes.wait import VirtualLoop, turns, until
 
 from .fakes import Gateway, Router, ScriptedStager, chat, serve
 
@@ -28,83 +30,164 @@ def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 def router_of(count: int = 3, **settings: Any) -> tuple[Router, list[Endpoint], list[ScriptedStager]]:
     """A router on the loop's time, and the candidates of `a` with their stagers."""
     router = Router(count, clock=now, **settings)
-    order = list(router.pool.candidates("a"))
+    order = list(router.pool.order("a"))
     return router, order, [router.stager_of(endpoint) for endpoint in order]
 
 
 def forward(router: Router, wait_s: float = 60.0) -> Forward:
-    order = router.pool.candidates("a")
-    return Forward("a", router.pool, "a", order, order, wait_s)  # type: ignore[arg-type]  # a name that is one
+    snapshot = router.membership.snapshot
+    return Forward(AdapterName("a"), router.pool, "a", snapshot.candidates(router.pool, "a"), snapshot, None, wait_s)
 
 
-# ---- the owner that is cold while another is warm
+# ---- a copy that is not where its key belongs
 
 
-async def test_an_owner_that_comes_back_cold_is_prepared_while_the_warm_copy_serves() -> None:
+def at_home(router: Router) -> list[Endpoint]:
+    """The two where a copy of `a` belongs."""
+    return list(router.pool.candidates("a"))[:2]
+
+
+async def test_a_home_that_comes_back_cold_is_prepared_while_the_warm_copy_serves() -> None:
     """Nobody waits for it, and it has its key again as soon as it is warm."""
     router = Router()
-    owner, second, _ = router.pool.candidates("a")
-    await router.residency.ensure(second, "a")
+    owner, _, third = router.pool.candidates("a")
+    await router.residency.ensure(third, "a")
     router.stager_of(owner).gate.clear()
-    for _ in range(3):
-        assert (await serve(router, chat("a"))).first_destination() == second.address
+    for _ in range(2):
+        assert (await serve(router, chat("a"))).first_destination() == third.address
         await turns(5)
     assert router.stager_of(owner).asked == ["a"]
     router.stager_of(owner).gate.set()
     await turns()
     stream = await serve(router, chat("a"))
-    assert stream.destination() == f"{owner.address},{second.address}"
-    assert router.count("hit") == 4
+    assert stream.destination() == f"{owner.address},{third.address}"
+    assert router.count("hit") == 3
+
+
+async def test_a_copy_at_the_second_place_is_at_home() -> None:
+    """The owner was busier when it was made; no second one is made because of that."""
+    router = Router()
+    owner, second, _ = router.pool.candidates("a")
+    await router.residency.ensure(second, "a")
+    assert (await serve(router, chat("a"))).destination() == second.address
+    await turns()
+    assert router.stager_of(owner).asked == []
 
 
 async def test_a_preparation_that_failed_is_not_repeated_at_once(caplog: pytest.LogCaptureFixture) -> None:
     """A node that lacks room would be asked with every request; ten seconds later it is."""
     router = Router()
-    owner, second, _ = router.pool.candidates("a")
-    await router.residency.ensure(second, "a")
-    router.stager_of(owner).error = NoSpace("full")
+    owner, _, third = router.pool.candidates("a")
+    await router.residency.ensure(third, "a")
+    for endpoint in at_home(router):
+        router.stager_of(endpoint).error = NoSpace("full")
     for moment, asked in ((0.0, 1), (1.0, 1), (9.9, 1), (10.0, 2), (19.0, 2), (20.0, 3)):
         router.now = moment
         for _ in range(3):
-            assert (await serve(router, chat("a"))).first_destination() == second.address
+            assert (await serve(router, chat("a"))).first_destination() == third.address
             await turns(5)
         assert len(router.stager_of(owner).asked) == asked
 
 
 async def test_a_node_prepares_four_adapters_at_a_time() -> None:
     """Each is a load, which stalls what its engine generates. The others' turn comes with their next request."""
-    router = Router(2)
-    cold, warm = router.pool.table.endpoints
-    names = [name for name in (f"a{i}" for i in range(60)) if router.owner(name) is cold][:10]
+    router = Router(3)
+    cold, _, warm = router.pool.table.endpoints
+    names = [name for name in (f"a{i}" for i in range(200)) if router.owner(name) is cold and router.pool.candidates(name)[2] is warm][:10]
     for name in names:
         await router.residency.ensure(warm, name)
     router.stager_of(cold).gate.clear()
     for _ in range(2):
         for name in names:
             assert (await serve(router, chat(name))).first_destination() == warm.address
+            router.membership.loads["models"].follow(())  # as if it had ended
+            router.membership.loads["models"].follow(e.address for e in router.pool.table.endpoints)
         await turns()
     assert router.stager_of(cold).asked == names[:4]
     router.stager_of(cold).gate.set()
     await turns()
     for name in names:
         await serve(router, chat(name))
+        router.membership.loads["models"].follow(())
+        router.membership.loads["models"].follow(e.address for e in router.pool.table.endpoints)
     await turns()
     assert router.stager_of(cold).asked == names[:8]
 
 
-async def test_an_owner_that_is_full_drains_or_has_no_stager_is_not_prepared() -> None:
-    """There it would take another's place, or nothing new may come there."""
+async def test_an_owner_that_drains_is_not_prepared() -> None:
+    """Nothing new may come there."""
+    router = Router()
+    owner, second, third = router.pool.candidates("a")
+    await router.residency.ensure(third, "a")
+    router.membership.observe(owner, is_leaving=True)
+    router.membership.observe(second, is_leaving=True)
+    assert (await serve(router, chat("a"))).first_destination() == third.address
+    await turns()
+    assert router.stager_of(owner).asked == router.stager_of(second).asked == []
+    await router.stop()
+
+
+# ---- load
+
+
+def busy(router: Router, endpoint: Endpoint, in_flight: float) -> None:
+    """Its engine says so."""
+    router.membership.engine_says(endpoint.stager, Engine(running=in_flight), 0.0)
+
+
+async def test_a_cold_adapter_goes_to_the_less_loaded_of_its_first_two() -> None:
+    """And stays there."""
     router = Router()
     owner, second, _ = router.pool.candidates("a")
-    await router.residency.ensure(second, "a")
-    order = router.pool.candidates("a")
-    placed = router.staging.now(Forward("a", router.pool, "a", order, order[1:], 1.0))  # type: ignore[arg-type]
-    assert placed is not None
-    assert placed.endpoints == (second,)
-    bare = Endpoint("10.9.9.9:8000")
-    assert router.staging.now(Forward("a", router.pool, "a", (bare, *order[1:]), (bare, *order[1:]), 1.0))  # type: ignore[arg-type]
-    await turns()
+    busy(router, owner, 3)
+    busy(router, second, 2)
+    for _ in range(2):
+        assert (await serve(router, chat("a"))).first_destination() == second.address
     assert router.stager_of(owner).asked == []
+
+
+async def test_above_the_bound_another_copy_is_made_and_both_serve() -> None:
+    """The copy that is there serves while the files of the next are fetched; from then on the one with less in flight does."""
+    router = Router(4)
+    owner, second, *_ = router.pool.candidates("a")
+    assert (await serve(router, chat("a"))).first_destination() == owner.address
+    busy(router, owner, 20)
+    for endpoint in router.pool.candidates("a")[1:]:
+        busy(router, endpoint, 10)
+    assert (await serve(router, chat("a"))).first_destination() == owner.address
+    await until(lambda: router.residency.lease(second, "a"))
+    assert (await serve(router, chat("a"))).destination() == f"{second.address},{owner.address}"
+    busy(router, owner, 5)
+    assert (await serve(router, chat("a"))).destination() == f"{owner.address},{second.address}"
+
+
+async def test_above_the_bound_a_request_waits_for_a_copy_whose_files_are_there() -> None:
+    """A load into another engine takes less than what everybody loses at one that has too much."""
+    router = Router(4)
+    owner, second, *_ = router.pool.candidates("a")
+    await serve(router, chat("a"))
+    router.residency.copies.put(second.stager, "a", warm=False)
+    busy(router, owner, 20)
+    assert (await serve(router, chat("a"))).first_destination() == second.address
+
+
+async def test_a_copy_of_which_a_stager_tells_is_asked_for_before_one_is_made() -> None:
+    """Another router had it made; a lease on it costs one call and no load."""
+    router = Router(4)
+    owner, _, third, _ = router.pool.candidates("a")
+    router.residency.copies.put(third.stager, "a", warm=True)
+    assert (await serve(router, chat("a"))).first_destination() == third.address
+    assert router.stager_of(owner).asked == []
+    await router.stop()
+
+
+async def test_base_models_go_to_the_endpoint_with_the_least_in_flight() -> None:
+    """The same loads count for them."""
+    router = Router(3)
+    first, second, third = router.pool.table.endpoints
+    busy(router, first, 2)
+    busy(router, third, 1)
+    assert (await serve(router, chat("base"))).first_destination() == second.address
 
 
 # ---- a candidate that makes no progress

@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-from extproc.client import Demand, Loading, Refreshed
+from extproc.client import Loading, Refreshed
 from extproc.core.endpoint import Endpoint
 from extproc.pb import ext_proc_pb2 as pb
 from extproc.router import residency as residency_module
@@ -69,7 +69,7 @@ def test_a_refreshed_adapter_is_asked_for_and_the_old_lease_given_back_later() -
         router = Router(1)
         (stager,) = router.stagers.values()
         stager.renames = True
-        router.membership.start(router.stagers)
+        router.membership.start()
         await served(router)
         stager.digest = "e" * 64
         stager.events.put_nowait(Refreshed("a"))
@@ -90,7 +90,7 @@ def test_a_refreshed_adapter_is_asked_for_and_the_old_lease_given_back_later() -
 
 
 def full(router: Router, endpoint: Endpoint, *, adapters: int = 4) -> None:
-    router.residency.learn_demand(endpoint.stager, Demand(adapters, 4))
+    router.membership.in_demand(endpoint.stager, adapters, 4)
 
 
 async def test_a_node_whose_slots_are_taken_is_spared_while_another_has_room() -> None:
@@ -102,10 +102,6 @@ async def test_a_node_whose_slots_are_taken_is_spared_while_another_has_room() -
         assert (await served(router)).first_destination() == second.address
     assert router.stager_of(owner).asked == []
     assert router.stager_of(second).asked == ["a"]
-    full(router, owner, adapters=3)
-    assert (await served(router)).first_destination() == second.address
-    await until(lambda: router.residency.lease(owner, "a"))  # there is room: it is prepared while the other serves
-    assert (await served(router)).first_destination() == owner.address
 
 
 async def test_what_a_full_node_has_it_serves() -> None:
@@ -126,11 +122,8 @@ async def test_where_all_are_full_the_owner_serves() -> None:
 
 
 async def test_unknown_slots_are_no_limit() -> None:
-    """Neither is what a stager that was restarted said before."""
+    """A node that does not say how many adapters its engine keeps is given any number."""
     router = Router(2)
     owner = router.owner("a")
-    router.residency.learn_demand(owner.stager, Demand(1000, 0))
-    assert not router.residency.is_full(owner)
-    full(router, owner)
-    await router.residency.claim(owner.stager)
-    assert not router.residency.is_full(owner)
+    router.membership.in_demand(owner.stager, 1000, 0)
+    assert (await served(router)).first_destination() == owner.address

@@ -20,6 +20,7 @@ from extproc.config import EngineSettings, RpcSettings, Settings, StagerSettings
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
+from extproc.core.popularity import Popularity
 from extproc.errors import (
     StagerUnavailable,
 )
@@ -27,6 +28,7 @@ from extproc.metrics import RouterMetrics
 from extproc.pb import stager_pb2 as pb
 from extproc.router.membership import Membership
 from extproc.router.models import Models
+from extproc.router.moving import Moves
 from extproc.router.residency import Residency
 from extproc.stager.api.watch import watch_events
 from extproc.stager.books import changes as changes_module
@@ -181,6 +183,10 @@ async def test_watchers_hear_that_the_stager_is_stopping(tmp_path: Path) -> None
 # -- what a router makes of it
 
 
+def _never(address: str) -> StagerClient:
+    raise AssertionError(f"{address} is connected to")
+
+
 @dataclass
 class Router:
     """What of a router listens to one node, through something that breaks."""
@@ -203,11 +209,14 @@ class Router:
         client = StagerClient(address, RpcSettings(), "router")
         endpoint = Endpoint("127.0.0.1:9", "node-1", address)
         metrics = RouterMetrics()
-        residency = Residency({address: client}, metrics)
+        clients = {address: client}
+        residency, popularity = Residency(clients, metrics), Popularity()
         pools = [Pool("models", frozenset(), ("*",), LookupTable([endpoint], 251))]
-        models = Models(pools, {address: client}, shows_paths=False)
-        membership = Membership(pools, residency, models, metrics, ScriptedProbe(), 0.5)  # its engine lives
-        membership.start({address: client})
+        models = Models(pools, clients, shows_paths=False)
+        moves = Moves(residency, popularity, join_s=60, leave_s=60)
+        probe = ScriptedProbe()  # its engine lives
+        membership = Membership(pools, residency, models, metrics, probe, moves, popularity, clients=clients, connect=_never, heartbeat_s=0.5)
+        membership.start()
         return cls(residency, membership, endpoint, client)
 
     async def until_it_listens(self) -> None:

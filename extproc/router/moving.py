@@ -1,0 +1,148 @@
+"""What is prepared before keys move: an endpoint that joins is given what it will own, and what is served by one that drains is made warm elsewhere.
+
+Both go through the adapters that this router was asked for, the hottest first, a few at a time: each is a load, which stalls what an engine generates.
+Other routers do the same for theirs, and a stager makes one flight of what several ask for. Both end after a while whatever is missing: a joining
+endpoint is worth more ready than perfect, and a draining one is left to the leases' own ends.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Protocol
+
+from ..core.endpoint import Endpoint
+from ..core.load import Loads
+from ..core.placement import Snapshot
+from ..core.popularity import Popularity
+from ..core.standing import Standing
+from ..errors import LoraExtprocError
+from .residency import Residency
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 4  # adapters that one endpoint is given at the same time
+MOST = 1_000  # adapters that a joining endpoint is given: more than engines keep in memory
+MOST_BYTES = 64 * 2**30  # and what they may take on its disk together
+FEW = 1_000  # adapters that are ranked within a millisecond
+LOOK_AGAIN_S = 0.25  # at what is leased at a draining endpoint
+
+
+class Fleet(Protocol):
+    """What moves are made by."""
+
+    snapshot: Snapshot
+    loads: dict[str, Loads]
+
+
+class Moves:
+    """By endpoint, one move at a time. `join_s`: a joining endpoint is ready after so long at the latest; `leave_s` as much for one that drains."""
+
+    def __init__(self, residency: Residency, popularity: Popularity, *, join_s: float, leave_s: float) -> None:
+        self._residency = residency
+        self._popularity = popularity
+        self._join_s = join_s
+        self._leave_s = leave_s
+        self._moves: dict[str, asyncio.Task[None]] = {}  # by endpoint address
+
+    def join(self, fleet: Fleet, pool: str, endpoint: Endpoint, then: Callable[[], None]) -> None:
+        """Give it what it will own; `then` when that is done."""
+        self._begin(endpoint, self._join(fleet, pool, endpoint, then))
+
+    def leave(self, fleet: Fleet, pool: str, endpoint: Endpoint) -> None:
+        """Make warm elsewhere what is leased there, and give those leases back."""
+        self._begin(endpoint, self._leave(fleet, pool, endpoint))
+
+    def stay(self, endpoint: Endpoint) -> None:
+        """Neither, any more."""
+        move = self._moves.pop(endpoint.address, None)
+        if move is not None:
+            move.cancel()
+
+    async def close(self) -> None:
+        """End all of them."""
+        moves = tuple(self._moves.values())
+        for move in moves:
+            move.cancel()
+        await asyncio.gather(*moves, return_exceptions=True)
+
+    def _begin(self, endpoint: Endpoint, work: Coroutine[None, None, None]) -> None:
+        self.stay(endpoint)
+        move = self._moves[endpoint.address] = asyncio.create_task(work, name=f"move {endpoint.address}")
+        move.add_done_callback(lambda done: self._moves.pop(endpoint.address) if self._moves.get(endpoint.address) is done else None)
+
+    # -- joining
+
+    async def _join(self, fleet: Fleet, name: str, endpoint: Endpoint, then: Callable[[], None]) -> None:
+        began = time.monotonic()
+        given = given_bytes = 0
+        try:
+            async with asyncio.timeout(self._join_s):
+                if endpoint.stager:
+                    owned = await self._owned(fleet, name, endpoint)
+                    for first in range(0, len(owned), AT_ONCE):
+                        sizes = await asyncio.gather(*(self._give(endpoint, adapter) for adapter in owned[first : first + AT_ONCE]))
+                        given += sum(size is not None for size in sizes)
+                        given_bytes += sum(size or 0 for size in sizes)
+                        if given_bytes >= MOST_BYTES:
+                            break
+        except TimeoutError:
+            log.warning("endpoint %s has joined for %g s and is ready with what it has", endpoint.address, self._join_s)
+        log.info("endpoint %s was given %d adapters, %d bytes, in %.1f s", endpoint.address, given, given_bytes, time.monotonic() - began)
+        then()
+
+    async def _owned(self, fleet: Fleet, name: str, endpoint: Endpoint) -> list[str]:
+        """What the endpoint will own, the most asked for first."""
+        ranked = await self._ranked()
+        owned: list[str] = []
+        for index, (adapter, _) in enumerate(ranked):
+            if index % 500 == 0:
+                await asyncio.sleep(0)
+            snapshot = fleet.snapshot
+            pool = snapshot.adapter_pool(adapter)
+            if pool is not None and pool.name == name and pool.candidates(self._popularity.key(adapter), 1) == (endpoint,):
+                owned.append(adapter)
+                if len(owned) >= MOST:
+                    break
+        return owned
+
+    async def _ranked(self) -> list[tuple[str, int]]:
+        return await asyncio.to_thread(self._popularity.ranked) if len(self._popularity) > FEW else self._popularity.ranked()
+
+    async def _give(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> int | None:
+        """Its bytes; None if it cannot be had there."""
+        try:
+            return (await self._residency.ensure(endpoint, adapter, plain=plain)).bytes
+        except LoraExtprocError:
+            return None  # logged where it was asked for
+
+    # -- draining
+
+    async def _leave(self, fleet: Fleet, name: str, endpoint: Endpoint) -> None:
+        began, moved = time.monotonic(), 0
+        while time.monotonic() - began < self._leave_s:
+            leased = self._residency.leased_at(endpoint.stager)
+            if leased:
+                rank = {adapter: place for place, (adapter, _) in enumerate(await self._ranked())}
+                leased.sort(key=lambda lease: rank.get(lease[0], len(rank)))
+                done = await asyncio.gather(*(self._succeed(fleet, name, endpoint, adapter, plain=plain) for adapter, plain in leased[:AT_ONCE]))
+                moved += sum(done)
+                if any(done):
+                    continue
+            await asyncio.sleep(LOOK_AGAIN_S)
+        log.info("endpoint %s has drained for %g s: %d leases were given back", endpoint.address, self._leave_s, moved)
+
+    async def _succeed(self, fleet: Fleet, name: str, endpoint: Endpoint, adapter: str, *, plain: bool) -> bool:
+        """Have another endpoint take over this adapter; whether one has."""
+        snapshot = fleet.snapshot
+        pool = snapshot.pool(name)
+        if pool is None:
+            return False
+        nodes = [stager for stager, warm in self._residency.copies.of(adapter) if warm]
+        others = [e for node in nodes for e in pool.at(node) if e != endpoint and snapshot.standing(e) is Standing.READY]
+        if not any(self._residency.known(e, adapter, plain=plain) for e in others):
+            successors = others or [e for e in snapshot.stageable(snapshot.candidates(pool, self._popularity.key(adapter))) if e.stager]
+            if not successors or await self._give(successors[0], adapter, plain=plain) is None:
+                return False
+        self._residency.give_back(endpoint.stager, adapter, plain=plain)
+        return True

@@ -1,0 +1,223 @@
+"""Which endpoint serves, where a copy is made, and what is prepared."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extproc.core.choice import EARLY, SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of
+from extproc.core.endpoint import Endpoint
+from extproc.core.load import Engine, Loads
+
+A, B, C, D, E, F = ENDPOINTS = tuple(Endpoint(f"10.0.0.{i}:8000", stager=f"10.0.0.{i}:9102") for i in range(1, 7))
+RULE = Rule(lambda count: count - 1)
+
+
+def loads_of(*in_flight: float) -> Loads:
+    """Of A, B, C, ...; the rest have as much as the mean of those."""
+    loads = Loads(endpoint.address for endpoint in ENDPOINTS)
+    mean = sum(in_flight) / len(in_flight)
+    for place, endpoint in enumerate(ENDPOINTS):
+        loads.say(endpoint.address, Engine(running=in_flight[place] if place < len(in_flight) else mean), 0.0)
+    return loads
+
+
+def leased(*endpoints: Endpoint) -> list[Copy]:
+    return [Copy(endpoint, At.LEASED) for endpoint in endpoints]
+
+
+# ---- leased copies
+
+
+def test_a_copy_below_the_bound_serves() -> None:
+    """Most requests: nothing else happens."""
+    assert choose(leased(A), ENDPOINTS, loads_of(10, 10), RULE) == Choice(A)
+
+
+def test_of_several_copies_the_one_with_the_least_in_flight_serves() -> None:
+    """Of equals the first in the key's order, which is the same on every router."""
+    assert choose(leased(C, A), ENDPOINTS, loads_of(10, 10, 9), RULE).serve == C
+    assert choose(leased(C, A), ENDPOINTS, loads_of(10, 10, 10), RULE).serve == A
+
+
+def test_the_copy_with_the_longest_prefix_serves_while_it_is_below_the_bound() -> None:
+    """What it saves is less than what a queue costs."""
+    assert choose(leased(A, B), ENDPOINTS, loads_of(11, 9, 10, 10), RULE, preferred=A).serve == A
+    assert choose(leased(A, B), ENDPOINTS, loads_of(20, 9, 10, 10), RULE, preferred=A).serve == B
+    assert choose(leased(A, B), ENDPOINTS, loads_of(11, 9), RULE, preferred=C).serve == B
+
+
+def test_near_the_bound_the_next_copy_is_prepared_while_this_one_serves() -> None:
+    """Requests go on coming while a copy is made."""
+    loads = loads_of(EARLY * 1.25 * 10 + 0.1, 10, 9, 9, 9, 9)
+    choice = choose(leased(A), ENDPOINTS, loads, RULE)
+    assert (choice.serve, choice.prepare) == (A, B)
+
+
+def test_above_the_bound_a_request_waits_for_a_load_and_not_for_a_fetch() -> None:
+    """Unless the engine that has it queues: then any wait elsewhere is shorter."""
+    loads = loads_of(30, 10, 10, 10, 10, 10)
+    assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(A, prepare=B)
+    assert choose([*leased(A), Copy(B, At.COLD)], ENDPOINTS, loads, RULE) == Choice(None, (B, A))
+    loads.say(A.address, Engine(running=20, waiting=10), 1.0)
+    assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(None, (B, A))
+
+
+def test_a_copy_that_others_had_made_is_used_before_one_is_made() -> None:
+    """Its lease costs one call."""
+    assert choose([*leased(A), Copy(D, At.WARM)], ENDPOINTS, loads_of(30, 10, 10, 10, 10, 10), RULE) == Choice(None, (D, A))
+
+
+def test_where_everybody_has_too_much_the_least_loaded_copy_serves() -> None:
+    """A copy at an endpoint that is above the bound itself helps nobody."""
+    loads = loads_of(30, 30, 30, 1, 1, 1)
+    assert choose(leased(A, B), (A, B, C), loads, RULE) == Choice(A)
+
+
+def test_no_more_copies_are_made_than_the_adapter_may_have() -> None:
+    """Those that others had made count."""
+    loads = loads_of(30, 30, 10, 10, 10, 10)
+    rule = Rule(RULE.draw, max_copies=2)
+    assert choose(leased(A, B), ENDPOINTS, loads, rule) == Choice(A)
+    assert choose(leased(A), ENDPOINTS, loads, rule).prepare == C
+
+
+# ---- spare copies
+
+
+def test_a_second_copy_of_what_is_hot_is_made_where_there_is_room() -> None:
+    """And none where it would take another adapter's place, or where one is enough by the settings."""
+    loads = loads_of(10, 10)
+    assert choose(leased(A), ENDPOINTS, loads, RULE, is_hot=True) == Choice(A, prepare=B)
+    assert choose(leased(A, D), ENDPOINTS, loads, RULE, is_hot=True) == Choice(A)
+    assert choose(leased(A), ENDPOINTS, loads, Rule(RULE.draw, max_copies=1), is_hot=True) == Choice(A)
+    for endpoint in ENDPOINTS:
+        loads.demand(endpoint.address, 16, 16)
+    assert choose(leased(A), ENDPOINTS, loads, RULE, is_hot=True) == Choice(A)
+
+
+def test_the_copies_that_an_adapter_shall_have_are_made_whatever_the_load() -> None:
+    """Also where they take another's place: somebody said so."""
+    loads = loads_of(0)
+    for endpoint in ENDPOINTS:
+        loads.demand(endpoint.address, 16, 16)
+    rule = Rule(RULE.draw, min_copies=3)
+    assert choose(leased(A), ENDPOINTS, loads, rule).prepare == B
+    assert choose([*leased(A), Copy(B, At.WARM)], ENDPOINTS, loads, rule).prepare == C
+    assert choose([*leased(A, B), Copy(C, At.WARM)], ENDPOINTS, loads, rule).prepare is None
+
+
+# ---- copies that are not where the key belongs
+
+
+def test_a_home_without_a_copy_is_prepared() -> None:
+    """Its endpoints have come since the copy was made."""
+    assert choose(leased(D), ENDPOINTS, loads_of(10, 9), RULE) == Choice(D, prepare=B)
+    assert choose([*leased(D), Copy(A, At.WARM)], ENDPOINTS, loads_of(10, 10), RULE) == Choice(D, prepare=A)
+    assert choose(leased(D, B), ENDPOINTS, loads_of(10, 10), RULE).prepare is None
+    assert choose(leased(B), ENDPOINTS, loads_of(10, 10), RULE).prepare is None
+
+
+# ---- no leased copy
+
+
+def test_a_copy_in_another_engines_memory_is_waited_for() -> None:
+    """The next endpoints of the key stand by, in case it makes no progress."""
+    assert choose([Copy(D, At.WARM), Copy(E, At.COLD)], ENDPOINTS, loads_of(10), RULE).wait_for[:2] == (D, A)
+
+
+def test_one_that_has_too_much_is_left_alone_if_another_has_not() -> None:
+    """A hundred requests that arrive while it is loaded would all join it."""
+    assert choose([Copy(A, At.WARM)], ENDPOINTS, loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for[0] == B
+    assert choose([Copy(A, At.WARM)], (A,), loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for == (A,)
+
+
+def test_a_new_copy_is_made_at_the_less_loaded_of_the_keys_first_two() -> None:
+    """Then at the first of the next that is below the bound; where none is, at the least loaded."""
+    assert choose([], ENDPOINTS, loads_of(10, 9, 1, 10, 10, 10), RULE).wait_for == (B, A, C, D, E, F)
+    assert choose([], ENDPOINTS, loads_of(30, 30, 11, 1, 5, 5), RULE).wait_for[0] == C
+    assert choose([], (A, B), loads_of(31, 30, 5, 5, 5, 5), RULE).wait_for == (B, A)
+
+
+def test_room_in_the_engine_goes_before_files_and_files_before_load() -> None:
+    """What a full engine is given costs another adapter its place; a fetch takes longer than a load."""
+    loads = loads_of(10, 11)
+    assert choose([Copy(B, At.COLD)], ENDPOINTS, loads, RULE).wait_for[0] == B
+    loads.demand(B.address, 16, 16)
+    assert choose([Copy(B, At.COLD)], ENDPOINTS, loads, RULE).wait_for[0] == A
+
+
+def test_what_drains_serves_what_is_leased_there_until_another_has_it() -> None:
+    """Nobody waits for a drain."""
+    assert choose([Copy(A, At.LEAVING)], (B, C), loads_of(10), RULE) == Choice(A, prepare=B)
+    assert choose([Copy(A, At.LEAVING), Copy(C, At.WARM)], (B, C), loads_of(10), RULE) == Choice(A, prepare=C)
+    assert choose([Copy(A, At.LEAVING), *leased(B)], (B, C), loads_of(10), RULE).serve == B
+    assert choose([Copy(A, At.LEAVING)], (), loads_of(10), RULE) == Choice(A)
+
+
+def test_without_any_endpoint_there_is_nothing_to_wait_for() -> None:
+    """The caller says so to the client."""
+    assert choose([], (), loads_of(10), RULE) == Choice()
+
+
+STATES = st.sampled_from(At)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(ENDPOINTS), STATES), unique_by=lambda pair: pair[0].address),
+    st.permutations(ENDPOINTS),
+    st.integers(0, 6),
+    st.lists(st.integers(0, 60), min_size=6, max_size=6),
+    st.booleans(),
+)
+def test_whatever_is_known_a_choice_can_be_followed(
+    known: list[tuple[Endpoint, At]], order: list[Endpoint], count: int, in_flight: list[int], is_hot: bool
+) -> None:
+    """Only a leased copy serves at once, nothing is made where it is in memory, and a request is refused only if there is nowhere to go."""
+    copies = [Copy(endpoint, at) for endpoint, at in known]
+    ready = [e for e in order if all(copy.endpoint != e or copy.at is not At.LEAVING for copy in copies)][:count]
+    choice = choose(copies, ready, loads_of(*in_flight), RULE, is_hot=is_hot)
+    at = dict(known)
+    assert choice.serve is None or at[choice.serve] in (At.LEASED, At.LEAVING)
+    assert (choice.serve is None) != (not choice.wait_for) or not (copies or ready) or all(copy.at is At.COLD for copy in copies)
+    assert choice.prepare is None or at.get(choice.prepare) in (None, At.WARM, At.COLD)
+    assert len(set(choice.wait_for)) == len(choice.wait_for)
+
+
+# ---- the rules for comparison
+
+
+@pytest.mark.parametrize(("balance", "first"), [("maglev", A), ("hrw", A), ("random", F), ("least_adapters", C), ("least_latency", B), ("bin_pack", D)])
+def test_the_other_rules_put_one_copy_where_their_names_say(balance: Balance, first: Endpoint) -> None:
+    """The least adapters; the shortest queue; the most adapters of those with room."""
+    loads = loads_of(30, 1, 30, 30, 30, 30)
+    for endpoint, adapters in zip(ENDPOINTS, (5, 6, 1, 7, 8, 9), strict=True):
+        loads.demand(endpoint.address, adapters, 8)
+    rule = Rule(RULE.draw, balance)
+    assert choose([], ENDPOINTS, loads, rule).wait_for[0] == first
+    assert choose(leased(first), ENDPOINTS, loads, rule) == Choice(first)
+    assert choose([Copy(first, At.LEAVING)], (), loads, rule) == Choice(first)
+
+
+def test_owner_only_waits_for_the_owner_whatever_it_carries() -> None:
+    """That is what it is compared for."""
+    assert choose(leased(B), ENDPOINTS, loads_of(50, 1), Rule(RULE.draw, "maglev")).wait_for[0] == A
+
+
+# ---- settings, and base models
+
+
+def test_the_first_pattern_that_matches_says_how_many_copies() -> None:
+    """Other adapters have as many as the load makes."""
+    rules = Rules(RULE, [("demo/*", 2, 0), ("demo/big", 3, 4), ("*", 1, 1)])
+    assert [(rules.of(name).min_copies, rules.of(name).max_copies) for name in ("demo/big", "other")] == [(2, 0), (1, 1)]
+    assert Rules(RULE).of("other") is RULE
+
+
+def test_a_base_models_request_goes_to_the_least_loaded_of_a_few() -> None:
+    """Of those that follow each other from another place each turn."""
+    loads = loads_of(5, 4, 3, 4, 5, 5)
+    assert {least_of(ENDPOINTS, loads, turn)[0] for turn in range(9)} == {C}
+    many = [Endpoint(f"10.1.0.{i}:8000") for i in range(1, 101)]
+    chosen = [least_of(many, Loads(e.address for e in many), turn) for turn in range(100)]
+    assert {choice[0] for choice in chosen} == set(many)
+    assert {len(choice) for choice in chosen} == {SAMPLED}

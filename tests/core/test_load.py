@@ -1,0 +1,84 @@
+"""Requests in flight, by what engines say and by what was sent since."""
+
+import pytest
+
+from extproc.core.load import FEW, FORGOTTEN_S, MAX_SENT, STALE_S, Engine, Loads
+
+
+def test_what_was_sent_after_an_engines_word_is_added_to_it() -> None:
+    """A word counts what had arrived when its metrics were read, and nothing that came later."""
+    loads = Loads(["a", "b"])
+    for at in (1.0, 2.0, 3.0):
+        loads.send("a", at)
+    loads.say("a", Engine(running=5, waiting=2), taken_at=2.0)
+    assert loads["a"].in_flight == 8
+    assert loads.mean() == 4
+
+
+def test_a_word_that_is_older_than_the_last_is_ignored() -> None:
+    """Two streams of one stager may overlap while its certificates are renewed."""
+    loads = Loads(["a"])
+    loads.say("a", Engine(running=5), taken_at=2.0)
+    loads.say("a", Engine(running=50), taken_at=1.0)
+    assert loads["a"].in_flight == 5
+
+
+def test_without_an_engines_word_what_was_sent_is_forgotten_after_a_while() -> None:
+    """Of an endpoint whose engine says nothing no request is known to have ended."""
+    loads = Loads(["a"])
+    loads.send("a", 0.0)
+    loads.send("a", 1.0)
+    loads.sweep(FORGOTTEN_S + 0.5)
+    assert (loads["a"].in_flight, loads.mean()) == (1, 1)
+
+
+def test_an_engine_that_falls_silent_is_not_taken_for_as_busy_as_it_was_for_ever() -> None:
+    """Its last word counts until STALE_S have passed."""
+    loads = Loads(["a"])
+    loads.say("a", Engine(running=9, slots=8), taken_at=0.0)
+    loads.sweep(STALE_S - 1)
+    assert loads.mean() == 9
+    loads.sweep(STALE_S + 1)
+    assert (loads.mean(), loads["a"].engine.slots) == (0, 8)
+
+
+def test_the_mean_is_that_of_the_ready_endpoints() -> None:
+    """What drains or is down takes no part of what comes."""
+    loads = Loads(["a", "b", "c"])
+    loads.say("a", Engine(running=4), taken_at=0.0)
+    loads.say("c", Engine(running=100), taken_at=0.0)
+    loads.stand(ready=["a", "b"])
+    assert loads.mean() == 2
+    loads.send("c", 1.0)
+    assert loads.mean() == 2
+
+
+def test_an_endpoint_that_stays_keeps_its_load_when_others_come_and_go() -> None:
+    """A change of membership forgets only those that have left."""
+    loads = Loads(["a", "b"])
+    loads.say("a", Engine(running=4), taken_at=0.0)
+    loads.follow(["a", "c"])
+    assert (loads["a"].in_flight, loads.mean(), "b" in loads) == (4, 2, False)
+    loads.send("b", 1.0)  # decided before it left
+    loads.say("b", Engine(running=1), taken_at=1.0)
+
+
+def test_a_few_requests_are_never_too_many() -> None:
+    """An idle fleet does not copy an adapter because two of its requests came at once."""
+    assert Loads(["a", "b"]).bound(1.25) == FEW
+
+
+def test_what_is_remembered_of_an_endpoint_is_bounded() -> None:
+    """A router that sends 10,000 requests between two words of an engine counts the last of them."""
+    loads = Loads(["a"])
+    for i in range(3 * MAX_SENT):
+        loads.send("a", i / 1e6)
+    assert loads["a"].in_flight == loads.mean() == MAX_SENT
+
+
+@pytest.mark.parametrize(("running", "waiting", "queues"), [(0, 0, False), (16, 4, False), (16, 5, True), (0, 1, True)])
+def test_a_queue_counts_when_it_is_a_quarter_of_what_runs(running: float, waiting: float, *, queues: bool) -> None:
+    """A shorter one has gone before it is heard of."""
+    loads = Loads(["a"])
+    loads.say("a", Engine(running, waiting), taken_at=0.0)
+    assert loads["a"].is_queueing is queues
