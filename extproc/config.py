@@ -376,8 +376,8 @@ class EngineSettings(Group):
 
 class VerifySettings(Group):
     finite: bool = True
-    """Refuse weights that hold infinities or NaNs: every byte is read once more, after the hash. One such adapter can spoil the answers of others that
-    the engine runs next. false: not looked at, for adapters of a trusted pipeline whose check costs too much."""
+    """Refuse weights that hold infinities or NaNs: every byte is read once more, beside the transfer. One such adapter can spoil the answers of others that
+    the engine runs next. false: not looked at, for adapters of a trusted pipeline on a node whose processor is the limit."""
 
 
 class StagerSettings(Group):

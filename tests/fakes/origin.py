@@ -12,7 +12,7 @@ from extproc.stager.supply.listing import Listing, RemoteFile
 from extproc.stager.supply.origins.names import Names
 from extproc.stager.threads import Threads
 
-from .adapters import CONFIG, WEIGHTS, Files
+from .adapters import CONFIG, WEIGHTS, Files, small_files
 
 
 class Stall:
@@ -90,6 +90,14 @@ class FakeOrigin:
 
     async def close(self) -> None:
         self.closed = True
+
+
+def origin_of(*names: str) -> FakeOrigin:
+    """It has a small adapter of its own for each of the names."""
+    origin = FakeOrigin()
+    for seed, name in enumerate(names):
+        origin.add(name, small_files(seed=seed))
+    return origin
 
 
 class ListableOrigin(FakeOrigin):

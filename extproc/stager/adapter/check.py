@@ -1,7 +1,7 @@
 """What is checked before anybody can see an adapter: one entry for what was fetched, what others put here and what is kept.
 
 `check` is for a whole directory. A flight that fetches asks in parts, each before the next is paid for: `check_config` before the weights,
-`check_header` before there is room for them, `check_weights` when they are here. Every refusal is an InvalidAdapter that names the file and why.
+`check_ahead` before there is room for them, `check_weights` when they are here. Every refusal is an InvalidAdapter that names the file and why.
 """
 
 import os
@@ -14,7 +14,7 @@ from ...errors import InvalidAdapter
 from ..threads import Steps
 from .config import AdapterConfig, check_config, read_limited
 from .files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, refuse
-from .finite import check_finite
+from .finite import Scan, check_finite, scan_ahead
 from .rules import Rules
 from .safetensors import Header, read_header
 from .width import check_width
@@ -35,8 +35,8 @@ def check(directory: Path, rules: Rules) -> Steps[Checked]:
     return (yield from check_weights(directory, config, rules))
 
 
-def check_weights(directory: Path, config: AdapterConfig, rules: Rules) -> Steps[Checked]:
-    """What is in an adapter's directory beside its configuration. Raises InvalidAdapter."""
+def check_weights(directory: Path, config: AdapterConfig, rules: Rules, begun: Scan | None = None) -> Steps[Checked]:
+    """What is in an adapter's directory beside its configuration. `begun`: what `check_ahead` gave, and came further since. Raises InvalidAdapter."""
     path = directory / WEIGHTS_FILE
     if not os.path.lexists(path):
         if not rules.allow_pickle or not any((directory / pickled).exists() for pickled in PICKLE_FILES):
@@ -46,10 +46,19 @@ def check_weights(directory: Path, config: AdapterConfig, rules: Rules) -> Steps
         header = yield from check_header(file, os.fstat(file.fileno()).st_size, config, rules)
         try:
             if rules.finite:
-                yield from check_finite(file, header)
+                yield from check_finite(file, header, begun)
             return Checked(len(header.shapes), features.load_options(header.shapes))
         finally:
             header.clear()
+
+
+def check_ahead(file: IO[bytes], file_size: int, config: AdapterConfig, rules: Rules) -> Steps[Scan | None]:
+    """What the header tells of weights that still arrive, as `check_header`; how to look through the rest, if that is to be done."""
+    header = yield from check_header(file, file_size, config, rules)
+    try:
+        return scan_ahead(header) if rules.finite else None
+    finally:
+        header.clear()
 
 
 def options(directory: Path) -> Steps[dict[str, bool]]:

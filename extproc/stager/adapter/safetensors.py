@@ -57,6 +57,10 @@ class Header:
     ends: "array[int]" = field(default_factory=lambda: array("q"))  # of each of those, in bytes of the data; it begins where the one before ends
     runs: list[tuple[str, int]] = field(default_factory=list)  # dtype and end of each run of neighbours that have it
 
+    @property
+    def data_bytes(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
     def name_at(self, offset: int) -> str:
         """Whose byte of the data it is."""
         return self.names[bisect_right(self.ends, offset)]

@@ -2,9 +2,11 @@
 
 A look is the list of names and then the requests. A request that comes after the list was made needs a name that the list has; one that came before is
 in the figures. The figures name the adapters of requests that run. Of requests that wait they give only the number, so a waiting request may be
-anybody's who could have sent one.
+anybody's who could have sent one. A queue comes and goes: later figures tell the same of the requests that came before the list, so they may be asked
+for again without the list, which has megabytes.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +17,8 @@ from ..disk.store import Store
 from .api import Engine, Requests
 from .listed import Known
 from .names import Loads, leads_to
+
+AGAIN_S = 0.1  # between two questions for the figures while requests wait
 
 
 class Standing(Enum):
@@ -52,10 +56,13 @@ class Rest:
         self._store = store
         self._had_empty_queue = False  # since this process began: what an earlier one unloaded is not known
 
-    async def look(self) -> Look:
-        """Raises EngineUnreachable."""
-        known = await self._engine.known()
-        requests = await self._engine.requests()
+    async def look(self, patience_s: float = 0.0) -> Look:
+        """While requests wait, their figures are asked for again for `patience_s`. Raises EngineUnreachable."""
+        known, requests = await self._engine.known(), await self._engine.requests()
+        patience_ends = asyncio.get_running_loop().time() + patience_s
+        while requests.waiting and asyncio.get_running_loop().time() < patience_ends:
+            await asyncio.sleep(AGAIN_S)
+            requests = await self._engine.requests()
         self._had_empty_queue = self._had_empty_queue or not requests.waiting
         return Look(known, requests)
 

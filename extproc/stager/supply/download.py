@@ -24,6 +24,7 @@ from ...errors import AdapterDamaged, AdapterTooLarge, OriginFailed, OriginSlow
 from ...flight import to_the_end
 from ..syscalls import disk_errors
 from ..threads import Threads, in_thread
+from .follower import Follower
 from .job import Job
 from .listing import RemoteFile
 from .pace import Pace
@@ -35,7 +36,7 @@ LEAST_WRITE_BYTES = 2**18  # where many streams share PENDING_BYTES
 PENDING_BYTES = 12 * 2**20  # of all streams, before it is handed over; as much again is being written
 APART_BYTES = 2**18  # from here on two threads are worth it
 COPY_BYTES = 8 * 2**20  # by the kernel at once
-READ_BACK_BYTES = 2**18  # what a core's cache holds
+READ_BACK_BYTES = 2**20  # half of what a core's cache holds; a thread that hashes less at once queues for the interpreter more often than it hashes
 RATE_WINDOW_S = 30.0  # over which the least rate of a transfer is measured: a server that pauses for some seconds is not slow
 
 Buffer = bytes | memoryview
@@ -74,6 +75,7 @@ class Download:
         self._job = job or Job()
         self._disk = disk
         self._least_bytes_per_s = least_bytes_per_s
+        self._follower: Follower | None = None
         self._judge: Judge | None = None
         self._judged = asyncio.Event()
         self._needed = 0  # bytes from the start on that the judge wants to see
@@ -109,11 +111,17 @@ class Download:
 
     async def restart(self) -> None:
         """The origin cannot go on where it broke off: forget what there is."""
+        if self._follower is not None:
+            await self._follower.restart()
         self._job.done_bytes -= self.on_disk
         self.received, self._ahead = 0, []
         self._forget_hash()
         if self._descriptor >= 0:
             await self._in_thread(self._truncate)
+
+    def follow(self, follower: Follower) -> None:
+        """Tell `follower` how far the file is on disk without a gap."""
+        self._follower = follower
 
     def hold_for(self, judge: Judge, first: int) -> None:
         """Show `judge` the beginning of the file, at first so many bytes of it, before anything behind it is taken: what it raises ends the transfer.
@@ -344,6 +352,8 @@ class Download:
         heapq.heappush(self._ahead, (begin, end))
         while self._ahead and self._ahead[0][0] == self.received:
             self.received = heapq.heappop(self._ahead)[1]
+        if self._follower is not None:
+            self._follower.arrived(self.received)
 
     async def _hash_up(self) -> None:
         """Hash what is on disk without a gap; it is read back from the page cache."""

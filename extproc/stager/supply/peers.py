@@ -21,7 +21,7 @@ from ...errors import LoraExtprocError, ModelNotFound, OriginFailed, OriginRefus
 from ..adapter.files import wanted
 from .download import Download
 from .listing import Listing, RemoteFile
-from .source import Source, is_worth_repeating
+from .source import Supplier, is_worth_repeating
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +34,8 @@ FIRST_REST_S, LONGEST_REST_S = 5.0, 60.0  # of one whose copy was of no use: ano
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 5.0  # between two questions to one that did not answer; they cost nobody anything
 
 
-@dataclass(frozen=True, slots=True)
-class PeerCopy:
-    """What one peer has, and through what it is read."""
-
-    address: str
-    source: Source
-    listing: Listing
-    origin: str  # where the peer's content came from at first
-
-
 class PeerOrigin:
-    """One peer, for one download after the other."""
+    """One peer, for one download after the other. What it has is asked of all at once, by Peers.find."""
 
     label = LABEL
 
@@ -54,9 +44,6 @@ class PeerOrigin:
 
     async def open(self) -> None:
         pass
-
-    async def resolve(self, name: AdapterName) -> Listing | None:
-        raise NotImplementedError("peers are asked all at once, by Peers.find")
 
     async def fetch(self, _listing: Listing, file: RemoteFile, download: Download) -> None:
         await download.write(self._chunks(file, download.received))
@@ -80,6 +67,16 @@ class PeerOrigin:
 
     async def close(self) -> None:
         await self.client.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCopy:
+    """What one peer has, and through what it is read."""
+
+    address: str
+    source: Supplier[PeerOrigin]
+    listing: Listing
+    origin: str  # where the peer's content came from at first
 
 
 class Peers:
@@ -171,9 +168,9 @@ class Peers:
         return PeerCopy(address, source, _listing(name, held), held.origin)
 
 
-def _source(client: StagerClient) -> Source:
+def _source(client: StagerClient) -> Supplier[PeerOrigin]:
     """Its own breaker stays closed: whether a peer is asked is decided before, and nobody waits for one. One that falls silent is not asked again."""
-    source = Source(PeerOrigin(client), repeats=lambda error: not isinstance(error.__cause__, TimeoutError) and is_worth_repeating(error))
+    source = Supplier(PeerOrigin(client), repeats=lambda error: not isinstance(error.__cause__, TimeoutError) and is_worth_repeating(error))
     source.breaker.threshold, source.breaker.names = sys.maxsize, 0
     return source
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import stamina
 import stamina.instrumentation
@@ -21,7 +21,7 @@ from ..threads import Threads
 from .download import Download
 from .job import Job
 from .listing import Absent, Listing, RemoteFile
-from .origins.base import Origin, Probed
+from .origins.base import Fetches, Origin, Probed
 from .pace import Pace, Slots
 
 ATTEMPTS = 3  # per step and stretch without progress; with the back-off below a blip of a second is survived, an outage is answered within seconds
@@ -31,14 +31,15 @@ DEFAULT_FETCHES = 8
 SUSPECT_AFTER = 3  # owners whose names the origin fails at in a row, before it is asked whether it is up at all
 
 T = TypeVar("T")
+O_co = TypeVar("O_co", bound=Fetches, covariant=True)
 
 log = logging.getLogger(__name__)
 
 _repeated_for: ContextVar[str] = ContextVar("repeated_for", default="")  # the adapter whose step is repeated, for the log
 
 
-class Source:
-    """One origin with its breaker, its places and its pace.
+class Supplier(Generic[O_co]):
+    """Whoever gives files, with its breaker, its places and its pace.
 
     While the breaker is open the origin is probed in the background, if it has a cheap call for that; else one caller at a time tries.
     What such an origin says of names never opens the breaker, only a probe does: a tenant whose objects are broken closes the way to nobody else's.
@@ -47,12 +48,14 @@ class Source:
 
     def __init__(
         self,
-        origin: Origin,
+        origin: O_co,
         settings: OriginSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
         repeats: Callable[[Exception], bool | float] | None = None,
     ) -> None:
         self.origin = origin
+        giver: Fetches = origin
+        self._probed = giver if isinstance(giver, Probed) else None
         self.label = origin.label
         self.is_listed = settings is None or settings.listed
         self.has_archives = settings is None or settings.archives
@@ -66,14 +69,6 @@ class Source:
         self._pace = Pace(settings.max_bytes_per_s if settings else 0, clock)
         self._down_since: float | None = None
         self._probing: asyncio.Task[None] | None = None
-
-    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
-        """What the origin has under `name`; Absent or None if that is no adapter. Raises OriginFailed, at once while it is left alone."""
-        _repeated_for.set(name)
-        async for attempt in _attempts(lambda error: self.breaker.state == "closed" and self._repeats(error)):
-            with attempt:
-                return await self._ask(name, lambda: self.origin.resolve(name))
-        raise AssertionError("the last attempt raises")
 
     async def fetch(self, listing: Listing, file: RemoteFile, target: Path, job: Job, disk: Threads | None = None) -> File:
         """Bring one file to `target`; `disk`: the threads in which the node's directory is written."""
@@ -150,8 +145,8 @@ class Source:
             breaker.found_down(now)
         elif not error.reached:
             breaker.not_reached(now)
-        elif isinstance(self.origin, Probed):
-            self._suspect(owner_of(name), self.origin)
+        elif self._probed is not None:
+            self._suspect(owner_of(name), self._probed)
         else:
             breaker.failed(now, owner_of(name))
         if breaker.state == "closed" and self._down_since is not None:
@@ -160,8 +155,8 @@ class Source:
         elif breaker.state == "open" and self._down_since is None:
             self._down_since = now
             log.warning("the %s origin is left alone: %s", self.label, error.message if error is not None else "")
-        if breaker.state != "closed" and isinstance(self.origin, Probed):
-            self._start_probing(self.origin)
+        if breaker.state != "closed" and self._probed is not None:
+            self._start_probing(self._probed)
 
     def _suspect(self, owner: str, origin: Probed) -> None:
         """It failed at a name of `owner`. Where it fails at the names of several, it may be down: a probe tells, and meanwhile everybody may ask."""
@@ -198,6 +193,18 @@ class Source:
             log.exception("probe of the %s origin", self.label)
             return OriginFailed(f"{self.label} origin: {type(error).__name__}")
         return None
+
+
+class Source(Supplier[Origin]):
+    """An origin, which also says what it has."""
+
+    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
+        """What the origin has under `name`; Absent or None if that is no adapter. Raises OriginFailed, at once while it is left alone."""
+        _repeated_for.set(name)
+        async for attempt in _attempts(lambda error: self.breaker.state == "closed" and self._repeats(error)):
+            with attempt:
+                return await self._ask(name, lambda: self.origin.resolve(name))
+        raise AssertionError("the last attempt raises")
 
 
 def owner_of(name: str) -> str:

@@ -14,9 +14,10 @@ from ...core.blocks import artifact_bytes
 from ...errors import AdapterDamaged, AdapterTooLarge, InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
 from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
-from ..adapter.check import check_header, check_weights
+from ..adapter.check import check_ahead, check_weights
 from ..adapter.config import MAX_CONFIG_BYTES, AdapterConfig, check_config, read_limited, with_base
 from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, foreign, other_digest, weights_of
+from ..adapter.finite import Scan
 from ..adapter.rules import Rules
 from ..adapter.safetensors import PREFIX_BYTES, header_length
 from ..adapter.width import hidden_size
@@ -24,12 +25,14 @@ from ..books.holdings import Named
 from ..books.refusals import Version
 from ..node import Node
 from ..supply.download import Download, Judge
+from ..supply.follower import Follower
 from ..supply.job import Job
 from ..supply.listing import Listing, RemoteFile
+from ..supply.origins.base import Fetches
 from ..supply.origins.file import FileOrigin
 from ..supply.peers import Peers
 from ..supply.precedence import Precedence, Unanswered, agree
-from ..supply.source import Source
+from ..supply.source import Source, Supplier
 from ..syscalls import disk_errors, hash_file, hash_open
 from ..threads import Threads
 from .evict import Remover
@@ -48,10 +51,19 @@ RESOLVES = 3  # an adapter that is being written anew changes under us; after th
 class Plan:
     """What to bring, and from where."""
 
-    source: Source
+    source: Supplier[Fetches]
     listing: Listing
     origin: str  # what the manifest says; for a copy from a peer, where that had it from
     stated: tuple[str, ...] = ()  # every SHA-256 that the weights must have
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What lies in the staging directory."""
+
+    config: AdapterConfig
+    files: list[File]
+    scan: Scan | None = None  # how far the weights were looked through while they came
 
 
 class Fetcher:
@@ -186,15 +198,15 @@ class Fetcher:
         async with self._staging(name) as directory:
             try:
                 if listing.archive:
-                    config, files = await self._bring_archive(plan, directory, job, token)
+                    brought = await self._bring_archive(plan, directory, job, token)
                 else:
-                    config, files = await self._bring_files(plan, directory, job, token)
+                    brought = await self._bring_files(plan, directory, job, token)
                 async with self._phase(job, "verify"):
-                    _check_digest(files, plan.stated)
+                    _check_digest(brought.files, plan.stated)
                     rules = self._rules(await self._width())
                     with disk_errors("read"):
-                        checked = await self._checks.walk(check_weights(directory, config, rules))
-                    files = await self._name_base(directory, config, files)
+                        checked = await self._checks.walk(check_weights(directory, brought.config, rules, brought.scan))
+                    files = await self._name_base(directory, brought.config, brought.files)
                 async with self._phase(job, "publish"):
                     in_place = _in_place(plan)
                     manifest = Manifest(tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final, checked.options)
@@ -247,7 +259,7 @@ class Fetcher:
             if not held:
                 await self._publications.join(digest, publish)
 
-    async def _bring_files(self, plan: Plan, directory: Path, job: Job, token: str) -> tuple[AdapterConfig, list[File]]:
+    async def _bring_files(self, plan: Plan, directory: Path, job: Job, token: str) -> Brought:
         """The configuration first, then the header of the weights: what they rule out needs no room, and nothing is evicted for it."""
         listing = plan.listing
         size = self._check_listing(listing)
@@ -261,19 +273,22 @@ class Fetcher:
             config = await self._check_config(plan, directory)
         if _in_place(plan) is not None:
             async with self._phase(job, "fetch"):
-                return config, [*files, await self._link(plan, weights, directory, job)]
-        async with self._phase(job, "fetch"), self._fetching(plan, weights, directory, job) as download:
+                return Brought(config, [*files, await self._link(plan, weights, directory, job)])
+        following = Follower(directory / weights.path, self._checks)
+        async with self._phase(job, "fetch"), following as follower, self._fetching(plan, weights, directory, job) as download:
             if weights.size is not None and weights.path == WEIGHTS_FILE:
-                download.hold_for(self._judge(plan, weights.size, config, job, lambda: self._remover.reserve(token, size)), min(PREFIX_BYTES, weights.size))
+                download.follow(follower)
+                judge = self._judge(plan, weights.size, config, job, follower, lambda: self._remover.reserve(token, size))
+                download.hold_for(judge, min(PREFIX_BYTES, weights.size))
             else:
                 async with self._phase(job, "reserve", inside="fetch"):
                     await self._remover.reserve(token, size)
             await plan.source.go_on(listing, download, job)
             files.append(await self._finish(plan, download))
-        return config, files
+            return Brought(config, files, await follower.end())
 
-    def _judge(self, plan: Plan, size: int, config: AdapterConfig, job: Job, reserve: Callable[[], Awaitable[None]]) -> Judge:
-        """Judges the header of the weights when it has arrived, and makes room for the rest."""
+    def _judge(self, plan: Plan, size: int, config: AdapterConfig, job: Job, follower: Follower, reserve: Callable[[], Awaitable[None]]) -> Judge:
+        """Judges the header of the weights when it has arrived, makes room for the rest, and lets `follower` look through that."""
 
         async def judge(head: bytes) -> int:
             async with self._phase(job, "check", inside="fetch"):
@@ -281,14 +296,15 @@ class Fetcher:
                 header_bytes = PREFIX_BYTES + header_length(head[:PREFIX_BYTES], size)
                 if len(head) < header_bytes:
                     return header_bytes
-                await self._checks.walk(check_header(io.BytesIO(head[:header_bytes]), size, config, self._rules(await self._width())))
+                rules = self._rules(await self._width())
+                follower.begin(await self._checks.walk(check_ahead(io.BytesIO(head[:header_bytes]), size, config, rules)))
             async with self._phase(job, "reserve", inside="fetch"):
                 await reserve()
             return 0
 
         return judge
 
-    async def _bring_archive(self, plan: Plan, directory: Path, job: Job, token: str) -> tuple[AdapterConfig, list[File]]:
+    async def _bring_archive(self, plan: Plan, directory: Path, job: Job, token: str) -> Brought:
         """Room for the archive, then for what it holds; the archive goes before anything is published."""
         (file,) = plan.listing.files
         size = self._limited(file)
@@ -308,7 +324,7 @@ class Fetcher:
             await self._on_disk(packed.unlink)
             files = [await self._on_disk(hash_file, directory / member.path, member.path) for member in chosen]
         async with self._phase(job, "check"):
-            return await self._check_config(plan, directory), files
+            return Brought(await self._check_config(plan, directory), files)
 
     def _check_listing(self, listing: Listing) -> int:
         """Bytes to reserve. Raises InvalidAdapter for what need not be fetched to be refused."""

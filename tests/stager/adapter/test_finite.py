@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from extproc.errors import InvalidAdapter
-from extproc.stager.adapter.finite import BLOCK_BYTES, check_finite, first_non_finite
-from extproc.stager.adapter.safetensors import DTYPE_BITS, read_header
+from extproc.stager.adapter.finite import BLOCK_BYTES, MAX_RUNS, Scan, check_finite, first_non_finite, scan_ahead
+from extproc.stager.adapter.safetensors import DTYPE_BITS, Header, read_header
 from extproc.stager.threads import through
 from tests.fakes.adapters import safetensors as file_of
 
@@ -103,6 +103,74 @@ def test_every_floating_point_type_is_known() -> None:
     """A type that the format has and this module does not would pass unread; of 6 and 4 bits there are only finite numbers."""
     floats = {dtype for dtype in DTYPE_BITS if dtype.startswith(("F", "BF", "C"))} - {"F6_E2M3", "F6_E3M2", "F4"}
     assert all(first_non_finite(dtype, b"\xff" * 8) == 0 or first_non_finite(dtype, b"\x80" * 8) == 0 for dtype in floats)
+
+
+@pytest.mark.parametrize("bad", [None, 3, 20, 43])
+@pytest.mark.parametrize("ends", [(1,), (40, 41, 46, 47, 60), (500,)])
+def test_a_scan_that_comes_with_the_bytes_finds_what_one_of_the_whole_finds(ends: tuple[int, ...], bad: int | None) -> None:
+    """Wherever the bytes end for the moment: within an element, between two types, behind the end. It stays before what it has found."""
+    raw = mixed(bad)
+    header = header_of(raw)
+    ahead = scan_ahead(header)
+    assert ahead is not None
+    for end in (header.data_begin + end for end in ends):
+        present = io.BytesIO(raw[:end])
+        before = ahead.reached
+        found = through(ahead.advance(present, min(end, len(raw))))
+        assert before <= ahead.reached
+        assert (found >= 0) <= (bad is not None)
+    if bad is None:
+        through(check_finite(io.BytesIO(raw), header, ahead))
+    else:
+        with pytest.raises(InvalidAdapter, match="single" if bad < 40 else "half"):
+            through(check_finite(io.BytesIO(raw), header, ahead))
+
+
+def test_what_was_looked_through_is_not_read_again() -> None:
+    """The check of the whole begins where the scan has come to."""
+    raw = mixed(None)
+    header = header_of(raw)
+    ahead = scan_ahead(header)
+    assert ahead is not None
+    through(ahead.advance(io.BytesIO(raw), header.data_begin + 40))
+    through(check_finite(io.BytesIO(b"\xff" * (header.data_begin + 40) + raw[header.data_begin + 40 :]), header, ahead))
+
+
+def test_a_scan_of_another_layout_counts_for_nothing() -> None:
+    """The file that was published has another header than the one that came first: all of it is read."""
+    raw = mixed(3)
+    header = header_of(raw)
+    other = Scan(header.data_begin, [("I32", 40), ("BF16", 48)])
+    assert through(other.advance(io.BytesIO(raw), len(raw))) == -1
+    with pytest.raises(InvalidAdapter, match="single"):
+        through(check_finite(io.BytesIO(raw), header, other))
+
+
+def test_weights_of_very_many_changes_of_type_are_looked_through_at_the_end() -> None:
+    """What is kept as long as a transfer takes is bounded."""
+    header = Header(8)
+    header.runs = [("F16" if number % 2 else "F32", number) for number in range(MAX_RUNS + 1)]
+    assert scan_ahead(header) is None
+    header.runs.pop()
+    assert scan_ahead(header) is not None
+
+
+def mixed(bad: int | None) -> bytes:
+    """Forty bytes of F32 and eight of BF16; the element of which `bad` is a byte is a NaN."""
+    header = {
+        "single": {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]},
+        "half": {"dtype": "BF16", "shape": [4], "data_offsets": [40, 48]},
+    }
+    data = bytearray(b"\0\0\x80\x3f" * 10 + b"\x80\x3f" * 4)
+    if bad is not None:
+        size = 4 if bad < 40 else 2
+        begin = bad - bad % size
+        data[begin : begin + size] = b"\xff" * size
+    return file_of(header, bytes(data))
+
+
+def header_of(raw: bytes) -> Header:
+    return through(read_header(io.BytesIO(raw), len(raw)))
 
 
 def scan(raw: bytes) -> None:

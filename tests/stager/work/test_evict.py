@@ -1,5 +1,6 @@
 """Room beside an engine that reads the files: what it is asked, what it is told to forget, and in which order adapters go."""
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -113,6 +114,25 @@ async def test_a_trim_passes_over_what_runs_and_stops_at_a_queue(open_stager: Op
         engine.adapters.waiting -= 1
     assert await stager._remover.trim(2 * SIZE) is None
     assert order(stager) == before[4:]
+
+
+async def test_a_batch_waits_for_a_queue_that_comes_and_goes(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, clock: Clock) -> None:
+    """Order of events: the names are unloaded; a request waits when the engine is looked at; a moment later none does. Only the figures are asked for
+    again, nothing is unloaded twice, and all goes in one trim.
+    """
+    stager = await open_stager(origin, engine_url=engine.url)
+    before = await full_of(stager, origin, clock, 6)
+    engine.calls.clear()
+    trim = asyncio.create_task(stager._remover.trim(2 * SIZE))
+    await until(lambda: engine.calls.count(UNLOAD) == 4)
+    looks = engine.calls.count(METRICS)
+    engine.adapters.waiting = 1
+    await until(lambda: engine.calls.count(METRICS) == looks + 2)
+    engine.adapters.waiting = 0
+    assert await trim is None
+    assert order(stager) == before[4:]
+    assert engine.calls.count(UNLOAD) == 4
+    assert engine.deaths == 0
 
 
 async def test_what_was_made_ready_gives_room_at_once_while_the_queue_is_never_empty(

@@ -22,7 +22,7 @@ from extproc.stager.work.kept import RULES_FILE
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.adapters import WEIGHTS, sha256, small_files
 from tests.fakes.engine import RunningEngine, running_engine
-from tests.fakes.origin import FakeOrigin
+from tests.fakes.origin import FakeOrigin, origin_of
 from tests.fakes.wait import Clock, until
 
 from ..conftest import OpenStager
@@ -32,10 +32,7 @@ NAME, OTHER = "acme/sql", "acme/other"
 
 @pytest.fixture
 def origin() -> FakeOrigin:
-    origin = FakeOrigin()
-    for seed, name in enumerate((NAME, OTHER)):
-        origin.add(name, small_files(seed=seed))
-    return origin
+    return origin_of(NAME, OTHER)
 
 
 @pytest.fixture(autouse=True)

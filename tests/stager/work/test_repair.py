@@ -15,7 +15,7 @@ from extproc.stager.stager import Stager
 from extproc.stager.work import repair as repair_module
 from tests.fakes.adapters import WEIGHTS, Files, read_files, small_files
 from tests.fakes.engine import RunningEngine, running_engine
-from tests.fakes.origin import FakeOrigin
+from tests.fakes.origin import FakeOrigin, origin_of
 from tests.fakes.wait import Clock, until
 
 from ..conftest import OpenStager, ServeNode
@@ -25,10 +25,7 @@ NAME, OTHER = "acme/sql", "acme/other"
 
 @pytest.fixture
 def origin() -> FakeOrigin:
-    origin = FakeOrigin()
-    for seed, name in enumerate((NAME, OTHER)):
-        origin.add(name, small_files(seed=seed))
-    return origin
+    return origin_of(NAME, OTHER)
 
 
 @pytest.fixture

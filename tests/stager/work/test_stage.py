@@ -1,7 +1,9 @@
 """One flight: whose name it is, what is refused before room is made for it, and what is not fetched twice."""
 
+import asyncio
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from extproc.config import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import AdapterDamaged, InvalidAdapter, ModelNotFound, OriginFailed, OriginRefused
 from extproc.stager.stager import Stager
+from extproc.stager.supply.follower import LEAST_BYTES
 from extproc.stager.supply.source import ATTEMPTS, Source
-from tests.fakes.adapters import CONFIG, WEIGHTS, Files, safetensors, sha256, size_of, small_files, split
+from tests.fakes.adapters import CONFIG, RANK, WEIGHTS, Files, safetensors, sha256, size_of, small_files, split
 from tests.fakes.archives import packed
 from tests.fakes.faulty import FaultyServer, running
 from tests.fakes.nodes import node, nothing_half_done, nothing_there, visible, web_origin
@@ -329,3 +332,69 @@ async def test_a_damaged_transfer_is_told_apart_from_a_bad_adapter(open_stager: 
         assert origin.fetched[NAME, WEIGHTS] == fetches
         clock.now += wait_s
     await turns()
+
+
+def large(bad_at: int = -1) -> Files:
+    """Weights of several steps of the search. From byte `bad_at` of the file on: NaNs."""
+    header, data = split(GOOD[WEIGHTS])
+    first, size = len(data), 3 * LEAST_BYTES
+    for side, shape in (("A", [RANK, size // (2 * RANK)]), ("B", [4, RANK])):
+        name = f"base_model.model.model.layers.0.self_attn.k_proj.lora_{side}.weight"
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [first, first + 2 * prod(shape)]}
+        first += 2 * prod(shape)
+    weights = bytearray(safetensors(header, data + bytes(first - len(data))))
+    if bad_at >= 0:
+        weights[bad_at : bad_at + 4] = b"\xff" * 4  # an element at least, wherever the header ends
+    return {CONFIG: GOOD[CONFIG], WEIGHTS: bytes(weights)}
+
+
+@pytest.mark.parametrize("place", ["at the beginning", "in the middle", "at the end"])
+async def test_a_nan_is_refused_wherever_the_search_had_come_to(open_stager: OpenStager, origin: FakeOrigin, place: str) -> None:
+    """Whether it came while the weights were looked through as they arrived, or is left for the check behind the transfer. Nothing of it is published."""
+    size = len(large()[WEIGHTS])
+    origin.add(NAME, large({"at the beginning": 64 * 2**10, "in the middle": size // 2, "at the end": size - 4}[place]))
+    stager = await open_stager(origin)
+    assert "holds an infinity or a NaN" in (await refused(stager)).message
+    assert nothing_there(stager)
+    assert nothing_half_done(stager)
+
+
+async def test_weights_that_came_damaged_are_the_transfer_s_fault_though_they_hold_nans(open_stager: OpenStager, origin: FakeOrigin) -> None:
+    """The search has found them before the digest is known; what counts is the digest."""
+    origin.add(NAME, large(64 * 2**10))
+    origin.state(NAME, WEIGHTS, size=len(large()[WEIGHTS]), sha256=sha256(large()[WEIGHTS]))
+    stager = await open_stager(origin)
+    with pytest.raises(AdapterDamaged, match="the fake origin states"):
+        await stager.ensure(NAME)
+    assert nothing_there(stager)
+
+
+async def test_a_transfer_that_breaks_off_is_searched_once(tmp_path: Path) -> None:
+    """It goes on where it was, and so does the search: what it publishes is whole, and what is bad in either half is found."""
+    for number, (files, is_good) in enumerate([(large(), True), (large(64 * 2**10), False), (large(2 * LEAST_BYTES + 2**16), False)]):
+        async with running(FaultyServer()) as server, node(tmp_path / str(number), web_origin(server.url)) as stager:
+            server.add(NAME, files)
+            server.fault(WEIGHTS, at=len(files[WEIGHTS]) // 2)
+            if is_good:
+                assert (await stager.ensure(NAME)).staged
+                assert visible(tmp_path / str(number)) == {NAME: files}
+            else:
+                assert "NaN" in (await refused(stager)).message
+                assert nothing_there(stager)
+
+
+async def test_a_flight_that_is_cancelled_leaves_no_search_behind(open_stager: OpenStager, origin: FakeOrigin) -> None:
+    """A stager that closes in the middle of a transfer: its staging directory is empty, and no task is left."""
+    origin.add(NAME, large())
+    stall = origin.stall(NAME, WEIGHTS)
+    before = asyncio.all_tasks()
+    stager = await open_stager(origin)
+    flight = asyncio.create_task(stager.ensure(NAME))
+    await stall.reached.wait()
+    flight.cancel()
+    await asyncio.gather(flight, return_exceptions=True)
+    await stager.close()
+    await turns()
+    assert asyncio.all_tasks() == before
+    assert nothing_there(stager)
+    assert nothing_half_done(stager)

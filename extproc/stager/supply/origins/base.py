@@ -14,22 +14,26 @@ from ..listing import Absent, Listing, RemoteFile
 from .names import Names
 
 
-class Origin(Protocol):
-    """Raises OriginFailed (worth repeating) or OriginRefused (not), nothing else; running out of disk is the disk's error."""
+class Fetches(Protocol):
+    """Gives files of a listing. Raises OriginFailed (worth repeating) or OriginRefused (not), nothing else; running out of disk is the disk's error."""
 
     label: str  # what logs and metrics call it
 
     async def open(self) -> None:
         """Load what takes long to load, before anybody waits. Asks nobody."""
 
-    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
-        """What the origin has under `name`; Absent if that is no adapter, None if there is nothing."""
-
     async def fetch(self, listing: Listing, file: RemoteFile, download: Download, /) -> None:
         """Bring what `download` still lacks of one file of the listing."""
 
     async def close(self) -> None:
         """Give connections back."""
+
+
+class Origin(Fetches, Protocol):
+    """Says besides what there is, and raises the same."""
+
+    async def resolve(self, name: AdapterName) -> Listing | Absent | None:
+        """What the origin has under `name`; Absent if that is no adapter, None if there is nothing."""
 
 
 @runtime_checkable
