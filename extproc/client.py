@@ -26,14 +26,17 @@ ERROR_METADATA = "lora-extproc-error"  # trailing metadata: the name of the erro
 
 MAX_CLAIMED = 5_000  # leases in one Claim, a megabyte
 # A stager that is gone must be noticed within seconds, not within TCP's minutes, also where packets are dropped instead of refused. Of the three
-# keepalive times the ping's is the one that counts where TCP still acknowledges, as that of a stopped process does: a minute, unless it is set.
+# keepalive times the ping's is the one that counts where TCP still acknowledges, as that of a stopped process does: a minute, unless it is set. gRPC
+# sends a ping of its own behind the first data of a stream, too: one that had to be answered within a second ended the Watch of a process that a busy
+# machine stops for as long. So a ping may take six heartbeats, at `router.heartbeat_s` of 0.5 s, as a Watch may.
+_PING_ANSWER_MS = 3_000
 _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.keepalive_time_ms", 2_000),
-    ("grpc.keepalive_timeout_ms", 1_000),
-    ("grpc.http2.ping_timeout_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", _PING_ANSWER_MS),
+    ("grpc.http2.ping_timeout_ms", _PING_ANSWER_MS),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 256 * 2**20),  # a list of a hundred thousand adapters; gRPC's default ends at twenty thousand

@@ -31,8 +31,9 @@ from extproc.client import (
 from extproc.config import RpcSettings
 from extproc.core.artifact import File
 from extproc.errors import BY_NAME, CredentialsRefused, NoSpace, StagerUnavailable
-from extproc.heartbeat import Silent
+from extproc.heartbeat import Heard, Silent
 from extproc.pb import stager_pb2 as pb
+from tests.fakes.relay import Relay
 from tests.fakes.wait import until
 
 Context = Any
@@ -477,6 +478,23 @@ async def test_an_older_stager_may_be_silent(start: Start) -> None:
     assert not event.done()
     go_on.set()
     assert await event == Evicted("a")
+
+
+async def test_a_stager_that_stops_for_less_than_six_heartbeats_keeps_its_watch(start: Start) -> None:
+    """Stopped just when the first event is on its way: gRPC has sent a ping behind it, which is answered only when the process goes on."""
+
+    async def watch(_: Any, __: Context) -> AsyncIterator[pb.WatchEvent]:
+        relay.hold()
+        yield pb.WatchEvent(node=pb.NodeState(instance="i", heartbeat_seconds=0.5))
+        await asyncio.sleep(1.5)
+        relay.go_on()
+        yield pb.WatchEvent(evicted="a")
+
+    server = await start(Watch=watch)
+    async with Relay(int(server.address.rpartition(":")[2])) as relay, StagerClient(relay.address) as client:
+        seen: list[Any] = []
+        await collect(client.watch(0.5), seen)
+        assert [type(event) for event in seen] == [NodeState, Silent, Heard, Evicted]
 
 
 async def test_cancelling_a_wait_ends_the_call(start: Start) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NewType
 
+import msgspec
+
 from ..errors import InvalidRequest
 from .blocks import artifact_bytes
 
@@ -96,6 +98,11 @@ class File:
     sha256: str
 
 
+# The kernel's own time of a file's last change, in nanoseconds, and its inode. Whoever writes to a file, or puts another in its place, changes them, and
+# nobody can put them back, as the time of modification can be. A hard link or another owner changes them too: then only reading tells whether the content is the same.
+Stamp = tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What lies in an artifact's directory, and where it came from. Only the files count for the digest."""
@@ -107,6 +114,7 @@ class Manifest:
     in_place: bool = False  # the files are links to where the origin has them
     final: bool = False  # the revision can never mean anything else
     options: dict[str, bool] = field(default_factory=dict)  # of the engine's load call, such as is_3d_lora_weight
+    stamps: dict[str, Stamp] = field(default_factory=dict)  # by path, of the files as they were when they were hashed; {}: an earlier version wrote none
 
     @property
     def size(self) -> int:
@@ -129,12 +137,13 @@ class Manifest:
     def from_json(cls, text: str | bytes) -> "Manifest":
         """Read what `to_json` wrote. Raises ValueError for anything else."""
         try:
-            raw: dict[str, Any] = json.loads(text)
+            raw: dict[str, Any] = msgspec.json.decode(text)  # a start reads a hundred thousand: 6 us less for each than the standard library takes
             files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in raw["files"])
             flags = raw.get("in_place") is True, raw.get("final") is True
             options = {str(key): value is True for key, value in raw.get("options", {}).items()}  # an earlier version wrote none
-            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), *flags, options)
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            stamps = {str(path): (int(changed_ns), int(inode)) for path, (changed_ns, inode) in raw.get("stamps", {}).items()}
+            return cls(files, str(raw["name"]), str(raw["origin"]), str(raw["revision"]), *flags, options, stamps)
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError, msgspec.DecodeError) as error:
             raise ValueError(f"not a manifest: {error}") from error
 
 

@@ -151,6 +151,7 @@ class Stager:
         )
         for left in scan.removed[:20]:
             log.info("%s: removed %s: it was not whole, or a newer version is there", self.node.settings.dir, left)
+        await self._repair.look_at_touched(scan.touched)
         await self._house.scan_first()
         self.node.holdings.sort()
         self._claims.open()

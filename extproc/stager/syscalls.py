@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..core.artifact import File
+from ..core.artifact import File, Stamp
 from ..errors import DiskFailed, NoSpace
 
 HASH_CHUNK_BYTES = 2**20
@@ -33,6 +33,11 @@ def hash_open(file: BinaryIO, relative: str) -> File:
         digest.update(chunk)
         size += len(chunk)
     return File(relative, size, digest.hexdigest())
+
+
+def stamp_of(found: os.stat_result) -> Stamp:
+    """What tells this state of a file from a later one."""
+    return found.st_ctime_ns, found.st_ino
 
 
 @contextlib.contextmanager

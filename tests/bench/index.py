@@ -26,6 +26,7 @@ from extproc.config import load
 from extproc.core.artifact import File, Manifest
 from extproc.stager.adapter.rules import Rules
 from extproc.stager.disk.layout import MANIFEST_FILE
+from extproc.stager.syscalls import stamp_of
 from extproc.stager.work.kept import RULES_FILE, as_kept
 from extproc.up.processes import free_ports
 from tests.fakes.adapters import CONFIG, WEIGHTS, small_files
@@ -80,6 +81,7 @@ def fill(node: Path, count: int) -> None:
         weights.append(node / f".weights{number}")
         weights[-1].write_bytes(files[WEIGHTS])
     weights_file = File(WEIGHTS, len(files[WEIGHTS]), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    manifests = []
     for number in range(count):
         if number % PER_FOLDER == 0:
             (node / folder(number)).mkdir()
@@ -88,12 +90,20 @@ def fill(node: Path, count: int) -> None:
         manifest = Manifest((config_file, weights_file), name(number), "s3", f'"{config_file.sha256[:32]}"-"{weights_file.sha256[:32]}"')
         directory = f"{store}/{manifest.digest}"
         os.mkdir(directory)  # noqa: PTH102  # plain calls: this is done a hundred thousand times
-        for path, data in ((CONFIG, config), (MANIFEST_FILE, manifest.to_json().encode())):
-            descriptor = os.open(f"{directory}/{path}", os.O_WRONLY | os.O_CREAT)
-            os.write(descriptor, data)
-            os.close(descriptor)
+        _write(f"{directory}/{CONFIG}", config)
         os.link(weights[number // LINKS], f"{directory}/{WEIGHTS}")
         os.symlink(f"../.store/{manifest.digest}", f"{node}/{name(number)}")  # noqa: PTH211
+        manifests.append(manifest)
+    for manifest in manifests:  # at last, since each link to the weights gives them another stamp
+        directory = f"{store}/{manifest.digest}"
+        stamps = {path: stamp_of(os.stat(f"{directory}/{path}")) for path in (CONFIG, WEIGHTS)}  # noqa: PTH116
+        _write(f"{directory}/{MANIFEST_FILE}", replace(manifest, stamps=stamps).to_json().encode())
+
+
+def _write(path: str, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.write(descriptor, data)
+    os.close(descriptor)
 
 
 def folder(number: int) -> str:

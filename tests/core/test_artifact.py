@@ -136,6 +136,7 @@ manifests = st.builds(
     st.text(max_size=10),
     st.text(max_size=10),
     options=st.dictionaries(st.text(max_size=10), st.booleans(), max_size=2),
+    stamps=st.dictionaries(st.text(max_size=10), st.tuples(st.integers(0, 2**63), st.integers(0, 2**64 - 1)), max_size=2),
 )
 
 
@@ -147,10 +148,11 @@ def test_a_manifest_survives_being_written_and_read(manifest: Manifest) -> None:
     assert Manifest.from_json(text.encode()) == manifest
 
 
-def test_a_manifest_of_an_earlier_version_has_no_options() -> None:
-    """It is read all the same, as one of an adapter that needs none."""
+@pytest.mark.parametrize("field", ["options", "stamps"])
+def test_a_manifest_of_an_earlier_version_lacks_fields(field: str) -> None:
+    """It is read all the same, as one of an adapter that needs no options, and of whose files nothing but the length is known."""
     raw = json.loads(MANIFEST.to_json())
-    del raw["options"]
+    del raw[field]
     assert Manifest.from_json(json.dumps(raw)) == MANIFEST
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 import tempfile
 from pathlib import Path
@@ -29,6 +30,14 @@ def small_files(*, seed: int = 0, rank: int = RANK, modules: tuple[str, ...] = (
 def read_files(directory: Path) -> Files:
     """Every file of a directory, but for our own manifest."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")}
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Write into a file as who wants to hide it: the time of modification is put back. The kernel's own time of change is another, once its clock has ticked."""
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def size_of(files: Files) -> int:

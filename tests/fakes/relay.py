@@ -7,12 +7,16 @@ from typing import Self
 
 
 class Relay:
-    """`cut` breaks every connection and lets no new one through until `mend`. `port` is where it leads, and may change."""
+    """`cut` breaks every connection and lets no new one through until `mend`. `hold` keeps what clients send, until `go_on`. `port` is where it leads, and
+    may change.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.address = ""
         self._is_cut = False
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
         self._open: set[asyncio.WriteTransport] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -36,6 +40,12 @@ class Relay:
     def mend(self) -> None:
         self._is_cut = False
 
+    def hold(self) -> None:
+        self._goes_on.clear()
+
+    def go_on(self) -> None:
+        self._goes_on.set()
+
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -52,7 +62,9 @@ class Relay:
         onward, back = await asyncio.open_connection("127.0.0.1", self.port)
         both = {writer.transport, back.transport}
         self._open |= both
-        pumps = [asyncio.create_task(_pump(reader, back)), asyncio.create_task(_pump(onward, writer))]
+        always = asyncio.Event()
+        always.set()
+        pumps = [asyncio.create_task(_pump(reader, back, self._goes_on)), asyncio.create_task(_pump(onward, writer, always))]
         try:
             if self._is_cut:  # while it was being opened
                 return
@@ -66,7 +78,8 @@ class Relay:
             await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, goes_on: asyncio.Event) -> None:
     while data := await reader.read(2**16):
+        await goes_on.wait()
         writer.write(data)
         await writer.drain()

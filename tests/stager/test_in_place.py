@@ -7,13 +7,16 @@ import pytest
 
 from extproc.client import StagerClient
 from extproc.config import OriginSettings
+from extproc.core.artifact import ArtifactId, Manifest
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginFailed
 from extproc.process.grpc import grpc_server
 from extproc.stager.api.grpc import StagerService
-from tests.fakes.adapters import CONFIG, WEIGHTS, Files, read_files, size_of, small_files, write_small
+from extproc.stager.disk.recover import Condition
+from extproc.stager.disk.store import Store
+from tests.fakes.adapters import CONFIG, WEIGHTS, Files, overwrite, read_files, size_of, small_files, write_small
 from tests.fakes.archives import packed
 from tests.fakes.nodes import node, nothing_half_done, nothing_there, stored, visible
-from tests.fakes.wait import Clock
+from tests.fakes.wait import Clock, until
 
 NAME = "acme/sql"
 FILES = small_files()
@@ -133,6 +136,34 @@ async def test_an_original_that_changed_under_us_is_found_by_verify(tmp_path: Pa
         assert read_files(root / NAME) == OTHER
         await stager.ensure(NAME)
         assert visible(tmp_path / "node") == {NAME: OTHER}
+
+
+async def test_an_original_that_changed_under_us_is_linked_anew(tmp_path: Path, root: Path, in_place: OriginSettings) -> None:
+    """A look sees that it was written to, though its length and its time are those that were listed."""
+    async with node(tmp_path / "node", in_place) as stager:
+        held = await stager.ensure(NAME)
+        await until(lambda: not stager._repair._waiting)
+        overwrite(root / NAME / WEIGHTS, OTHER[WEIGHTS])
+        stager._repair.look_soon(ArtifactId(held.digest), is_due=True)
+        await until(lambda: not set(stager.node.holdings))
+        assert read_files(root / NAME) == OTHER
+        assert (await stager.ensure(NAME)).digest != held.digest
+
+
+async def test_an_original_that_changes_while_it_is_staged_is_noticed(
+    tmp_path: Path, root: Path, in_place: OriginSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was hashed, and is written to before it is published: what is remembered is how it was when it was hashed."""
+    publish = Store.publish
+
+    def late(store: Store, staged: Path, manifest: Manifest) -> ArtifactId:
+        overwrite(root / NAME / WEIGHTS, OTHER[WEIGHTS])
+        return publish(store, staged, manifest)
+
+    monkeypatch.setattr(Store, "publish", late)
+    async with node(tmp_path / "node", in_place) as stager:
+        held = await stager.ensure(NAME)
+        assert stager.node.store.condition(ArtifactId(held.digest)) is Condition.TOUCHED
 
 
 async def test_what_lies_there_is_verified_before_it_is_linked(tmp_path: Path, root: Path, in_place: OriginSettings) -> None:

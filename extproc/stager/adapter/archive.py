@@ -12,6 +12,7 @@ import posixpath
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from typing import IO
 
 from ...errors import AdapterTooLarge, InvalidAdapter, LoraExtprocError
 from ..syscalls import disk_errors
-from .files import CONFIG_FILE, archive_suffix, wanted
+from .files import CONFIG_FILE, WEIGHTS_FILE, archive_suffix, wanted
 
 MAX_MEMBERS = 10_000  # an adapter has a handful
 MAX_DESCRIPTION_BYTES = 2**20  # of one long name or extended header
 MAX_DESCRIPTIONS_BYTES = 16 * 2**20  # of all of them: the library keeps what they say
 MAX_DIRECTORY_BYTES = 4 * 2**20  # of a zip: MAX_MEMBERS with names of some hundred bytes
 MAX_TAIL_BYTES = 16 * 2**20  # of zeros behind the end of a tar, which are read for the sake of the checksum behind them
+MAX_HEAD_BYTES = 4 * 2**20  # of an archive that is still arriving: a configuration and the header of weights of some thousand tensors
+MAX_HEAD_MEMBERS = 100  # in those bytes: a library reads each header in some 30 us
 COPY_BYTES = 2**20
 _GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, 2.3.1
 
@@ -77,6 +80,57 @@ def members(archive: Path, *, max_bytes: int) -> list[Member]:
         _refuse(archive, f"has {CONFIG_FILE} in {1 + len(beside)} folders beside each other")
     inside = {posixpath.basename(path): path for path in sizes if posixpath.dirname(path) == top}
     return [Member(path, inside[path], sizes[inside[path]]) for path in wanted(inside)]
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What is known of the adapter in an archive of which not all is here."""
+
+    config: bytes
+    weights: bytes  # as far as they are here
+    weights_size: int
+
+
+def beginning(head: bytes) -> Beginning | None:
+    """What the first bytes of a tar, gzipped or not, tell of the adapter in it; None where they do not tell.
+
+    They do not where the weights come before the configuration, or where a folder above may have another: the adapter is the one at the top, or in the
+    folder that is the first member and that all others lie in. Nor does a zip, whose directory is at its end: what comes before it may be out of date.
+    """
+    if head.startswith(_GZIP_MAGIC):
+        try:
+            head = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(head, MAX_HEAD_BYTES)
+        except zlib.error:
+            return None
+    top, config = None, None
+    with contextlib.suppress(Exception), _TarFile.open(fileobj=io.BytesIO(head), mode="r:") as tar:  # it ends in the middle; `members` tells what is wrong
+        for member, _ in zip(tar, range(MAX_HEAD_MEMBERS), strict=False):
+            path = posixpath.normpath(member.name)
+            folder, name = ("" if path == "." else path, "") if member.isdir() else posixpath.split(path)
+            if top is None and (not folder or member.isdir()):
+                top = folder
+            if top is None or "/" in top or (top and f"{folder}/".split("/", 1)[0] != top):
+                return None
+            begin = member.offset_data
+            if folder != top or not member.isreg() or member.issparse():
+                continue
+            if name == CONFIG_FILE and begin + member.size <= len(head):
+                config = head[begin : begin + member.size]
+            elif name == WEIGHTS_FILE:
+                return Beginning(config, head[begin : begin + member.size], member.size) if config is not None else None
+    return None
+
+
+@contextlib.contextmanager
+def opened_member(archive: Path, member: Member) -> Iterator[IO[bytes]]:
+    """One member of a whole archive, to be read from its beginning."""
+    with _opened(archive) as entries:
+        for name, _, kind in entries.all():
+            if kind == "file" and posixpath.normpath(name) == member.inside:
+                with entries.open() as file:
+                    yield file
+                return
+    _refuse(archive, f"has no {member.inside!r}")
 
 
 def unpack(archive: Path, chosen: list[Member], directory: Path) -> None:

@@ -5,6 +5,7 @@
 | no origin has it, or its origin forbids it | `negative_ttl_s` | answered without a question |
 | it is no valid adapter | `refusal_ttl_s`, of that revision under those rules | after `negative_ttl_s` the origin is asked for its revision; the same one is not fetched again |
 | it arrived otherwise than its origin states | `negative_ttl_s`, twice as long each time, at most `refusal_ttl_s` | likewise: a transfer may have been damaged, and an origin may be wrong for long |
+| a peer's copy of it was one of the last two | as long as that | that copy is not fetched again; another peer or the origin is taken, for whose adapter it says nothing |
 
 No I/O; `now` is any clock that does not go back, in seconds.
 """
@@ -18,6 +19,7 @@ from ...errors import AdapterDamaged, InvalidAdapter, LoraExtprocError, ModelNot
 
 MAX_NAMES = 10_000  # some megabytes; a client may ask for any number of names
 MAX_VERDICTS = 4  # of one name: it may be asked for with different digests
+MAX_COPIES = 10_000  # of peers; some megabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Refusals:
         self._long_s = long_s
         self._max_names = max_names
         self._names: dict[AdapterName, _Name] = {}
+        self._copies: dict[Version, _Verdict] = {}  # of peers; at most MAX_COPIES, the oldest forgotten first
 
     def __len__(self) -> int:
         return len(self._names)
@@ -73,11 +76,8 @@ class Refusals:
             self._answer_with(name, error, now)
         known = self._name(name)
         before = next((verdict for verdict in known.verdicts if verdict.version == version), None)
-        lasts_s = self._long_s if version.revision else min(self._short_s, self._long_s)
-        if isinstance(error, AdapterDamaged):
-            lasts_s = min(self._long_s, 2 * before.lasted_s if before is not None else self._short_s)
         known.verdicts = [verdict for verdict in known.verdicts if verdict is not before][1 - MAX_VERDICTS :]
-        known.verdicts.append(_Verdict(version, copy.copy(error).bare(), now + lasts_s, lasts_s))
+        known.verdicts.append(self._judged(version, before, error, now))
 
     def verdict(self, name: AdapterName, version: Version, now: float) -> InvalidAdapter | None:
         """Why that version of `name` was refused, which is then the answer for another `negative_ttl_s`; None if it was not, or so long ago that it is
@@ -90,6 +90,18 @@ class Refusals:
         if found.error.what != "digest":
             self._answer_with(name, found.error, now)
         return copy.copy(found.error)
+
+    def condemn_copy(self, copy_: Version, error: InvalidAdapter, now: float) -> None:
+        """What a peer sent was refused. `copy_` has the peer as its origin and the digest of its content as the revision."""
+        before = self._copies.pop(copy_, None)
+        if before is None and len(self._copies) >= MAX_COPIES:
+            del self._copies[next(iter(self._copies))]
+        self._copies[copy_] = self._judged(copy_, before, error, now)
+
+    def is_condemned(self, copy_: Version, now: float) -> bool:
+        """Whether that copy of a peer is not to be fetched."""
+        found = self._copies.get(copy_)
+        return found is not None and now < found.until
 
     def forbids(self, name: AdapterName, now: float) -> InvalidAdapter | None:
         """Why `name`, as far as is known, cannot be served: the latest verdict. For lists; says nothing of an older version that is on this node."""
@@ -111,6 +123,12 @@ class Refusals:
             known.answer = None
             if not known.verdicts:
                 del self._names[name]
+
+    def _judged(self, version: Version, before: _Verdict | None, error: InvalidAdapter, now: float) -> _Verdict:
+        lasts_s = self._long_s if version.revision else min(self._short_s, self._long_s)
+        if isinstance(error, AdapterDamaged):
+            lasts_s = min(self._long_s, 2 * before.lasted_s if before is not None else self._short_s)
+        return _Verdict(version, copy.copy(error).bare(), now + lasts_s, lasts_s)
 
     def _answer_with(self, name: AdapterName, error: LoraExtprocError, now: float) -> None:
         if self._short_s:

@@ -11,19 +11,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
 from ...core.artifact import AdapterName, ArtifactId, Manifest, adapter_name, split_version
 from ...errors import InvalidRequest, StageError
-from ..syscalls import HASH_CHUNK_BYTES
+from ..syscalls import HASH_CHUNK_BYTES, stamp_of
 from .layout import ADAPTER_LINK, MANIFEST_FILE, RETIRED_FILE, Layout
 
 SCAN_THREADS = 8
 SCAN_PART = 200
 WAITING_LOOK_S = 120e-6  # one takes 35 us where nothing waits, and over 200 where the disk does
 NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what cannot be read for these reasons may well be whole
+
+
+class Condition(Enum):
+    """What a look at an artifact finds, without reading its files."""
+
+    WHOLE = "whole"
+    TOUCHED = "touched"  # every file is there and as long as it was, and one has another stamp: only reading tells whether it is what was published
+    LOST = "lost"  # the manifest or a file is missing, or has another length
 
 
 @dataclass(slots=True)
@@ -49,6 +58,7 @@ class Scan:
     foreign: list[AdapterName] = field(default_factory=list)  # directories with a configuration that others put there
     versions: dict[str, ArtifactId] = field(default_factory=dict)  # names of versions that are linked -> digest
     unnamed: dict[ArtifactId, int] = field(default_factory=dict)  # digest -> bytes on disk of what no name leads to any more, but an engine may read
+    touched: list[ArtifactId] = field(default_factory=list)  # of which only reading tells whether they are what was published
 
     def named(self) -> Iterator[tuple[AdapterName, ArtifactId]]:
         """Every name, and what it leads to."""
@@ -89,27 +99,41 @@ def look_through(layout: Layout, *, keep_unnamed: bool = False, flights_go_on: b
     return scan
 
 
-def read_whole(directory: str, digest: str) -> tuple[Manifest, float] | None:
-    """The manifest of what was published as `digest`, and when that was; None where it or a file is missing or has another length.
+def read_whole(directory: str, digest: str) -> tuple[Manifest, float, bool] | None:
+    """The manifest of what was published as `digest`, when it was last used, and whether a file was touched since; None where it is lost.
 
     Raises OSError where that cannot be said.
     """
     try:
         text, modified = _read_small(f"{directory}/{MANIFEST_FILE}")
         manifest = Manifest.from_json(text)
-        if manifest.digest == digest and all(os.stat(f"{directory}/{file.path}").st_size == file.size for file in manifest.files):  # noqa: PTH116
-            return manifest, modified
+        is_touched, stamps = False, manifest.stamps
+        if manifest.digest != digest:
+            return None
+        for file in manifest.files:
+            stat = os.stat(f"{directory}/{file.path}")  # noqa: PTH116
+            if stat.st_size != file.size:
+                return None
+            if stamps and stamps.get(file.path) != stamp_of(stat):
+                is_touched = True
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in NOT_ITS_FAULT:
             raise
-    return None
+        return None
+    return manifest, modified, is_touched
+
+
+def condition(directory: str, digest: str) -> Condition:
+    """What a look at one artifact finds. Raises OSError where that cannot be said."""
+    read = read_whole(directory, digest)
+    return Condition.LOST if read is None else Condition.TOUCHED if read[2] else Condition.WHOLE
 
 
 def _scan_store(layout: Layout, scan: Scan, looks: "_Looks") -> None:
     """In the order of the inodes, in which a disk has them."""
     with os.scandir(layout.content) as entries:
         digests = [entry.name for entry in sorted(entries, key=os.DirEntry.inode)]
-    for found in looks.each(partial(_look_at, str(layout.content)), digests):
+    for found in looks.each(partial(_look_at, str(layout.content), scan.touched), digests):
         if isinstance(found, Found):
             scan.artifacts[found.digest] = found
         else:
@@ -117,17 +141,20 @@ def _scan_store(layout: Layout, scan: Scan, looks: "_Looks") -> None:
             layout.staged.discard(layout.content / found)
 
 
-def _look_at(content: str, digests: Sequence[str]) -> "list[Found | str]":
-    """Each as it was found, or only its name where it is not whole."""
+def _look_at(content: str, touched: list[ArtifactId], digests: Sequence[str]) -> "list[Found | str]":
+    """Each as it was found, or only its name where it is lost. What was touched is added to `touched`, by several threads at once."""
     looked: list[Found | str] = []
     for digest in digests:
         read = read_whole(f"{content}/{digest}", digest)
         if read is None:
             looked.append(digest)
             continue
-        manifest, modified = read
+        manifest, modified, is_touched = read
         origin, revision = sys.intern(manifest.origin), manifest.revision.encode().decode()  # a copy without the slack that the JSON reader left
-        looked.append(Found(manifest.digest, manifest.disk_bytes, manifest.name, origin, revision, manifest.final, modified))
+        found = Found(manifest.digest, manifest.disk_bytes, manifest.name, origin, revision, manifest.final, modified)
+        looked.append(found)
+        if is_touched:
+            touched.append(found.digest)
     return looked
 
 

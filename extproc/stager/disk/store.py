@@ -12,15 +12,16 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from ...core.artifact import ArtifactId, Manifest, is_adopted
 from ...errors import DiskFailed, StageError, StartError
 from ..adapter.check import options
-from ..syscalls import disk_errors, fsync
+from ..syscalls import disk_errors, fsync, hash_open, stamp_of
 from ..threads import through
 from .layout import MANIFEST_FILE, RETIRED_FILE, Layout
-from .recover import Scan, look_through, read_whole
+from .recover import NOT_ITS_FAULT, Condition, Scan, condition, look_through
 
 SYNC_THREADS = 4
 
@@ -108,11 +109,20 @@ class Store(Layout):
             self._lock = None
 
     def load_options(self, id_: ArtifactId) -> dict[str, bool]:
-        """What an engine's load call must say of an artifact beside its place. Raises StageError, or InvalidAdapter where others have broken it since."""
+        """What an engine's load call must say of an artifact beside its place. Raises StageError, also where one of ours is not what was published, or
+        InvalidAdapter where others have broken theirs since.
+        """
         if not is_adopted(id_):
+            self.check_whole(id_)
             return self.manifest(id_).options
         with disk_errors("read"):
             return through(options(self.path(id_)))
+
+    def show_version(self, name: str, id_: ArtifactId) -> None:
+        """`link_version`, for an engine that has not read the artifact yet. Raises DiskFailed where one of ours is not what was published."""
+        if not is_adopted(id_):
+            self.check_whole(id_)
+        self.link_version(name, id_)
 
     def probe(self) -> None:
         """Write and take back one file. Raises NoSpace or DiskFailed where the disk cannot be written."""
@@ -173,21 +183,74 @@ class Store(Layout):
         except ValueError as error:
             raise DiskFailed(f"the manifest of {digest} is damaged") from error
 
-    def is_whole(self, id_: ArtifactId) -> bool:
-        """Whether every file of one of our artifacts is there, as long as it was. Raises DiskFailed where that cannot be said."""
+    def condition(self, id_: ArtifactId) -> Condition:
+        """What a look at one of our artifacts finds, without reading its files. Raises DiskFailed where that cannot be said."""
         with disk_errors("read"):
-            return read_whole(str(self.path(id_)), id_) is not None
+            return condition(str(self.path(id_)), id_)
+
+    def is_whole(self, id_: ArtifactId) -> bool:
+        """Whether every file of one of our artifacts is there, as it was published. Only what was touched is read for it. Raises DiskFailed."""
+        found = self.condition(id_)
+        return found is Condition.WHOLE or (found is Condition.TOUCHED and not self.differs(id_))
+
+    def check_whole(self, id_: ArtifactId) -> None:
+        """Before an engine reads one of our artifacts. Raises DiskFailed where it is not what was published."""
+        if not self.is_whole(id_):
+            raise DiskFailed(f"{id_[:12]} is not on this node's disk as it was published")
+
+    def differs(self, id_: ArtifactId) -> str:
+        """Why one of our artifacts is not what was published, read from end to end; "" if it is, and then it counts as touched no longer.
+
+        The stamp is taken before the file is read: what is written meanwhile gives another. Raises StageError where this process may not read it.
+        """
+        manifest, stamps = self.manifest(id_), {}
+        for file in manifest.files:
+            try:
+                with (self.path(id_) / file.path).open("rb") as opened:
+                    stamps[file.path] = stamp_of(os.fstat(opened.fileno()))
+                    if hash_open(opened, file.path) != file:
+                        return f"{file.path} is not what was published"
+            except OSError as error:
+                if error.errno not in NOT_ITS_FAULT:
+                    return f"{file.path} cannot be read: {error.strerror}"
+                with disk_errors("read"):
+                    raise
+        if stamps != manifest.stamps:
+            self._write_stamps(id_, manifest, replace(manifest, stamps=stamps))
+        return ""
+
+    def _write_stamps(self, id_: ArtifactId, old: Manifest, new: Manifest) -> None:
+        """Replace its manifest, whole or not at all, and keep the manifest's time, which is when the artifact was last used."""
+        path, fresh = self.path(id_) / MANIFEST_FILE, self.staged.fresh()
+        try:
+            fresh.write_text(new.to_json())
+            fsync(fresh)
+            with self._publishing:
+                if self.manifest(id_) == old:  # else it was published anew meanwhile
+                    used = path.stat()
+                    os.utime(fresh, ns=(used.st_atime_ns, used.st_mtime_ns))
+                    fresh.rename(path)
+        except (OSError, StageError):  # a disk that is full, or an eviction: then the next look reads it again
+            pass
+        finally:
+            self.staged.clear(fresh)
 
     def publish(self, staged: Path, manifest: Manifest) -> ArtifactId:
-        """Make `staged` durable and visible as its digest; the digest. Content that is there already is left alone, unless it is not whole."""
+        """Make `staged` durable and visible as its digest; the digest. Content that is there already is left alone, unless it is not what was published.
+
+        Of files that are links to where an origin has them, whose owner may write to them at any time, the manifest gives the stamps.
+        """
         with disk_errors():
             digest = manifest.digest
-            (staged / MANIFEST_FILE).write_text(manifest.to_json())
+            own = {file.path: stamp_of((staged / file.path).stat()) for file in manifest.files if not (staged / file.path).is_symlink()}
+            (staged / MANIFEST_FILE).write_text(replace(manifest, stamps=manifest.stamps | own).to_json())
             files = [path for path in staged.iterdir() if not path.is_symlink()]
             list(self._syncing.map(fsync, files))  # at once: the disk writes them down together
             fsync(staged)
+            was_whole = self.is_whole(digest)  # before the lock, since it may have to be read
             with self._publishing:
-                is_new = not self.is_whole(digest)
+                found = self.condition(digest)
+                is_new = found is Condition.LOST or (found is Condition.TOUCHED and not was_whole)
                 if is_new:
                     self._discard(digest)
                     staged.rename(self.path(digest))
@@ -195,10 +258,10 @@ class Store(Layout):
                 fsync(self.content)
             return digest
 
-    def discard_damaged(self, id_: ArtifactId) -> None:
-        """Remove what is left of an artifact that is not whole. One that was published anew meanwhile stays."""
+    def discard_lost(self, id_: ArtifactId) -> None:
+        """Remove what is left of an artifact that was lost. One that was published anew meanwhile stays."""
         with disk_errors(), self._publishing:
-            if not self.is_whole(id_):
+            if self.condition(id_) is Condition.LOST:
                 self._discard(id_)
 
     def _discard(self, digest: ArtifactId) -> None:

@@ -287,7 +287,7 @@ class Loads:
             if self._engine.loads:
                 await self._load_by_api(name, load)
             else:
-                await self._disk.run(self._store.link_version, name, load.id)
+                await self._disk.run(self._store.show_version, name, load.id)
             self._learn(name, load)
             self._changes += 1
             self._refused.pop(load, None)

@@ -77,6 +77,7 @@ class PeerCopy:
     source: Supplier[PeerOrigin]
     listing: Listing
     origin: str  # where the peer's content came from at first
+    digest: str  # of that content
 
 
 class Peers:
@@ -99,8 +100,10 @@ class Peers:
         """Whether they are asked before any origin."""
         return self._settings.mode == "preferred" and bool(self._sources)
 
-    async def find(self, name: AdapterName, revision: str = "", besides: Collection[str] = ()) -> PeerCopy | None:
-        """The first answer of a peer that has `name` in that revision ("": in any), but for those `besides`; None if none has."""
+    async def find(
+        self, name: AdapterName, revision: str = "", besides: Collection[str] = (), suits: Callable[[PeerCopy], bool] = lambda _: True
+    ) -> PeerCopy | None:
+        """The first answer of a peer that has `name` in that revision ("": in any), and a copy that `suits`, but for those `besides`; None if none has."""
         loop = asyncio.get_running_loop()
         began, now = loop.time(), self._clock()
         rested = [address for address, breaker in self._useful.items() if address not in besides and not breaker.wait_s(now)]
@@ -119,7 +122,7 @@ class Peers:
                 limit_s = max(LEAST_PATIENCE_S, PATIENCE * (loop.time() - began)) if 2 * len(pending) <= count else None
                 done, pending = await asyncio.wait(pending, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    if (found := task.result()) is not None and self._useful[found.address].allow(self._clock()):
+                    if (found := task.result()) is not None and suits(found) and self._useful[found.address].allow(self._clock()):
                         return found
                 if not done:
                     self._late |= pending  # what they answer says whether they are asked the next time
@@ -165,7 +168,7 @@ class Peers:
         if len(paths) != 2 or sorted(paths) != wanted(paths):  # they become names in our directory
             log.warning("peer %s offers what is no adapter under %s", address, name)
             return None
-        return PeerCopy(address, source, _listing(name, held), held.origin)
+        return PeerCopy(address, source, _listing(name, held), held.origin, held.digest)
 
 
 def _source(client: StagerClient) -> Supplier[PeerOrigin]:

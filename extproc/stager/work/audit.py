@@ -9,7 +9,6 @@ from ...errors import LoraExtprocError, ModelNotFound
 from ..books.holdings import Named
 from ..disk.adopt import Adopter
 from ..node import Node
-from ..syscalls import hash_file
 from .evict import Remover
 
 log = logging.getLogger(__name__)
@@ -63,13 +62,7 @@ class Auditor:
         return await self._node.disk.run(self._differs, name, named)
 
     def _differs(self, name: AdapterName, named: Named) -> str:
-        directory = self._node.store.path(named.id)
         try:
-            if is_adopted(named.id):
-                return self._adopter.differs(name, named)
-            for file in self._node.store.manifest(named.digest).files:
-                if hash_file(directory / file.path, file.path) != file:
-                    return f"{file.path} is not what was published"
+            return self._adopter.differs(name, named) if is_adopted(named.id) else self._node.store.differs(named.id)
         except (OSError, LoraExtprocError) as error:
             return f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-        return ""

@@ -1,20 +1,25 @@
-"""Artifacts that are counted as present and are not whole on the disk: somebody removed them, a file system lost them, another was mounted.
+"""Artifacts that are counted as present and are not what was published: somebody removed or changed them, a file system lost them, another was mounted.
 
-How it is noticed: a load into the engine fails, a peer cannot read, a warm request makes a look due, or the directory itself is another one. What
-follows: the names are forgotten and told to routers as evicted, so that the next request fetches them again, and the engine is made to forget them.
-An engine dies of files that are missing when it reads a registered adapter again, so the sooner the better; what was fetched again until then
-lies under the same path, and stays registered.
+How it is noticed: a load into the engine fails, a peer cannot read, a warm request makes a look due, a start finds it, or the directory itself is
+another one. A look reads no file whose stamp is that of the manifest.
+
+| found | what follows |
+| --- | --- |
+| lost | The names are forgotten and told to routers as evicted, so that the next request fetches them again, and the engine is made to forget them. It dies of files that are missing when it reads a registered adapter again, so the sooner the better; what was fetched again until then lies under the same path, and stays registered. |
+| touched, and the same when it is read | its new stamps are written to the manifest |
+| touched, and not the same | It is removed like anything else that is damaged: not while the engine may be reading it. Until then no load reads it. |
 """
 
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 
 from ...core.artifact import VERSION_DIGITS, AdapterName, ArtifactId, digest_of, is_adopted, split_version
 from ...errors import InvalidAdapter, LoraExtprocError
 from ..books.holdings import Named
 from ..disk.adopt import Adopter
-from ..disk.recover import Found, Scan
+from ..disk.recover import Condition, Found, Scan
 from ..node import Node
 from .audit import Auditor
 from .evict import Remover
@@ -27,6 +32,7 @@ MAX_LOOKED = 1024  # per LOOK_S, on behalf of requests: the others are looked at
 MAX_WAITING = 4096  # artifacts whose look is due: what comes beyond is looked at when it is asked for again
 MAX_READ_BACK = 10_000  # artifacts that were read from end to end because the engine refused them
 IN_TRANSIT_S = 0.5  # what routers sent to the engine before they heard of the eviction has arrived by then
+FIRST_LOOK_S = 10.0  # the start waits that long for what is read again; the rest is read while the node serves
 SLICE = 500  # names between two turns of the event loop: about a millisecond
 
 
@@ -43,13 +49,14 @@ class Repair:
         self._waiting: dict[ArtifactId, None] = {}  # at most MAX_WAITING
         self._read_back: set[ArtifactId] = set()  # at most MAX_READ_BACK
         self._looking: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._remains: dict[ArtifactId, tuple[AdapterName, ...]] = {}  # of what was forgotten -> its names, until they are removed; at most what was on disk
         self._clearing: asyncio.Task[None] | None = None
         self._lost: dict[ArtifactId, None] = {}  # until the engine was told; at most what was on disk
         self._telling: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
-        for task in (self._looking, self._clearing, self._telling):
+        for task in (self._looking, self._reading, self._clearing, self._telling):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -77,46 +84,77 @@ class Repair:
         if named is None:
             return True
         try:
-            if await self._is_lost(named.id):
-                return self.forget(named.id, "its files are not there any more")
+            if await self._look_at(named.id):
+                return True
             if isinstance(error, InvalidAdapter) and not is_adopted(named.id) and named.id not in self._read_back:
                 if len(self._read_back) >= MAX_READ_BACK:
                     self._read_back.clear()
                 self._read_back.add(named.id)
                 if why := await self._auditor.differs(name, named):
-                    log.error("%s: %s; it is fetched again", name, why)
-                    self._node.loads.pardon(named.id)
-                    index = self._node.holdings.index
-                    return index.leave(named.id, self._node.clock(), force=True) and await self._remover.remove(named.id, "damaged") is None
+                    return await self._remove_damaged(named.id, why)
         except LoraExtprocError as failure:
             log.warning("%s: whether its files are there cannot be said: %s", name, failure.message)
         return False
 
+    async def look_at_touched(self, ids: Sequence[ArtifactId]) -> None:
+        """Read what a look through the directory found touched, one after the other; at most FIRST_LOOK_S of that are waited for."""
+        if not ids:
+            return
+        log.info("%d artifacts are read again: somebody has touched them since they were published", len(ids))
+        before = self._reading
+
+        async def read() -> None:
+            if before is not None:
+                await asyncio.wait({before})
+            for id_ in ids:
+                with contextlib.suppress(LoraExtprocError):  # the disk's own check tells
+                    await self._look_at(id_)
+
+        self._reading = asyncio.create_task(read(), name="touched artifacts")
+        await asyncio.wait({self._reading}, timeout=FIRST_LOOK_S)
+
     async def _look_at_waiting(self) -> None:
         while self._waiting:
             some = list(self._waiting)[:LOOKS_AT_ONCE]
-            with contextlib.suppress(LoraExtprocError):  # the disk's own check tells
+            with contextlib.suppress(LoraExtprocError):
                 ours = [id_ for id_ in some if not is_adopted(id_) and id_ in self._node.holdings.index]
-                for id_ in await self._node.disk.run(self._not_whole, ours):
-                    self.forget(id_, "its files are not there any more")
-                for id_ in some:
-                    if is_adopted(id_):
-                        await self._is_lost(id_)
+                suspects = await self._node.disk.run(self._not_whole, ours)
+                for id_ in [*suspects, *filter(is_adopted, some)]:
+                    await self._look_at(id_)
             for id_ in some:
                 del self._waiting[id_]
 
     def _not_whole(self, ids: list[ArtifactId]) -> list[ArtifactId]:
-        return [id_ for id_ in ids if not self._node.store.is_whole(id_)]
+        return [id_ for id_ in ids if self._node.store.condition(id_) is not Condition.WHOLE]
 
-    async def _is_lost(self, id_: ArtifactId) -> bool:
-        """Whether one of ours is not whole. Of what others put here the adopter keeps the books itself."""
-        if not is_adopted(id_):
-            return not await self._node.disk.run(self._node.store.is_whole, id_)
-        for name in self._node.holdings.names_of(id_):
-            if (known := self._node.holdings.get(name)) is not None:
-                with contextlib.suppress(InvalidAdapter):
-                    await self._adopter.look_again(name, known)
-        return False
+    async def _look_at(self, id_: ArtifactId) -> bool:
+        """True if one of ours was not what was published, and is gone. Of what others put here the adopter keeps the books itself. Raises DiskFailed."""
+        if is_adopted(id_):
+            for name in self._node.holdings.names_of(id_):
+                if (known := self._node.holdings.get(name)) is not None:
+                    with contextlib.suppress(InvalidAdapter):
+                        await self._adopter.look_again(name, known)
+            return False
+        if self._node.holdings.index.is_leaving(id_):  # somebody else has found it a moment ago
+            return await self._remover.remove(id_, "damaged") is None
+        if id_ not in self._node.holdings.index:
+            return False
+        store, disk = self._node.store, self._node.disk
+        found = await disk.run(store.condition, id_)
+        if found is Condition.LOST:
+            return self.forget(id_, "its files are not there any more")
+        why = await disk.run(store.differs, id_) if found is Condition.TOUCHED else ""
+        return bool(why) and await self._remove_damaged(id_, why)
+
+    async def _remove_damaged(self, id_: ArtifactId, why: str) -> bool:
+        """Let the next request fetch it again; False if it has to stay, since the engine may be reading it or a flight is at it."""
+        index, names = self._node.holdings.index, ", ".join(self._node.holdings.names_of(id_)) or id_
+        self._node.metrics.verify_failures.labels("disk").inc()
+        log.error("%s: %s; it goes when no engine reads it, and is fetched again when it is asked for", names, why)
+        self._node.loads.pardon(id_)
+        if not index.leave(id_, self._node.clock(), force=True) and not index.is_leaving(id_):
+            return False
+        return await self._remover.remove(id_, "damaged") is None
 
     # -- forgotten
 
@@ -157,7 +195,7 @@ class Repair:
         while self._remains:
             id_, names = self._remains.popitem()
             with contextlib.suppress(LoraExtprocError, OSError):  # then the next start does it
-                await self._node.disk.run(self._node.store.discard_damaged, id_)
+                await self._node.disk.run(self._node.store.discard_lost, id_)
                 for name in names:
                     await self._node.disk.run(self._node.store.unlink_dangling, name)
 
@@ -210,6 +248,7 @@ class Repair:
             if (named := holdings.get(name)) is not None:
                 await node.disk.run(node.store.link, name, named.id)
         log.warning("%s: %d artifacts are gone, %d names were linked again", node.store.directory, len(lost), len(unlinked))
+        await self.look_at_touched(scan.touched)
 
 
 def named_as(name: AdapterName, found: Found) -> Named:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from ...core.artifact import AdapterName, File, Manifest
+from ...core.artifact import AdapterName, File, Manifest, Stamp
 from ...core.blocks import artifact_bytes
 from ...errors import AdapterDamaged, AdapterTooLarge, InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
 from ...flight import SingleFlight, to_the_end
 from ..adapter import archive
-from ..adapter.check import check_ahead, check_weights
+from ..adapter.check import check_ahead, check_header, check_weights
 from ..adapter.config import MAX_CONFIG_BYTES, AdapterConfig, check_config, read_limited, with_base
 from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, foreign, other_digest, weights_of
 from ..adapter.finite import Scan
@@ -30,11 +30,11 @@ from ..supply.job import Job
 from ..supply.listing import Listing, RemoteFile
 from ..supply.origins.base import Fetches
 from ..supply.origins.file import FileOrigin
-from ..supply.peers import Peers
+from ..supply.peers import LABEL, PeerCopy, Peers
 from ..supply.precedence import Precedence, Unanswered, agree
 from ..supply.source import Source, Supplier
-from ..syscalls import disk_errors, hash_file, hash_open
-from ..threads import Threads
+from ..syscalls import disk_errors, hash_file, hash_open, stamp_of
+from ..threads import Steps, Threads
 from .evict import Remover
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_CHECKS = 2  # at once: they compute, and each may keep the event loop from the interpreter for 5 ms (sys.getswitchinterval)
+FIRST_HEAD_BYTES = 2**16  # of an archive, which is looked at again each time it has twice as many, up to archive.MAX_HEAD_BYTES
 MAX_PEERS_TRIED = 3  # for one adapter; whoever waits for it waits for each of them
 RESOLVES = 3  # an adapter that is being written anew changes under us; after that many times it is the origin's fault
 
@@ -55,6 +56,7 @@ class Plan:
     listing: Listing
     origin: str  # what the manifest says; for a copy from a peer, where that had it from
     stated: tuple[str, ...] = ()  # every SHA-256 that the weights must have
+    copy: PeerCopy | None = None  # what a peer has of it, if that is what is brought
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,21 +160,25 @@ class Fetcher:
 
         Each copy wholly or not at all: the files of two are never mixed.
         """
+        stated = self._stated(name, expected)
+
+        def plan_of(copy: PeerCopy) -> Plan:
+            listing = replace(copy.listing, final=plan.listing.final) if plan is not None else copy.listing
+            return Plan(copy.source, listing, copy.origin, stated, copy)
+
+        def suits(copy: PeerCopy) -> bool:
+            if (origins and copy.origin not in origins) or (plan is not None and not (copy.origin == plan.origin and agree(copy.listing, plan.listing))):
+                return False
+            return not self._node.refusals.is_condemned(self._version(plan_of(copy)), self._node.clock())
+
         while len(tried) < MAX_PEERS_TRIED:
             async with self._phase(job, "resolve"):
-                copy = await self._peers.find(name, plan.listing.revision if plan is not None else "", tried)
+                copy = await self._peers.find(name, plan.listing.revision if plan is not None else "", tried, suits)
             if copy is None:
                 break
             tried.add(copy.address)
-            listing = copy.listing
-            if origins and copy.origin not in origins:
-                continue
-            if plan is not None:
-                if copy.origin != plan.origin or not agree(listing, plan.listing):
-                    continue
-                listing = replace(listing, final=plan.listing.final)
             try:
-                named = await self._carry_out(Plan(copy.source, listing, copy.origin, self._stated(name, expected)), job)
+                named = await self._carry_out(plan_of(copy), job)
                 self._peers.was_of_use(copy)
                 return named
             except (OriginFailed, InvalidAdapter) as error:
@@ -187,7 +193,10 @@ class Fetcher:
     def _version(self, plan: Plan) -> Version:
         """What a verdict counts for: an engine that takes other adapters, or another digest asked for, is another question."""
         bases = tuple(base.root for base in self._node.engine.bases)
-        return Version(plan.origin, plan.listing.revision.strip(), plan.stated, (self._rules(), bases))
+        origin, revision = plan.origin, plan.listing.revision.strip()
+        if plan.copy is not None:
+            origin, revision = f"{LABEL} {plan.copy.address}", plan.copy.digest
+        return Version(origin, revision, plan.stated, (self._rules(), bases))
 
     async def _carry_out(self, plan: Plan, job: Job) -> Named:
         """Bring, verify, publish. Whatever goes wrong, nothing of it stays."""
@@ -197,6 +206,7 @@ class Fetcher:
         index = self._node.holdings.index
         async with self._staging(name) as directory:
             try:
+                stamps = await self._node.disk.run(_original_stamps, plan)
                 if listing.archive:
                     brought = await self._bring_archive(plan, directory, job, token)
                 else:
@@ -209,7 +219,8 @@ class Fetcher:
                     files = await self._name_base(directory, brought.config, brought.files)
                 async with self._phase(job, "publish"):
                     in_place = _in_place(plan)
-                    manifest = Manifest(tuple(sorted(files)), name, plan.origin, listing.revision, in_place is not None, listing.final, checked.options)
+                    flags = in_place is not None, listing.final
+                    manifest = Manifest(tuple(sorted(files)), name, plan.origin, listing.revision, *flags, checked.options, stamps)
                     named = Named(manifest.digest, plan.origin, listing.revision, self._node.clock(), final=listing.final)
                     try:
                         await to_the_end(self._publish(directory, manifest, token))
@@ -217,8 +228,10 @@ class Fetcher:
                         await self.let_go(named)
                         raise
             except InvalidAdapter as error:
-                if plan.source in self._origins.sources:  # of what a peer sends, its origin is not to blame
+                if plan.copy is None:
                     self._node.refusals.condemn(name, self._version(plan), error, self._node.clock())
+                else:  # its origin is not to blame for what a peer sends
+                    self._node.refusals.condemn_copy(self._version(plan), error, self._node.clock())
                 raise
             finally:
                 index.abort(token)
@@ -293,38 +306,99 @@ class Fetcher:
         async def judge(head: bytes) -> int:
             async with self._phase(job, "check", inside="fetch"):
                 _check_page(plan, head)
-                header_bytes = PREFIX_BYTES + header_length(head[:PREFIX_BYTES], size)
-                if len(head) < header_bytes:
-                    return header_bytes
-                rules = self._rules(await self._width())
-                follower.begin(await self._checks.walk(check_ahead(io.BytesIO(head[:header_bytes]), size, config, rules)))
+                if needed := await self._check_header(head, size, config, follower):
+                    return needed
             async with self._phase(job, "reserve", inside="fetch"):
                 await reserve()
             return 0
 
         return judge
 
+    async def _check_header(self, head: bytes, size: int, config: AdapterConfig, follower: Follower | None = None) -> int:
+        """Judge the header of weights that have `size` bytes and begin with `head`, and let `follower` look through the rest; 0, or how many bytes it takes.
+
+        Raises InvalidAdapter.
+        """
+        if len(head) < (least := min(PREFIX_BYTES, size)):
+            return least
+        header_bytes = PREFIX_BYTES + header_length(head[:PREFIX_BYTES], size)
+        if len(head) < header_bytes:
+            return header_bytes
+        rules = self._rules(await self._width())
+        ahead = await self._checks.walk(check_ahead(io.BytesIO(head[:header_bytes]), size, config, rules))
+        if follower is not None:
+            follower.begin(ahead)
+        return 0
+
     async def _bring_archive(self, plan: Plan, directory: Path, job: Job, token: str) -> Brought:
-        """Room for the archive, then for what it holds; the archive goes before anything is published."""
+        """Room for the archive, then for what it holds; the archive goes before anything is published.
+
+        What the configuration and the header of the weights rule out is refused before there is room for the archive, if a tar begins with them; else, as
+        with a zip, before there is room for what it holds.
+        """
         (file,) = plan.listing.files
         size = self._limited(file)
         job.total_bytes = file.size or 0
-        async with self._phase(job, "reserve"):
-            await self._remover.reserve(token, size)
-        async with self._phase(job, "fetch"):
-            await self._fetch(plan, file, directory, job)
+        async with self._phase(job, "fetch"), self._fetching(plan, file, directory, job) as download:
+            if file.size is not None:
+                download.hold_for(self._judge_archive(plan, file.size, job, lambda: self._remover.reserve(token, size)), min(FIRST_HEAD_BYTES, file.size))
+            else:
+                async with self._phase(job, "reserve", inside="fetch"):
+                    await self._remover.reserve(token, size)
+            await plan.source.go_on(plan.listing, download, job)
+            await self._finish(plan, download)
         async with self._phase(job, "unpack"):
             packed = directory / file.path
             chosen = await self._on_disk(archive.members, packed, max_bytes=self._node.settings.max_adapter_bytes)
             inside = Listing(plan.listing.name, "", tuple(RemoteFile(member.path, member.size) for member in chosen))
             if not any(member.path == CONFIG_FILE for member in chosen):
                 raise InvalidAdapter(f"{file.path} holds no {CONFIG_FILE}", "archive")
-            await self._remover.reserve(token, self._check_listing(inside))
+            unpacked = self._check_listing(inside)
+            await self._check_packed(packed, chosen)
+            await self._remover.reserve(token, unpacked)
             await self._on_disk(archive.unpack, packed, chosen, directory)
             await self._on_disk(packed.unlink)
             files = [await self._on_disk(hash_file, directory / member.path, member.path) for member in chosen]
         async with self._phase(job, "check"):
             return Brought(await self._check_config(plan, directory), files)
+
+    def _judge_archive(self, plan: Plan, size: int, job: Job, reserve: Callable[[], Awaitable[None]]) -> Judge:
+        """Judges what an archive begins with, as far as that tells, and makes room for the whole."""
+
+        async def judge(head: bytes) -> int:
+            async with self._phase(job, "check", inside="fetch"):
+                _check_page(plan, head)
+                found = await self._checks.run(archive.beginning, head)
+                is_judged = found is not None and await self._check_beginning(found)
+                if not is_judged and len(head) < (most := min(size, archive.MAX_HEAD_BYTES)):
+                    return min(most, 2 * len(head))
+            async with self._phase(job, "reserve", inside="fetch"):
+                await reserve()
+            return 0
+
+        return judge
+
+    async def _check_beginning(self, found: archive.Beginning) -> bool:
+        """Raises InvalidAdapter; False where not all of the header has arrived."""
+        config = await self._checks.run(check_config, found.config, self._rules())
+        self._limited(RemoteFile(WEIGHTS_FILE, found.weights_size))
+        return not await self._check_header(found.weights, found.weights_size, config)
+
+    async def _check_packed(self, packed: Path, chosen: Sequence[archive.Member]) -> None:
+        """The same of a whole archive, whatever comes first in it. Raises InvalidAdapter."""
+        members = {member.path: member for member in chosen}
+        rules = self._rules(await self._width())
+
+        def check() -> Steps[None]:
+            with archive.opened_member(packed, members[CONFIG_FILE]) as file:
+                config = check_config(read_limited(file), rules)
+            yield
+            if (weights := members.get(WEIGHTS_FILE)) is not None:
+                with archive.opened_member(packed, weights) as file:
+                    (yield from check_header(file, weights.size, config, rules)).clear()
+
+        with disk_errors("read"):
+            await self._checks.walk(check())
 
     def _check_listing(self, listing: Listing) -> int:
         """Bytes to reserve. Raises InvalidAdapter for what need not be fetched to be refused."""
@@ -481,6 +555,17 @@ def _check_page(plan: Plan, head: bytes) -> None:
     """A web page where a file should be is a log-in or an error page: the origin's fault, not the adapter's."""
     if "web page" in (what := foreign(head)):
         raise OriginRefused(f"{plan.source.label} origin: a file of {plan.listing.name} {what}")
+
+
+def _original_stamps(plan: Plan) -> dict[str, Stamp]:
+    """Of files that are linked to, before they are read: whoever writes to one from then on is noticed. Blocks."""
+    origin = _in_place(plan)
+    if origin is None:
+        return {}
+    try:
+        return {file.path: stamp_of(origin.path(file).stat()) for file in plan.listing.files}
+    except OSError as error:
+        raise OriginChanged(f"{origin.label} origin: {plan.listing.name} changed after it was listed: {error.strerror}") from error
 
 
 def _in_place(plan: Plan) -> FileOrigin | None:

@@ -24,11 +24,13 @@ from extproc.core.blocks import on_disk
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, NoSpace
 from extproc.stager.adapter import archive
 from extproc.stager.adapter.files import ARCHIVE_SUFFIXES
-from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, read_files, sha256, size_of, small_files
+from extproc.up.demo import write_adapter
+from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, read_files, safetensors, sha256, size_of, small_files, split, write_small
 from tests.fakes.archives import packed, special, tar_of, zip_of
 from tests.fakes.faulty import FaultyS3, FaultyServer, running
 from tests.fakes.hub import Hub
 from tests.fakes.nodes import hub_origin, node, nothing_half_done, nothing_there, s3_origin, stored, visible, web_origin
+from tests.fakes.wait import Clock
 
 NAME = "acme/sql"
 FILES = small_files()
@@ -404,6 +406,114 @@ def test_descriptions_are_limited_together(tmp_path: Path, kind: bytes) -> None:
         archive.members(path, max_bytes=2**30)
 
 
+# -- what a bad one costs
+
+
+def with_wrong_rank() -> Files:
+    """The configuration comes first, as where names are sorted; the header of the weights contradicts it."""
+    header, data = split(FILES[WEIGHTS])
+    name = next(name for name in header if "lora_A" in name)
+    header[name] = {**header[name], "shape": [2, 128]}
+    return {CONFIG: FILES[CONFIG], WEIGHTS: safetensors(header, data)}
+
+
+BAD = with_wrong_rank()
+LISTED = {CONFIG: FILES[CONFIG], WEIGHTS: FILES[WEIGHTS]}  # in that order
+
+
+@pytest.mark.parametrize("kind", ["file", "http", "s3", "huggingface"])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("bad", [BAD, {**LISTED, CONFIG: b"[]"}], ids=["weights", "configuration"])
+async def test_nothing_good_is_evicted_for_what_a_bad_archive_begins_with(tmp_path: Path, root: Path, kind: str, suffix: str, bad: Files) -> None:
+    """The configuration and the header of the weights are judged as they arrive, before there is room for the rest."""
+    write_small(root / "good/one", seed=1)
+    clock = Clock()
+    async with (
+        serving(kind, root, NAME + suffix, packed(suffix, bad)) as origin,
+        node(tmp_path / "node", origin, OriginSettings(type="file", name="good", path=str(root)), clock=clock, max_bytes=size_of(FILES), lease_s=1) as stager,
+    ):
+        await stager.ensure("good/one")
+        clock.now += 10
+        with pytest.raises(InvalidAdapter):
+            await stager.ensure(NAME)
+        assert set(stager.node.holdings) == {"good/one"}
+        assert nothing_half_done(stager)
+
+
+async def test_of_a_large_bad_archive_little_is_fetched(tmp_path: Path) -> None:
+    """The transfer ends at the header of the weights; the same revision is not fetched again."""
+    data = packed(".tar", {**BAD, "optimizer.pt": bytes(64 * 2**20)})
+    async with running(FaultyServer()) as server, node(tmp_path / "node", web_origin(server.url)) as stager:
+        server.files[f"/{NAME}.tar"] = data
+        for _ in range(2):
+            with pytest.raises(InvalidAdapter, match="lora_A"):
+                await stager.ensure(NAME)
+        assert server.sent_bytes < len(data) / 2
+        assert len(server.gets(f"{NAME}.tar")) == 1
+
+
+@pytest.mark.parametrize("how", ["a zip", "weights before the configuration", "a checkpoint first"])
+async def test_a_bad_archive_that_cannot_be_judged_in_passing_takes_its_own_room_only(
+    tmp_path: Path, root: Path, file_origin: OriginSettings, how: str
+) -> None:
+    """For what it holds, nothing goes."""
+    suffix, files = {
+        "a zip": (".zip", BAD),
+        "weights before the configuration": (".tar.gz", dict(reversed(BAD.items()))),
+        "a checkpoint first": (".tar.gz", {**{f"run/checkpoint-1/{path}": data for path, data in LISTED.items()}, **{f"run/{p}": d for p, d in BAD.items()}}),
+    }[how]
+    data = packed(suffix, files)
+    (root / (NAME + suffix)).write_bytes(data)
+    write_small(root / "good/one", seed=1)
+    clock = Clock()
+    async with node(tmp_path / "node", file_origin, clock=clock, max_bytes=size_of(FILES) + on_disk(len(data)), lease_s=1) as stager:
+        await stager.ensure("good/one")
+        clock.now += 10
+        with pytest.raises(InvalidAdapter, match="lora_A"):
+            await stager.ensure(NAME)
+        assert set(stager.node.holdings) == {"good/one"}
+        assert nothing_half_done(stager)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_tar_tells_what_it_begins_with(suffix: str) -> None:
+    """The weights as far as they are here. The bytes of a folder's own adapter count, not those of a checkpoint in it."""
+    cut = len(packed(".tar", LISTED)) // 2 if suffix == ".tar" else None
+    found = archive.beginning(packed(suffix, LISTED)[:cut])
+    assert found is not None
+    assert (found.config, found.weights_size) == (FILES[CONFIG], len(FILES[WEIGHTS]))
+    assert FILES[WEIGHTS].startswith(found.weights)
+    assert len(found.weights) >= 100
+    checkpoint = [(INFO(f"sql/checkpoint-1/{path}"), data) for path, data in BAD.items()]
+    own = [(INFO(f"sql/{path}"), data) for path, data in LISTED.items()]
+    found = archive.beginning(tar_of([(special("sql", tarfile.DIRTYPE), b""), *checkpoint, *own], suffix))
+    assert found is not None
+    assert found.weights == FILES[WEIGHTS]
+
+
+UNTOLD: dict[str, Callable[[], bytes]] = {
+    "nothing": lambda: b"",
+    "a zip": lambda: packed(".zip", LISTED),
+    "a configuration alone": lambda: packed(".tar", {CONFIG: FILES[CONFIG]}),
+    "weights first": lambda: packed(".tar", dict(reversed(LISTED.items()))),
+    "a folder that is no member": lambda: packed(".tar", {f"checkpoint-1/{path}": data for path, data in LISTED.items()}),
+    "a folder beside another": lambda: tar_of(
+        [(special("a", tarfile.DIRTYPE), b""), (INFO("b/x"), b"x"), *((INFO(f"a/{path}"), data) for path, data in LISTED.items())]
+    ),
+    "a checkpoint alone": lambda: packed(".tar", {"README.md": b"x", **{f"checkpoint-1/{path}": data for path, data in LISTED.items()}}),
+    "many members": lambda: packed(".tar", {**{str(number): b"x" for number in range(archive.MAX_HEAD_MEMBERS)}, **LISTED}),
+    "a configuration that is cut": lambda: packed(".tar", LISTED)[:600],
+    "gzip that is none": lambda: b"\x1f\x8b" + b"x" * 100,
+    "a bomb": lambda: gzip.compress(packed(".tar", {"x": bytes(2 * archive.MAX_HEAD_BYTES), **LISTED})),
+}
+
+
+@pytest.mark.parametrize("how", UNTOLD)
+def test_a_beginning_may_tell_nothing(how: str) -> None:
+    """Then the whole is looked at. A folder above the one that was seen may have the adapter's own configuration."""
+    assert archive.beginning(UNTOLD[how]()) is None
+
+
 # -- room
 
 
@@ -424,7 +534,9 @@ async def test_room_is_reserved_for_the_archive_and_for_what_it_holds(tmp_path: 
 
 async def test_what_is_small_packed_and_large_unpacked_is_weighed_unpacked(tmp_path: Path, root: Path, file_origin: OriginSettings) -> None:
     """The node's whole disk has no place for it."""
-    (root / f"{NAME}.zip").write_bytes(packed(".zip", {**FILES, WEIGHTS: bytes(2**21)}))
+    large = read_files(write_adapter(tmp_path / "large", seed=0, hidden=2048, layers=16).parent)
+    header, data = split(large[WEIGHTS])
+    (root / f"{NAME}.zip").write_bytes(packed(".zip", {**large, WEIGHTS: safetensors(header, bytes(len(data)))}))
     async with node(tmp_path / "node", file_origin, max_bytes=2**20) as stager:
         with pytest.raises(AdapterTooLarge, match="the limit of this node"):
             await stager.ensure(NAME)

@@ -4,6 +4,7 @@ import pytest
 
 from extproc.core.artifact import adapter_name
 from extproc.errors import AdapterDamaged, InvalidAdapter, LoraExtprocError, ModelNotFound, OriginFailed, OriginRefused
+from extproc.stager.books import refusals as refusals_module
 from extproc.stager.books.refusals import MAX_VERDICTS, Refusals, Version
 
 NAME = adapter_name("acme/a")
@@ -82,6 +83,35 @@ def test_what_is_here_ends_the_answer_and_keeps_the_verdict(refusals: Refusals) 
     assert refusals.forbids(NAME, 0.0) is not None
     refusals.forget(NAME)
     assert refusals.verdict(NAME, VERSION, 0.0) is refusals.forbids(NAME, 0.0) is None
+
+
+def test_a_peer_s_copy_is_refused_without_a_word_of_the_name(refusals: Refusals) -> None:
+    """Nor of what another peer has, or that peer of other content."""
+    copy = Version("peer 10.0.0.7:9102", "a" * 64)
+    refusals.condemn_copy(copy, InvalidAdapter("is bad"), 0.0)
+    assert refusals.is_condemned(copy, LONG_S - 1)
+    assert not refusals.is_condemned(copy, LONG_S)
+    assert not refusals.is_condemned(Version("peer 10.0.0.8:9102", "a" * 64), 0.0)
+    assert not refusals.is_condemned(Version("peer 10.0.0.7:9102", "b" * 64), 0.0)
+    assert refusals.answer(NAME, 0.0) is refusals.verdict(NAME, copy, 0.0) is refusals.forbids(NAME, 0.0) is None
+
+
+def test_a_peer_s_damaged_copy_is_looked_at_again(refusals: Refusals) -> None:
+    """It may have been damaged on the way, or is mended there; after longer and longer."""
+    copy, damaged = Version("peer", "a"), AdapterDamaged("has other bytes", "digest")
+    refusals.condemn_copy(copy, damaged, 0.0)
+    assert [refusals.is_condemned(copy, now) for now in (SHORT_S - 1, SHORT_S)] == [True, False]
+    refusals.condemn_copy(copy, damaged, SHORT_S)
+    assert [refusals.is_condemned(copy, SHORT_S + now) for now in (2 * SHORT_S - 1, 2 * SHORT_S)] == [True, False]
+
+
+def test_as_many_copies_are_kept_in_mind(refusals: Refusals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest is forgotten first."""
+    monkeypatch.setattr(refusals_module, "MAX_COPIES", 3)
+    copies = [Version("peer", str(number)) for number in range(5)]
+    for copy in copies:
+        refusals.condemn_copy(copy, InvalidAdapter("is bad"), 0.0)
+    assert [refusals.is_condemned(copy, 0.0) for copy in copies] == [False, False, True, True, True]
 
 
 def test_the_memory_is_bounded() -> None:

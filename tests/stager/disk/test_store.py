@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,13 +20,15 @@ import yaml
 from extproc.client import StagerClient
 from extproc.core.artifact import AdapterName, ArtifactId, Manifest, adapter_name, versioned_name
 from extproc.core.blocks import artifact_bytes
-from extproc.errors import InvalidAdapter, NoSpace, StageError, StagerUnavailable, StartError
+from extproc.errors import DiskFailed, InvalidAdapter, NoSpace, StageError, StagerUnavailable, StartError
 from extproc.process.sockets import listen
 from extproc.stager.disk import layout as layout_module
+from extproc.stager.disk import store as store_module
 from extproc.stager.disk.layout import MANIFEST_FILE
+from extproc.stager.disk.recover import Condition
 from extproc.stager.disk.store import Store
 from extproc.stager.syscalls import disk_errors, hash_file
-from tests.fakes.adapters import Files, read_files, small_files
+from tests.fakes.adapters import Files, overwrite, read_files, small_files
 from tests.fakes.http import FileServer
 
 NAME = adapter_name("acme/sql")
@@ -415,14 +419,130 @@ def test_what_is_not_whole_is_published_again(store: Store, node: Path) -> None:
     assert store.is_whole(id_)
     (store.path(id_) / "adapter_model.safetensors").unlink()
     assert not store.is_whole(id_)
-    store.discard_damaged(id_)
+    store.discard_lost(id_)
     assert not store.path(id_).exists()
     (store.path(id_)).mkdir()
     assert serve(store, small_files()) == id_
     assert store.is_whole(id_)
     assert read_files(node / NAME) == small_files()
-    store.discard_damaged(id_)
+    store.discard_lost(id_)
     assert store.is_whole(id_)
+
+
+# -- what others write into published files
+
+WEIGHTS = "adapter_model.safetensors"
+OTHER_WEIGHTS = small_files(seed=1)[WEIGHTS]  # as long as those that are published here
+
+
+def test_what_others_write_is_noticed_by_its_stamp(store: Store) -> None:
+    """The length is as it was and the time of modification was put back: the look sees that somebody was there, reading it that it is something else."""
+    id_ = serve(store, small_files())
+    assert store.condition(id_) is Condition.WHOLE
+    overwrite(store.path(id_) / WEIGHTS, OTHER_WEIGHTS)
+    assert store.condition(id_) is Condition.TOUCHED
+    assert not store.is_whole(id_)
+    with pytest.raises(DiskFailed, match="not on this node's disk as it was published"):
+        store.load_options(id_)
+    with pytest.raises(DiskFailed, match="not on this node's disk as it was published"):
+        store.show_version(versioned_name(NAME, id_), id_)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda path: path.with_suffix(".link").hardlink_to(path),
+        lambda path: path.chmod(0o600),
+        lambda path: overwrite(path, path.read_bytes()),
+        lambda path: Path(shutil.copy2(path, path.with_suffix(".copy"))).rename(path),
+    ],
+    ids=["linked", "another mode", "the same again", "another inode"],
+)
+def test_what_is_the_same_when_it_is_read_is_read_once(store: Store, touch: Callable[[Path], object]) -> None:
+    """A link that is made of it, or a copy that comes back from elsewhere, changes its stamp: the next look finds the new one written down."""
+    id_ = serve(store, small_files())
+    manifest = store.path(id_) / MANIFEST_FILE
+    os.utime(manifest, (1000, 2000))
+    touch(store.path(id_) / WEIGHTS)
+    assert store.condition(id_) is Condition.TOUCHED
+    assert store.is_whole(id_)
+    assert store.condition(id_) is Condition.WHOLE
+    assert manifest.stat().st_mtime == 2000  # when it was last used
+    assert list(store.staged.directory.iterdir()) == []
+
+
+def test_our_own_writes_do_not_touch_it(store: Store) -> None:
+    """Names that come and go, the time of its last use, its retirement and a peer that reads it."""
+    id_ = serve(store, small_files())
+    store.link(adapter_name("acme/other"), id_)
+    store.link_version(versioned_name(NAME, id_), id_)
+    store.unlink(NAME)
+    os.utime(store.path(id_) / MANIFEST_FILE, (1000, 2000))
+    store.retire(id_)
+    read_files(store.path(id_))
+    store.close()
+    again = reopened(store.directory)
+    assert again.condition(id_) is Condition.WHOLE
+    again.close()
+
+
+def test_a_start_tells_what_was_touched(store: Store) -> None:
+    """It reads nothing of it: of terabytes that were copied back, each has another stamp."""
+    ids = [serve(store, small_files(seed=seed), f"acme/{seed}") for seed in range(3)]
+    overwrite(store.path(ids[1]) / WEIGHTS, OTHER_WEIGHTS[::-1])
+    store.close()
+    again = Store(store.directory)
+    scan = again.open()
+    again.close()
+    assert scan.touched == [ids[1]]
+    assert set(scan.artifacts) == set(ids)
+
+
+def test_what_was_published_without_stamps_counts_by_its_lengths(store: Store) -> None:
+    """As by an earlier version: reading it all would take an hour per terabyte. Who has it read has its stamps from then on."""
+    id_ = serve(store, small_files())
+    manifest = store.path(id_) / MANIFEST_FILE
+    raw = json.loads(manifest.read_text())
+    del raw["stamps"]
+    manifest.write_text(json.dumps(raw))
+    overwrite(store.path(id_) / WEIGHTS, small_files()[WEIGHTS])
+    assert store.condition(id_) is Condition.WHOLE
+    assert store.differs(id_) == ""
+    overwrite(store.path(id_) / WEIGHTS, OTHER_WEIGHTS)
+    assert store.condition(id_) is Condition.TOUCHED
+
+
+def test_what_others_have_changed_is_published_anew(store: Store, node: Path) -> None:
+    """Equal content comes, by another name, say: it takes the place of what is not what it was."""
+    id_ = serve(store, small_files())
+    overwrite(store.path(id_) / WEIGHTS, OTHER_WEIGHTS)
+    assert serve(store, small_files(), "acme/other") == id_
+    assert store.condition(id_) is Condition.WHOLE
+    assert read_files(node / NAME) == small_files()
+
+
+def test_what_others_have_only_touched_is_not_published_anew(store: Store) -> None:
+    """An engine may be reading it."""
+    id_ = serve(store, small_files())
+    inode = (store.path(id_) / WEIGHTS).stat().st_ino
+    (store.path(id_) / WEIGHTS).chmod(0o600)
+    assert serve(store, small_files(), "acme/other") == id_
+    assert (store.path(id_) / WEIGHTS).stat().st_ino == inode
+
+
+def test_stamps_that_cannot_be_written_are_found_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk it counts all the same, and is read at each look."""
+    id_ = serve(store, small_files())
+    (store.path(id_) / WEIGHTS).chmod(0o600)
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "fsync", full)
+        assert store.is_whole(id_)
+    assert store.condition(id_) is Condition.TOUCHED
+    assert list(store.staged.directory.iterdir()) == []
 
 
 # -- the directory

@@ -497,7 +497,7 @@ async def test_a_peer_that_was_found_out_is_not_asked_for_a_while(fleet: Fleet, 
     first, second = await fleet.start(service=Lying), await fleet.start()
     first.service.data = dict.fromkeys(FILES, b"evil")
     for number in range(4):
-        web.add(f"acme/{number}", FILES)
+        web.add(f"acme/{number}", small_files(seed=number))
         await first.stager.ensure(f"acme/{number}")
     reads = []
     for number, waited in enumerate((0, 1, 3.9, 0.2)):
@@ -505,6 +505,43 @@ async def test_a_peer_that_was_found_out_is_not_asked_for_a_while(fleet: Fleet, 
         await second.stager.ensure(f"acme/{number}")
         reads.append(first.service.read_count)
     assert reads[0] == reads[1] == reads[2] < reads[3]
+
+
+REST_S = peers_module.LONGEST_REST_S + 1  # after it, any peer is asked again
+
+
+@pytest.mark.parametrize(("mode", "what"), [("on", "damaged"), ("preferred", "damaged"), ("preferred", "invalid")])
+async def test_a_peer_s_refused_copy_is_not_fetched_again(fleet: Fleet, web: FaultyServer, mode: str, what: str) -> None:
+    """The peer is asked again after its rest, and what it offers is what was refused."""
+    first, second = await fleet.start(service=Lying), await fleet.start(mode=mode, negative_ttl_s=10 * REST_S)
+    await has(first)
+    bad = {**FILES, WEIGHTS: b"no safetensors"}
+    first.service.data, first.service.says = bad, consistently(bad) if what == "invalid" else None
+    await has(second)
+    reads = first.service.read_count
+    assert reads
+    for _ in range(2):
+        second.clock.now += REST_S
+        await second.stager.purge(NAME)
+        await has(second)
+    assert first.service.read_count == reads
+    assert len(web.gets(WEIGHTS)) == 4
+
+
+async def test_a_peer_whose_copy_was_refused_gives_others(fleet: Fleet, web: FaultyServer) -> None:
+    """That it offers the refused one again is no reason for another rest."""
+    first, second = await fleet.start(service=Lying), await fleet.start(negative_ttl_s=10 * REST_S)
+    await has(first)
+    first.service.data = {**FILES, WEIGHTS: FILES[WEIGHTS][::-1]}
+    await has(second)
+    second.clock.now += REST_S
+    await second.stager.purge(NAME)
+    await has(second)
+    web.add("acme/new", OTHER)
+    await first.stager.ensure("acme/new")
+    reads, first.service.data = first.service.read_count, OTHER
+    await second.stager.ensure("acme/new")
+    assert first.service.read_count == reads + 2
 
 
 async def test_a_pinned_digest_finds_out_a_peer(fleet: Fleet, web: FaultyServer) -> None:

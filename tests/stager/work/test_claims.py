@@ -255,7 +255,7 @@ async def test_a_stager_that_is_stopped_is_silent_and_then_gone(process: Process
                     assert event.heartbeat_s == 0.5
 
         task = asyncio.create_task(watch())
-        await until_async(lambda: "NodeState" in seen)
+        await until_async(lambda: "NodeState" in seen or task.done())
         process.send(signal.SIGSTOP)
         await until_async(lambda: "Silent" in seen or task.done())
         process.send(signal.SIGCONT)

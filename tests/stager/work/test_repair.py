@@ -1,6 +1,8 @@
 """What somebody removed from the disk is noticed where it fails, told, and fetched again."""
 
+import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from extproc.stager import stager as stager_module
 from extproc.stager.disk.store import Store
 from extproc.stager.stager import Stager
 from extproc.stager.work import repair as repair_module
-from tests.fakes.adapters import WEIGHTS, Files, read_files, small_files
+from tests.fakes.adapters import WEIGHTS, Files, overwrite, read_files, sha256, small_files
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.origin import FakeOrigin, origin_of
 from tests.fakes.wait import Clock, until
@@ -112,6 +114,108 @@ async def test_the_engine_forgets_what_is_lost(open_stager: OpenStager, origin: 
     stager._repair.look_soon(ArtifactId(lost.digest), is_due=True)
     await until(lambda: set(engine.adapters.registry) == {kept.model})
     assert engine.deaths == 0
+
+
+# -- what others write into published files
+
+CHANGED = small_files(seed=5)[WEIGHTS]  # an engine would load them, and answer otherwise
+
+
+async def test_what_others_changed_is_fetched_again(open_stager: OpenStager, origin: FakeOrigin, node: Path, clock: Clock) -> None:
+    """A request makes the look due that notices it, though its length and its time of modification are as they were."""
+    stager = await open_stager(origin)
+    held = await stager.ensure(NAME)
+    await until(lambda: not stager._repair._waiting)
+    overwrite(stager.node.store.path(ArtifactId(held.digest)) / WEIGHTS, CHANGED)
+    clock.now += repair_module.LOOK_S
+    with stager.node.changes.since(stager.node.changes.last) as (told, _):
+        await stager.ensure(NAME)
+        await until(lambda: NAME not in set(stager.node.holdings))
+        assert "evicted" in {change.kind for change in (told.get_nowait() for _ in range(told.qsize())) if change is not None}
+    assert (await stager.ensure(NAME)).digest == held.digest
+    assert visible(node) == {NAME: small_files()}
+    assert balanced(stager, node)
+
+
+async def test_no_engine_loads_what_others_changed(open_stager: OpenStager, origin: FakeOrigin, engine: RunningEngine) -> None:
+    """It is noticed before the load, and the request that notices it is served by what is fetched then."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    held = await stager.ensure(NAME)
+    await until(lambda: not stager._repair._waiting)
+    overwrite(stager.node.store.path(ArtifactId(held.digest)) / WEIGHTS, CHANGED)
+    loaded = await stager.ensure(NAME, loading=Loading.VERSIONED)
+    assert loaded.staged
+    assert await engine.ask(loaded.model) == sha256(small_files()[WEIGHTS])
+    assert engine.calls.count("/v1/load_lora_adapter") == 1
+    assert not stager.node.loads.refuses(adapter_name(NAME), ArtifactId(held.digest))
+
+
+async def test_all_who_wait_for_a_load_are_served(open_stager: OpenStager, origin: FakeOrigin, engine: RunningEngine) -> None:
+    """Each finds that the files are not what they were; one removal and one fetch are for all of them."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    held = await stager.ensure(NAME)
+    await until(lambda: not stager._repair._waiting)
+    overwrite(stager.node.store.path(ArtifactId(held.digest)) / WEIGHTS, CHANGED)
+    loaded = await asyncio.gather(*(stager.ensure(NAME, loading=Loading.VERSIONED) for _ in range(5)))
+    assert len({one.model for one in loaded}) == 1
+    assert origin.fetched[NAME, WEIGHTS] == 2
+
+
+async def test_what_others_changed_under_a_request_stays_until_it_has_ended(open_stager: OpenStager, origin: FakeOrigin, engine: RunningEngine) -> None:
+    """The engine answers with what it has read; without the files it would die of the next read."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    held = await stager.ensure(NAME, loading=Loading.VERSIONED)
+    id_ = ArtifactId(held.digest)
+    await until(lambda: not stager._repair._waiting)
+    async with engine.adapters.use(held.model):
+        overwrite(stager.node.store.path(id_) / WEIGHTS, CHANGED)
+        stager._repair.look_soon(id_, is_due=True)
+        await until(lambda: not stager._repair._waiting)
+        assert stager.node.store.path(id_).exists()
+        assert (await stager.ensure(NAME, loading=Loading.VERSIONED)).model == held.model
+    await until(lambda: not stager._repair._waiting)
+    stager._repair.look_soon(id_, is_due=True)
+    await until(lambda: not stager._repair._waiting)
+    assert NAME not in set(stager.node.holdings)
+    assert engine.deaths == 0
+
+
+@pytest.mark.parametrize("is_changed", [True, False])
+async def test_a_start_reads_what_was_touched(open_stager: OpenStager, origin: FakeOrigin, node: Path, is_changed: bool) -> None:
+    """Before the node is ready: what is something else is fetched when it is asked for, what is the same is not read at the next start."""
+    stager = await open_stager(origin)
+    digests = {name: (await stager.ensure(name)).digest for name in (NAME, OTHER)}
+    await stager.close()
+    overwrite(node / NAME / WEIGHTS, CHANGED if is_changed else small_files()[WEIGHTS])
+    stager = await open_stager(origin)
+    assert set(stager.node.holdings) == ({OTHER} if is_changed else {NAME, OTHER})
+    assert (await stager.ensure(NAME)).staged == is_changed
+    assert visible(node)[NAME] == small_files()
+    assert balanced(stager, node)
+    await stager.close()
+    assert Store(node).open().touched == []
+    assert digests[OTHER]
+
+
+async def test_a_start_does_not_wait_for_all_that_was_touched(open_stager: OpenStager, origin: FakeOrigin, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terabytes that were copied back are read while the node serves."""
+    stager = await open_stager(origin)
+    await stager.ensure(NAME)
+    await stager.close()
+    overwrite(node / NAME / WEIGHTS, CHANGED)
+    go_on = threading.Event()
+    differs = Store.differs
+
+    def slow(store: Store, id_: ArtifactId) -> str:
+        go_on.wait()
+        return differs(store, id_)
+
+    monkeypatch.setattr(Store, "differs", slow)
+    monkeypatch.setattr(repair_module, "FIRST_LOOK_S", 0.0)
+    stager = await open_stager(origin)
+    assert stager.not_ready is None
+    go_on.set()
+    await until(lambda: NAME not in set(stager.node.holdings))
 
 
 async def test_what_is_held_is_not_forgotten_under_its_holder(open_stager: OpenStager, origin: FakeOrigin) -> None:
