@@ -285,7 +285,7 @@ class OriginSettings(Group):
     max_bytes_per_s: Annotated[int, Field(ge=0)] = 0
     """What may be fetched from it per second, in bytes; the hub's Xet transfers are not slowed. 0: no limit."""
     timeout_s: Seconds = 30.0
-    """How long a connection or a silent transfer is waited for."""
+    """How long a connection, a silent transfer or a look into a directory is waited for."""
     min_bytes_per_s: Annotated[int, Field(ge=0)] = 8192
     """A transfer that brings less, measured over 30 s of waiting for it, is broken off, and given up after three attempts: it would hold one of
     `max_fetches` for as long as it trickles. At 8 KiB/s not even a small adapter of 16 MiB arrives within `fetch_timeout_s`. 0: however slow."""
@@ -418,7 +418,8 @@ class StagerSettings(Group):
     revalidate_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
     """An adapter in use is compared with its origin after this time, in the background; a new version replaces it. 0: never by itself."""
     adopt: bool = True
-    """Whether complete adapters that others put into `dir` (`<dir>/<adapter>/adapter_config.json` and weights) are served."""
+    """Whether complete adapters that others put into `dir` (`<dir>/<adapter>/adapter_config.json` and weights) are served, and those elsewhere that a
+    link of theirs leads to. The engine must see these under the same path."""
     evict_adopted: bool = False
     """Whether those may be deleted for room, too. Otherwise they count as used, and stay."""
     scan_s: Seconds = 10.0

@@ -82,7 +82,7 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 FIRST_WRAPPER = "module"  # DistributedDataParallel's; as the first part only, since a model may have a module of that name further down
 
 MAX_RANK = 2**31 - 1  # of an int in the engines' kernels; the highest that vLLM can be started for is 512
-MAX_SCALE = 1e308  # of lora_alpha, which engines divide as a floating-point number
+MAX_SCALE = 3e38  # of lora_alpha; BF16 and F32 end at 3.4e38: weights that are scaled beyond are infinities, which can spoil others' answers
 MAX_TOLD_CHARACTERS = 100  # of a name in a message; real ones have up to 150, and begin alike
 
 PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
@@ -233,8 +233,8 @@ def of_tensors(config: Config, shapes: Shapes) -> list[Found]:
         if name.endswith(BASE_WEIGHTS):
             show(BASE_WEIGHT, name)
             continue
-        if parts[0] == FIRST_WRAPPER or (parts[2:3] == [FIRST_WRAPPER] and name.startswith(PREFIX)) or not WRAPPERS.isdisjoint(parts):
-            show(WRAPPED, name, " has a wrapper's name in its own")
+        if wrapped := _wrapped(name, parts):
+            show(WRAPPED, name, wrapped)
         read = matrix(parts)
         if read is None:
             if parts[-2:-1] and parts[-2] in whole:
@@ -299,6 +299,13 @@ def features_table() -> str:
 def _told_history(history: History) -> str:
     (_, first), *later = history
     return ", ".join([first.value, *(f"since {version} {verdict.value}" for version, verdict in later)])
+
+
+def _wrapped(name: str, parts: Sequence[str]) -> str:
+    """What of a tensor's name a wrapper has added; "" if nothing."""
+    if parts[0] == FIRST_WRAPPER or (parts[2:3] == [FIRST_WRAPPER] and name.startswith(PREFIX)) or not WRAPPERS.isdisjoint(parts):
+        return " has a wrapper's name in its own"
+    return f" has {PREFIX} in its middle" if f".{PREFIX}" in name and not name.startswith(PREFIX) else ""
 
 
 def _is_fused(module: str) -> bool:

@@ -1,11 +1,12 @@
 """What the parts of one stager share. A part is given the node, and the settings that are its own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import StagerSettings
 from ..core.artifact import AdapterName
 from ..metrics import StagerMetrics
+from .adapter.width import Widths
 from .books.changes import Changes
 from .books.holdings import Holdings
 from .books.readiness import Readiness
@@ -31,6 +32,12 @@ class Node:
     metrics: StagerMetrics
     disk: Threads  # in which all work on the directory is done
     clock: Callable[[], float]  # seconds; goes forward only
+    widths: Widths = field(default_factory=Widths)
+
+    def width(self) -> int:
+        """The base model's hidden size, from its own configuration; 0 where that cannot be read. Blocks."""
+        roots = [base.root for base in self.engine.bases if base.root.startswith("/")]
+        return self.widths.of(self.settings.engine.base_config or (f"{roots[0]}/config.json" if roots else ""))
 
     def stated(self, name: AdapterName) -> tuple[str, ...]:
         """Every SHA-256 that the weights under `name` must have, by the settings and by its pin."""

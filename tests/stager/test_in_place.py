@@ -1,7 +1,10 @@
 """Adapters that are read where their origin has them: the node links to them, counts nothing, and never deletes what is not its own."""
 
+import asyncio
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,13 +13,18 @@ from extproc.config import OriginSettings
 from extproc.core.artifact import ArtifactId, Manifest
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginFailed
 from extproc.process.grpc import grpc_server
+from extproc.stager.adapter.config import read_limited
 from extproc.stager.api.grpc import StagerService
 from extproc.stager.disk.recover import Condition
 from extproc.stager.disk.store import Store
+from extproc.stager.stager import DISK_THREADS
+from extproc.stager.supply.origins.file import FileOrigin
+from extproc.stager.work import stage as stage_module
+from extproc.stager.work.stage import MAX_CHECKS
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, overwrite, read_files, size_of, small_files, write_small
 from tests.fakes.archives import packed
 from tests.fakes.nodes import node, nothing_half_done, nothing_there, stored, visible
-from tests.fakes.wait import Clock, until
+from tests.fakes.wait import Clock, turns, until
 
 NAME = "acme/sql"
 FILES = small_files()
@@ -202,6 +210,43 @@ async def test_an_original_that_cannot_be_opened_is_the_origin_s_failure(tmp_pat
         with pytest.raises((OriginFailed, InvalidAdapter)):
             await stager.ensure(NAME)
         assert nothing_there(stager)
+
+
+@pytest.mark.parametrize("where", ["original", "check"])
+async def test_a_file_server_that_hangs_holds_no_other_origin_s_adapters(
+    tmp_path: Path, root: Path, in_place: OriginSettings, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """More adapters wait for it than there are threads for the disk, and for checks: what another origin has is staged all the same."""
+    well, waiting = threading.Event(), 0
+    slow_ones = [root / f"slow/{number}" for number in range(DISK_THREADS + 4)]
+    for directory in slow_ones:
+        write_small(directory)
+    write_small(tmp_path / "copied" / "other/one", seed=1)
+    copied = OriginSettings(type="file", name="copied", path=str(tmp_path / "copied"))
+
+    def hang(inner: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal waiting
+            waiting += 1
+            well.wait(30)
+            return inner(*arguments)
+
+        return call
+
+    if where == "original":
+        opens = FileOrigin.open_original
+        monkeypatch.setattr(FileOrigin, "open_original", lambda self, file: (hang(opens) if self.in_place else opens)(self, file))
+    else:
+        monkeypatch.setattr(stage_module, "read_limited", lambda file: hang(read_limited)(file) if Path(file.name).is_symlink() else read_limited(file))
+    async with node(tmp_path / "node", in_place, copied) as stager:
+        slow = [asyncio.create_task(stager.ensure(f"slow/{number}")) for number in range(len(slow_ones))]
+        await until(lambda: waiting >= MAX_CHECKS)
+        await turns(50)
+        async with asyncio.timeout(10):
+            assert (await stager.ensure("other/one")).origin == "copied"
+        assert not any(task.done() for task in slow)
+        well.set()
+        assert all(held.staged for held in await asyncio.gather(*slow))
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])

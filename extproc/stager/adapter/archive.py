@@ -20,7 +20,7 @@ from typing import IO
 
 from ...errors import AdapterTooLarge, InvalidAdapter, LoraExtprocError
 from ..syscalls import disk_errors
-from .files import CONFIG_FILE, WEIGHTS_FILE, archive_suffix, wanted
+from .files import CONFIG_FILE, WEIGHTS_FILE, archive_suffix, foreign, wanted
 
 MAX_MEMBERS = 10_000  # an adapter has a handful
 MAX_DESCRIPTION_BYTES = 2**20  # of one long name or extended header
@@ -30,7 +30,9 @@ MAX_TAIL_BYTES = 16 * 2**20  # of zeros behind the end of a tar, which are read 
 MAX_HEAD_BYTES = 4 * 2**20  # of an archive that is still arriving: a configuration and the header of weights of some thousand tensors
 MAX_HEAD_MEMBERS = 100  # in those bytes: a library reads each header in some 30 us
 COPY_BYTES = 2**20
+BEGINNING_BYTES = 64  # what `foreign` looks at
 _GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, 2.3.1
+_ZIP_MAGIC = b"PK\x03\x04"  # APPNOTE 4.3.7
 
 _DESCRIBING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
@@ -131,6 +133,12 @@ def opened_member(archive: Path, member: Member) -> Iterator[IO[bytes]]:
                     yield file
                 return
     _refuse(archive, f"has no {member.inside!r}")
+
+
+def first_bytes(archive: Path) -> bytes:
+    """Enough of it to tell what it is, if it is something else."""
+    with disk_errors("read"), archive.open("rb") as file:
+        return file.read(BEGINNING_BYTES)
 
 
 def unpack(archive: Path, chosen: list[Member], directory: Path) -> None:
@@ -273,7 +281,9 @@ def _damage(archive: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of what is on it
             with disk_errors():
                 raise
-        raise InvalidAdapter(f"{archive.name} cannot be unpacked: {type(error).__name__}", "archive") from error
+        first = first_bytes(archive)
+        what = "" if first.startswith(_ZIP_MAGIC) and archive_suffix(archive.name) == ".zip" else foreign(first)
+        raise InvalidAdapter(f"{archive.name} {what or f'cannot be unpacked: {type(error).__name__}'}", "archive") from error
 
 
 def _refuse(archive: Path, why: str) -> None:

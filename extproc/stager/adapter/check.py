@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO
 
 from ...core import features
-from ...errors import InvalidAdapter
+from ...errors import AdapterTooLarge, InvalidAdapter
 from ..threads import Steps
 from .config import AdapterConfig, check_config, read_limited
-from .files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, refuse
+from .files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, refuse, wanted
 from .finite import Scan, check_finite, scan_ahead
 from .rules import Rules
 from .safetensors import Header, read_header
@@ -32,15 +32,29 @@ def check(directory: Path, rules: Rules) -> Steps[Checked]:
     """A whole adapter. Raises InvalidAdapter; FileNotFoundError where it has no configuration."""
     with (directory / CONFIG_FILE).open("rb") as file:
         config = check_config(read_limited(file), rules)
+    _check_sizes(directory, rules)
     return (yield from check_weights(directory, config, rules))
+
+
+def _check_sizes(directory: Path, rules: Rules) -> None:
+    """Of what a flight brings, the listing tells before it is fetched."""
+    sizes = {path: (directory / path).stat().st_size for path in wanted(os.listdir(directory))}  # noqa: PTH208  # only the names are wanted
+    for path, size in sizes.items():
+        if 0 < rules.max_file_bytes < size:
+            raise AdapterTooLarge(f"{path} has {size} bytes; stager.max_file_bytes is {rules.max_file_bytes}")
+    if 0 < rules.max_bytes < (total := sum(sizes.values())):
+        raise AdapterTooLarge(f"it has {total} bytes; stager.max_adapter_bytes is {rules.max_bytes}")
 
 
 def check_weights(directory: Path, config: AdapterConfig, rules: Rules, begun: Scan | None = None) -> Steps[Checked]:
     """What is in an adapter's directory beside its configuration. `begun`: what `check_ahead` gave, and came further since. Raises InvalidAdapter."""
     path = directory / WEIGHTS_FILE
     if not os.path.lexists(path):
-        if not rules.allow_pickle or not any((directory / pickled).exists() for pickled in PICKLE_FILES):
+        pickled = next((name for name in PICKLE_FILES if (directory / name).exists()), "")
+        if not pickled:
             refuse(WEIGHTS_FILE, "is missing")
+        if not rules.allow_pickle:
+            refuse(pickled, "holds pickled weights, which can run code; safetensors are needed", "pickle")
         return Checked(0, {})
     with path.open("rb") as file:
         header = yield from check_header(file, os.fstat(file.fileno()).st_size, config, rules)

@@ -4,6 +4,7 @@ Only the keys that somebody here reads are built as values; the rest is checked 
 millisecond. What the keys mean to an engine stands in core/features.py.
 """
 
+import codecs
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import IO, Any
@@ -72,6 +73,8 @@ def _members(text: bytes) -> dict[str, msgspec.Raw]:
         text.decode()  # of what is passed over, msgspec does not look whether it is UTF-8; engines do
         return msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        if text.startswith(codecs.BOM_UTF8):
+            refuse(CONFIG_FILE, "begins with a byte order mark, which engines do not read: save it as plain UTF-8")
         refuse(CONFIG_FILE, "is not a JSON object" if isinstance(error, msgspec.ValidationError) else "is not JSON in UTF-8, or too deeply nested")
 
 

@@ -19,6 +19,8 @@ class Rules:
     by_resolver: bool = False  # vLLM's own filesystem resolver reads the configuration first, and needs more of it
     allow_pickle: bool = False
     finite: bool = True
+    max_bytes: int = 0  # of the whole adapter
+    max_file_bytes: int = 0
 
     @classmethod
     def of(cls, settings: StagerSettings, *, max_rank: int = 0, width: int = 0, version: str = "", adopted: bool = False) -> "Rules":
@@ -35,5 +37,7 @@ class Rules:
             by_resolver=by_resolver,
             allow_pickle=settings.allow_pickle,
             finite=settings.verify.finite,
+            max_bytes=settings.max_adapter_bytes,
+            max_file_bytes=settings.max_file_bytes,
         )
         return replace(rules, base_names=()) if adopted and by_resolver else rules

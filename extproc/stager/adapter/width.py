@@ -34,6 +34,19 @@ def hidden_size(path: Path) -> int:
     return 0
 
 
+class Widths:
+    """Those of base models, by the path of their configuration. What could not be read is read again: it may be mounted later than this starts."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}  # as many as an engine ever named
+
+    def of(self, path: str) -> int:
+        """0 where it cannot be read. Blocks."""
+        if path and not self._known.get(path):
+            self._known[path] = hidden_size(Path(path))
+        return self._known.get(path, 0)
+
+
 def _pattern(modules: Mapping[str, tuple[str, ...]], side: str) -> str:
     paths = "|".join(rf"{block}\.(?:{'|'.join(names)})" for block, names in modules.items())
     return rf"(?:{paths})\.lora_{side}\.weight"

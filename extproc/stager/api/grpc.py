@@ -82,7 +82,7 @@ class StagerService:
             "Stage": stream(self.stage, pb.EnsureRequest.FromString, pb.StageProgress.SerializeToString),
             "Claim": unary(self.claim, pb.ClaimRequest.FromString, pb.ClaimReply.SerializeToString),
             "Release": unary(self.release, pb.ReleaseRequest.FromString, pb.ReleaseReply.SerializeToString),
-            "List": unary(self.list, pb.ListRequest.FromString, pb.ListReply.SerializeToString),
+            "List": unary(self.list, pb.ListRequest.FromString, bytes),
             "Pin": unary(self.pin, pb.PinRequest.FromString, pb.PinReply.SerializeToString),
             "Evict": unary(self.evict, pb.EvictRequest.FromString, pb.EvictReply.SerializeToString),
             "Purge": unary(self.purge, pb.EvictRequest.FromString, pb.EvictReply.SerializeToString),
@@ -133,8 +133,8 @@ class StagerService:
         async with _errors(context):
             return pb.ReleaseReply(released=self._stager.release(request.holder, request.adapter, request.digest))
 
-    async def list(self, _request: pb.ListRequest, _context: Context) -> pb.ListReply:
-        return list_reply(self._stager)
+    async def list(self, _request: pb.ListRequest, _context: Context) -> bytes:
+        return await list_reply(self._stager)
 
     async def pin(self, request: pb.PinRequest, context: Context) -> pb.PinReply:
         async with _errors(context):

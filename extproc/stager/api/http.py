@@ -23,7 +23,7 @@ from ..stager import Stager
 from ..supply.job import Job
 from ..work.audit import Verified
 from .grpc import stated_sha256
-from .replies import ensure_reply, list_reply
+from .replies import ensure_reply, list_parts
 from .watch import watch_events
 
 
@@ -90,8 +90,8 @@ def stager_app(stager: Stager, accepts: Callable[[str | None], bool] | None = No
         return _refusal(InvalidRequest(error.detail), error.status_code)
 
     @app.get("/v1/adapters", summary="What is on disk, least recently used first, and the disk's budget in bytes.", dependencies=may_ask)
-    async def adapters() -> dict[str, Any]:
-        return _plain(list_reply(stager))
+    async def adapters() -> StreamingResponse:
+        return StreamingResponse(_list_text(stager), media_type="application/json")
 
     @app.post("/v1/stage", summary="Put an adapter on disk, lease it, and answer when it is there.", dependencies=may_ask)
     async def stage(asked: Stage) -> dict[str, Any]:
@@ -164,6 +164,19 @@ def _refusal(error: LoraExtprocError, status: int = 0) -> JSONResponse:
 def _line(found: Verified) -> str:
     shown = {"adapter": found.name, "digest": found.digest, "ok": not found.why, "why": found.why, "removed": found.removed, "bytes": found.size}
     return json.dumps(shown) + "\n"
+
+
+async def _list_text(stager: Stager) -> AsyncIterator[str]:
+    """The list as JSON, slice by slice."""
+    yield '{"adapters": ['
+    rest: dict[str, Any] = {}
+    comma = ""
+    async for part in list_parts(stager):
+        rest = _plain(part)
+        if adapters := rest.pop("adapters"):
+            yield comma + json.dumps(adapters)[1:-1]
+            comma = ", "
+    yield f"], {json.dumps(rest)[1:]}"
 
 
 def _plain(message: Message) -> dict[str, Any]:

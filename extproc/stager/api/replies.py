@@ -1,11 +1,13 @@
 """Answers that gRPC and the control API share."""
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
 
-from ...core.artifact import is_adopted
+from ...core.artifact import ArtifactId, is_adopted
 from ...pb import stager_pb2 as pb
 from ..stager import Ensured, Stager
 
+LIST_SLICE = 100  # artifacts between two turns of the event loop: about a millisecond
 MODELS_SLICE = 250  # adapters between two turns of the event loop: about a millisecond
 CATALOGUE_PAGE = 5_000  # names at most in one reply, which is made in one turn: about a millisecond
 
@@ -23,29 +25,42 @@ def ensure_reply(held: Ensured) -> pb.EnsureReply:
     )
 
 
-def list_reply(stager: Stager) -> pb.ListReply:
-    """What is on disk, least recently used first."""
-    holdings, index = stager.node.holdings, stager.node.holdings.index
-    adapters = [
-        pb.Adapter(
-            name=name,
-            digest=named.digest,
-            bytes=entry.size,
-            origin=named.origin,
-            revision=named.revision,
-            idle_seconds=stager.idle_s(entry.id),
-            leased_seconds=stager.leased_s(entry.id),
-            pinned=name in holdings.pins,
-            checked_seconds=stager.checked_s(named),
-            refresh_error=named.refresh_error,
-            adopted=is_adopted(named.id),
-            loaded=stager.is_loaded(name, named.id),
-        )
-        for entry in index.entries()
-        for name in sorted(holdings.names_of(entry.id))
-        if (named := holdings.get(name)) is not None
-    ]
-    return pb.ListReply(adapters=adapters, used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
+async def list_parts(stager: Stager) -> AsyncIterator[pb.ListReply]:
+    """What is on disk, least recently used first, in slices; the disk's budget comes with the last. What comes or goes between two slices is listed, or not:
+    a hundred thousand adapters in one piece would stop the event loop for a second.
+    """
+    index = stager.node.holdings.index
+    entries = index.entries()
+    for first in range(0, len(entries), LIST_SLICE):
+        yield pb.ListReply(adapters=[adapter for entry in entries[first : first + LIST_SLICE] for adapter in _listed(stager, entry.id, entry.size)])
+        await asyncio.sleep(0)
+    yield pb.ListReply(used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
+
+
+async def list_reply(stager: Stager) -> bytes:
+    """An encoded ListReply, of all parts: those of an encoded message that follow each other are one message."""
+    return b"".join([part.SerializeToString() async for part in list_parts(stager)])
+
+
+def _listed(stager: Stager, id_: ArtifactId, size: int) -> Iterator[pb.Adapter]:
+    """One artifact under each of its names."""
+    holdings = stager.node.holdings
+    for name in sorted(holdings.names_of(id_)):
+        if (named := holdings.get(name)) is not None:
+            yield pb.Adapter(
+                name=name,
+                digest=named.digest,
+                bytes=size,
+                origin=named.origin,
+                revision=named.revision,
+                idle_seconds=stager.idle_s(id_),
+                leased_seconds=stager.leased_s(id_),
+                pinned=name in holdings.pins,
+                checked_seconds=stager.checked_s(named),
+                refresh_error=named.refresh_error,
+                adopted=is_adopted(named.id),
+                loaded=stager.is_loaded(name, named.id),
+            )
 
 
 async def models_reply(stager: Stager, after: str = "", limit: int = 0) -> bytes:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 ORIGIN = "adopted"
 MEMORY_FILE = ".adopted.json"  # hashes by name and stamp: terabytes need not be read again at every start
-FORBIDDEN = ("base_model", "digest", "rank")  # refusals of what is whole; anything else may be a new version that is half written
+FORBIDDEN = ("base_model", "digest", "feature", "rank", "size")  # refusals of what is whole; anything else may be a new version that is half written
 SAVE_EVERY_S = 10.0  # while many are being hashed: what a crash may cost
 
 
@@ -55,6 +55,7 @@ class Adopter:
         self._clock = clock
         self._wall_clock = wall_clock
         self._hashes: dict[str, dict[str, object]] = {}
+        self._seen: dict[str, tuple[str, float]] = {}  # what was changed in the future: its stamp, and since when; at most what is there
         self._adopted: set[AdapterName] = set()
         self._is_saved = True
         self._is_blind = False  # the directory could not be read when it was last looked through
@@ -77,7 +78,7 @@ class Adopter:
     async def scan(self) -> None:
         """Look through the directory for what came, changed or went."""
         try:
-            there = await self._disk.run(self._store.foreign)
+            there = await self._disk.run(self._store.foreign, self._is_ours)
         except LoraExtprocError as error:  # what is known of others' files is kept until somebody may look again
             if not self._is_blind:
                 log.warning("what others put into %s is not seen: %s", self._store.directory, error.message)
@@ -96,6 +97,8 @@ class Adopter:
                 log.debug("%s: %s", name, error)
             if self._clock() - self._saved_at >= SAVE_EVERY_S:
                 await self._save()
+        for gone in self._seen.keys() - set(there):
+            del self._seen[gone]
         for gone in self._hashes.keys() - set(there):
             del self._hashes[gone]
             self._is_saved = False
@@ -104,6 +107,10 @@ class Adopter:
     def _holds(self, name: AdapterName) -> bool:
         named = self._holdings.get(name)
         return named is not None and is_adopted(named.id)
+
+    def _is_ours(self, name: AdapterName) -> bool:
+        named = self._holdings.get(name)
+        return named is not None and not is_adopted(named.id)
 
     async def adopt(self, name: AdapterName) -> None:
         """Serve it from where it is. Raises InvalidAdapter."""
@@ -173,7 +180,7 @@ class Adopter:
         with disk_errors("read"):
             try:
                 stamp, youngest = _stamp(directory)
-                if self._wall_clock() - youngest < self._settings.scan_s:
+                if not self._rests(name, stamp, youngest):
                     raise InvalidAdapter(f"{name}: others put it on this node, and wrote to it less than {self._settings.scan_s:g} s ago", "incomplete")
                 checked = self._check(directory)
                 files = self._hashed(name, directory, stamp)
@@ -184,7 +191,22 @@ class Adopter:
         if self.revision(name) != stamp:
             raise InvalidAdapter(f"{name}: others write to it", "incomplete")
         self._check_files(name, files)
-        return Manifest(files, name, ORIGIN, stamp, options=checked.options)
+        return Manifest(files, name, ORIGIN, stamp, in_place=directory.is_symlink(), options=checked.options)  # what lies elsewhere takes no room here
+
+    def _rests(self, name: AdapterName, stamp: str, youngest: float) -> bool:
+        """Whether nobody has written to it for `scan_s`. A change in the future was dated by a file server's clock, or by ours before it was put back:
+        then it counts how long the files were seen as they are.
+        """
+        if self._hashes.get(name, {}).get("revision") == stamp:  # it rested before it was hashed
+            return True
+        ago_s = self._wall_clock() - youngest
+        if ago_s >= 0:
+            return ago_s >= self._settings.scan_s
+        seen, since = self._seen.get(name, ("", 0.0))
+        if seen != stamp:
+            self._seen[name] = (stamp, self._clock())
+            return False
+        return self._clock() - since >= self._settings.scan_s
 
     def _hashed(self, name: AdapterName, directory: Path, stamp: str) -> tuple[File, ...]:
         known = self._hashes.get(name)

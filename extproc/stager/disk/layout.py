@@ -3,7 +3,7 @@
     DIR/.staging/<random>/        being fetched, or being deleted; emptied at start
     DIR/.store/<sha256>/          published: the files and their manifest, `.lora-extproc.json`
     DIR/.pins.json                what is held without an end
-    DIR/<adapter name>            symlink into .store; or a directory that others put there, which is left as it is
+    DIR/<adapter name>            symlink into .store; or a directory that others put there, or their link to one elsewhere, which is left as it is
     DIR/<adapter name>/           where other names begin with it, as `acme/sql/checkpoint-500` with `acme/sql`: a folder, in which `.adapter` is the
                                   symlink into .store, and a link per file leads through that one, so that all files change in one step
     DIR/<adapter name>@sha256:..  symlink into .store by which vLLM's resolver finds one version (engine mode `resolver`)
@@ -18,7 +18,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ...core.artifact import AdapterName, ArtifactId, adapter_name, is_adopted, place_of
@@ -204,7 +204,9 @@ class Layout:
         """Whether others have an adapter's configuration under `name`. Raises DiskFailed where the whole directory cannot be read."""
         path = self.directory / name
         try:
-            return stat.S_ISDIR(path.lstat().st_mode) and not os.path.lexists(path / ADAPTER_LINK) and stat.S_ISREG((path / CONFIG_FILE).stat().st_mode)
+            if not stat.S_ISDIR(path.lstat().st_mode) and not self.is_link_outside(path):
+                return False
+            return not os.path.lexists(path / ADAPTER_LINK) and stat.S_ISREG((path / CONFIG_FILE).stat().st_mode)
         except OSError as error:
             if error.errno in _GONE:
                 return False
@@ -213,13 +215,26 @@ class Layout:
                 self.content.stat()
             return False  # this one is not for us to see
 
-    def foreign(self) -> list[AdapterName]:
-        """Names of directories with an adapter's configuration that others put here."""
+    def foreign(self, is_ours: Callable[[AdapterName], bool] = lambda _: False) -> list[AdapterName]:
+        """Names of directories with an adapter's configuration that others put here, and of links to such elsewhere. Of names that are known to be ours
+        no link is read: there may be a hundred thousand.
+        """
         found: list[AdapterName] = []
         with disk_errors("read"):
-            for _ in self.walk(found):
-                pass
+            for name, path in self.walk(found):
+                with contextlib.suppress(InvalidRequest, OSError):  # it went meanwhile
+                    if not is_ours(called := adapter_name(name)) and self._target(Path(path)) is None and self.has_foreign(called):
+                        found.append(called)
         return found
+
+    def is_link_outside(self, path: Path) -> bool:
+        """Whether it is a link to a directory beyond the node's. What lies within has a name of its own: under a second one, an engine could read it
+        when it was evicted under the first. Raises OSError.
+        """
+        if not path.is_symlink():
+            return False
+        to = os.path.realpath(path, strict=True)
+        return os.path.isdir(to) and not Path(to).is_relative_to(os.path.realpath(self.directory))  # noqa: PTH112
 
     def walk(self, foreign: list[AdapterName]) -> Iterator[tuple[str, str]]:
         """Every symbolic link, as name and path; the names of others' adapters are added to `foreign`."""
@@ -249,9 +264,11 @@ class Layout:
         return self.staged.directory / ("away-" + hashlib.sha256(id_.encode()).hexdigest())
 
     def _take_away(self, target: Path, away: Path) -> None:
-        """Others' adapter is out of sight, until it is put back or removed. What lies in folders below it has names of its own, and stays."""
+        """Others' adapter is out of sight, until it is put back or removed. What lies in folders below it has names of its own, and stays; so does all
+        that a link leads to.
+        """
         entries = list(target.iterdir())
-        if not any(entry.is_dir() for entry in entries):
+        if target.is_symlink() or not any(entry.is_dir() for entry in entries):
             target.rename(away)
             return
         away.mkdir()
@@ -260,7 +277,7 @@ class Layout:
                 entry.rename(away / entry.name)
 
     def _put_back(self, target: Path, away: Path) -> None:
-        if not away.exists():
+        if not os.path.lexists(away):  # a relative link leads nowhere from there
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():

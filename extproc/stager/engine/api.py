@@ -8,8 +8,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +18,8 @@ import aiohttp
 import msgspec
 
 from ...config import EngineSettings
-from ...errors import EngineUnreachable, InvalidAdapter
+from ...core.artifact import MAX_NAME_BYTES, VERSION_DIGITS, VERSION_MARK, split_version
+from ...errors import EngineUnreachable, InvalidAdapter, shortened
 from .listed import BaseCard, Known, read_list
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,11 @@ _RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
 _MAX_LORAS = re.compile(r'max_lora="(\d+)"')
 LARGE_METRICS = 128 * 2**10  # characters, searched in about a millisecond
 MAX_VERSION_CHARACTERS = 50  # real ones have some twenty
+LONGEST_NAME = MAX_NAME_BYTES + len(VERSION_MARK) + VERSION_DIGITS  # characters of what we let an engine know
 JSON = "application/json"
 _NO_SUCH_NAME = "/"  # no adapter can be called so
+# In what an engine says of a load that failed: the machine it runs on has failed it, as torch and its drivers, Python and Rust word that
+_MACHINE_FAILED = re.compile(r"out of memory|cannot allocate memory|\b(?:CUDA|HIP|NCCL) error|\[Errno \d+\]|\(os error \d+\)|permission denied", re.IGNORECASE)
 RUNTIME_UPDATING_IS_OFF = "the engine takes no adapters at run time: it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=true"
 
 
@@ -40,6 +44,13 @@ class Requests:
 
     running: frozenset[str]  # names of adapters with requests at work, and more where a name may hold a comma
     waiting: float  # requests in its queue, of whatever adapter: those that wait for a slot are in no label
+    versions: frozenset[str] = field(init=False)  # of the names that are versions, the digits: each of many artifacts is looked for among them
+    has_plain: bool = field(init=False)  # whether any other name is among them
+
+    def __post_init__(self) -> None:
+        versions = [version for name in self.running if (version := split_version(name)) is not None]
+        object.__setattr__(self, "versions", frozenset(digits for _, digits in versions))
+        object.__setattr__(self, "has_plain", len(versions) < len(self.running))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +192,11 @@ class Engine:
             await self._session.close()
 
     async def _refused(self, status: int, said: str, directory: Path) -> None:
-        """A load that failed: is it the adapter's fault? A dying engine answers 500 too, and one that does not see the directory 404."""
+        """A load that failed: is it the adapter's fault? A dying engine, or one without memory, answers 500 too, and one that does not see the directory 404."""
         if status in (400, 500) and await self.why_not_ready() is None:
             reason = " ".join(said.replace(str(directory), "<path>").split())
+            if _MACHINE_FAILED.search(reason):
+                raise EngineUnreachable(shortened(f"the engine cannot load the adapter now: {reason}"))
             raise InvalidAdapter(f"the engine refuses the adapter: {reason or f'it answers {status}'}", "engine")
         if status == 404 and "No adapter found" in said:
             raise EngineUnreachable("the engine does not find the adapter's directory: it must see this node's directory under the same path")
@@ -252,9 +265,22 @@ def _requests(metrics: str) -> Requests:
     waiting = sum(float(value) for value in _WAITING.findall(metrics))
     running: set[str] = set()
     for label in _RUNNING.findall(newest["labels"]) if newest is not None else ():
-        parts = re.sub(r"\\(.)", r"\1", label).split(",")  # a name may hold commas: every run of parts may be one
-        running |= {",".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)}
+        running.update(_names(re.sub(r"\\(.)", r"\1", label).split(",")))
     return Requests(frozenset(running - {""}), waiting)
+
+
+def _names(parts: Sequence[str]) -> Iterator[str]:
+    """What may be a name in a list of names that was split at its commas: a name may hold commas, so every run of parts, up to the longest that a name
+    of ours can be. Without that end the names of 400 adapters at work would become half a gigabyte.
+    """
+    for first, part in enumerate(parts):
+        yield part
+        length = len(part)
+        for last in range(first + 1, len(parts)):
+            length += 1 + len(parts[last])
+            if length > LONGEST_NAME:
+                break
+            yield ",".join(parts[first : last + 1])
 
 
 def _said(body: Any) -> str:

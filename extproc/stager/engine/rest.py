@@ -80,10 +80,10 @@ class Rest:
         if self._engine.loads:
             ours |= frozenset(self._loads.names_of(id_, only))  # one that was loaded after the look
         links = {*(self._holdings.names_of(id_) if only is None else only), *self._loads.links(id_, only)}
-        unsettled, running = self._loads.unsettled(id_), look.requests.running
-        if others or running & {*links, *unsettled, *ours} or any(leads_to(name, id_) for name in running):
+        unsettled, requests = self._loads.unsettled(id_), look.requests
+        if others or requests.running & {*links, *unsettled, *ours} or digest_of(id_)[:VERSION_DIGITS] in requests.versions:
             return Verdict(Standing.READ, ours)
-        if not links and any(split_version(name) is None for name in running):
+        if not links and requests.has_plain:
             return Verdict(Standing.READ, ours)
         may_wait = bool(ours or unsettled or not links or not self._had_empty_queue)
         if look.requests.waiting and may_wait:

@@ -228,22 +228,29 @@ def _from_base64(text: str, count: int) -> str | None:
 
 def asked_wait_s(headers: Mapping[str, str]) -> float | None:
     """Seconds after which the server wants to be asked again: by Retry-After, else by the rate limits of which nothing is left."""
-    if (stated := retry_after_s(headers.get("retry-after"))) is not None:
+    if (stated := retry_after_s(headers.get("retry-after"), headers.get("date", ""))) is not None:
         return stated
     waits = [float(limit["wait"]) for limit in _RATE_LIMIT.finditer(headers.get("ratelimit", "")[:1024]) if not int(limit["left"])]
     return min(max(waits), LONGEST_RETRY_AFTER_S) if waits else None
 
 
-def retry_after_s(value: str | None) -> float | None:
-    """Seconds, from either form of Retry-After (RFC 9110, 10.2.3)."""
+def retry_after_s(value: str | None, date: str = "") -> float | None:
+    """Seconds, from either form of Retry-After (RFC 9110, 10.2.3). A moment in it is one of the server's clock, which `date`, its Date, tells; ours may
+    be another.
+    """
     if value is None:
         return None
     if value.isascii() and value.strip().isdigit():
         return min(float(value), LONGEST_RETRY_AFTER_S)
     try:
-        return min(max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()), LONGEST_RETRY_AFTER_S)
+        at = email.utils.parsedate_to_datetime(value).timestamp()
     except (ValueError, OverflowError):
         return None
+    try:
+        now = email.utils.parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        now = time.time()
+    return min(max(0.0, at - now), LONGEST_RETRY_AFTER_S)
 
 
 async def _body(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

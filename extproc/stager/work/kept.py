@@ -56,7 +56,8 @@ class Kept:
             raise InvalidAdapter(f"{name}: {weights.path} has SHA-256 {weights.sha256}; {wanted} is stated for it", "digest")
 
     def _rules(self) -> Rules:
-        return Rules.of(self._node.settings, max_rank=self._node.engine.limits.max_lora_rank, adopted=True)
+        node = self._node
+        return Rules.of(node.settings, max_rank=node.engine.limits.max_lora_rank, width=node.width(), version=node.engine.version, adopted=True)
 
     def _checked_again(self) -> Rules:
         """Without a look at all weights, which would take an hour per terabyte: `lora-extproc verify` reads them."""
@@ -86,7 +87,7 @@ class Kept:
         for name, id_ in [(name, id_) for name, id_ in scan.named() if name in stated]:
             if why := await self._node.disk.run(self._differs, name, id_):
                 refused[name] = why
-        rules = as_kept(self._checked_again())
+        rules = as_kept(await self._node.disk.run(self._checked_again))
         if await self._node.disk.run(read_memory, self._node.store, RULES_FILE) == rules:
             return refused
         named = dict(scan.named())

@@ -20,7 +20,6 @@ from ..adapter.files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, foreign, ot
 from ..adapter.finite import Scan
 from ..adapter.rules import Rules
 from ..adapter.safetensors import PREFIX_BYTES, header_length
-from ..adapter.width import hidden_size
 from ..books.holdings import Named
 from ..books.refusals import Version
 from ..node import Node
@@ -33,7 +32,7 @@ from ..supply.origins.file import FileOrigin
 from ..supply.peers import LABEL, PeerCopy, Peers
 from ..supply.precedence import Precedence, Unanswered, agree
 from ..supply.source import Source, Supplier
-from ..syscalls import disk_errors, hash_file, hash_open, stamp_of
+from ..syscalls import disk_errors, hash_file, stamp_of
 from ..threads import Steps, Threads
 from .evict import Remover
 
@@ -76,8 +75,8 @@ class Fetcher:
         self._origins = Precedence(sources)
         self._peers = peers
         self._remover = remover
-        self._widths: dict[str, int] = {}  # of base models, by the path of their configuration
         self._checks = Threads(MAX_CHECKS, "check")
+        self._checks_in_place = Threads(MAX_CHECKS, "check in place")  # of files that lie elsewhere, perhaps on a file server that hangs
         self._publications: SingleFlight[str, None] = SingleFlight()  # by digest
 
     async def open(self) -> None:
@@ -89,6 +88,7 @@ class Fetcher:
             await source.close()
         await self._peers.close()
         self._checks.close()
+        self._checks_in_place.close()
 
     async def bring(self, name: AdapterName, job: Job, *, known: Named | None = None, expected: str = "") -> Named | None:
         """Resolve `name` and publish what its origin has; not linked yet, and held in the index until `let_go`. None if that is what `known` says.
@@ -213,9 +213,9 @@ class Fetcher:
                     brought = await self._bring_files(plan, directory, job, token)
                 async with self._phase(job, "verify"):
                     _check_digest(brought.files, plan.stated)
-                    rules = self._rules(await self._width())
+                    rules = self._rules(await self._node.disk.run(self._node.width))
                     with disk_errors("read"):
-                        checked = await self._checks.walk(check_weights(directory, brought.config, rules, brought.scan))
+                        checked = await self._checks_of(plan).walk(check_weights(directory, brought.config, rules, brought.scan))
                     files = await self._name_base(directory, brought.config, brought.files)
                 async with self._phase(job, "publish"):
                     in_place = _in_place(plan)
@@ -324,7 +324,7 @@ class Fetcher:
         header_bytes = PREFIX_BYTES + header_length(head[:PREFIX_BYTES], size)
         if len(head) < header_bytes:
             return header_bytes
-        rules = self._rules(await self._width())
+        rules = self._rules(await self._node.disk.run(self._node.width))
         ahead = await self._checks.walk(check_ahead(io.BytesIO(head[:header_bytes]), size, config, rules))
         if follower is not None:
             follower.begin(ahead)
@@ -349,6 +349,7 @@ class Fetcher:
             await self._finish(plan, download)
         async with self._phase(job, "unpack"):
             packed = directory / file.path
+            _check_page(plan, await self._on_disk(archive.first_bytes, packed))
             chosen = await self._on_disk(archive.members, packed, max_bytes=self._node.settings.max_adapter_bytes)
             inside = Listing(plan.listing.name, "", tuple(RemoteFile(member.path, member.size) for member in chosen))
             if not any(member.path == CONFIG_FILE for member in chosen):
@@ -387,7 +388,7 @@ class Fetcher:
     async def _check_packed(self, packed: Path, chosen: Sequence[archive.Member]) -> None:
         """The same of a whole archive, whatever comes first in it. Raises InvalidAdapter."""
         members = {member.path: member for member in chosen}
-        rules = self._rules(await self._width())
+        rules = self._rules(await self._node.disk.run(self._node.width))
 
         def check() -> Steps[None]:
             with archive.opened_member(packed, members[CONFIG_FILE]) as file:
@@ -434,7 +435,10 @@ class Fetcher:
             return check_config(text, self._rules())
 
         with disk_errors("read"):
-            return await self._checks.run(read)
+            return await self._checks_of(plan).run(read)
+
+    def _checks_of(self, plan: Plan) -> Threads:
+        return self._checks if _in_place(plan) is None else self._checks_in_place
 
     def _rules(self, width: int = 0) -> Rules:
         engine = self._node.engine
@@ -455,14 +459,6 @@ class Fetcher:
 
         changed = await self._on_disk(rewrite)
         return [changed if file.path == CONFIG_FILE else file for file in files]
-
-    async def _width(self) -> int:
-        """The base model's hidden size, from its own configuration; 0 where that cannot be read."""
-        roots = [base.root for base in self._node.engine.bases if base.root.startswith("/")]
-        path = self._node.settings.engine.base_config or (f"{roots[0]}/config.json" if roots else "")
-        if path and not self._widths.get(path):
-            self._widths[path] = await self._node.disk.run(hidden_size, Path(path))
-        return self._widths.get(path, 0)
 
     async def _fetch(self, plan: Plan, file: RemoteFile, directory: Path, job: Job) -> File:
         """One file, hashed, and compared with what the origin states of it."""
@@ -495,20 +491,11 @@ class Fetcher:
         return got
 
     async def _link(self, plan: Plan, file: RemoteFile, directory: Path, job: Job) -> File:
-        """One file of an origin on this machine, read where it is."""
+        """One file of an origin on this machine, read where it is, in the origin's threads: a file server that hangs must not take those of the disk."""
         origin = _in_place(plan)
         assert origin is not None
-
-        def link() -> File:
-            try:
-                with origin.open_original(file) as original:  # whose engine reads it next anyway
-                    hashed = hash_open(original, file.path)
-                (directory / file.path).symlink_to(origin.path(file))
-                return hashed
-            except OSError as error:
-                raise OriginFailed(f"{origin.label} origin: {file.path}: {error.strerror}") from error
-
-        got = await self._node.disk.run(link)
+        got = await origin.hash(file)  # which the engine reads next anyway
+        await self._on_disk((directory / file.path).symlink_to, origin.path(file))
         job.done_bytes += got.size
         if got.size != file.size:
             raise OriginChanged(f"{origin.label} origin: {file.path} changed after it was listed")

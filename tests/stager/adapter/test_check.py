@@ -10,7 +10,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from extproc.config import StagerSettings
-from extproc.errors import InvalidAdapter
+from extproc.errors import AdapterTooLarge, InvalidAdapter
 from extproc.stager.adapter.check import Checked, check, options
 from extproc.stager.adapter.rules import Rules
 from extproc.stager.threads import through
@@ -125,6 +125,18 @@ def test_a_mutilated_adapter_of_the_demonstration_is_refused(tmp_path: Path) -> 
             checked(tmp_path)
 
 
+def test_limits_of_size_count_for_what_is_on_the_disk(tmp_path: Path) -> None:
+    """Of one file, and of all that an engine reads; 0 is no limit. Other files are nobody's business."""
+    put(tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(bytes(10_000))
+    weights, config = ((tmp_path / name).stat().st_size for name in (WEIGHTS, CONFIG))
+    checked(tmp_path, Rules(max_bytes=weights + config, max_file_bytes=max(weights, config)))
+    with pytest.raises(AdapterTooLarge, match="max_file_bytes"):
+        checked(tmp_path, Rules(max_file_bytes=max(weights, config) - 1))
+    with pytest.raises(AdapterTooLarge, match="max_adapter_bytes"):
+        checked(tmp_path, Rules(max_bytes=weights + config - 1))
+
+
 def test_a_directory_needs_both_files(tmp_path: Path) -> None:
     """A configuration alone is no adapter, nor are weights."""
     with pytest.raises(FileNotFoundError):
@@ -135,12 +147,13 @@ def test_a_directory_needs_both_files(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_pass_only_where_they_are_allowed(tmp_path: Path) -> None:
-    """They can run code when an engine loads them."""
+    """They can run code when an engine loads them, and whoever put them there is told so."""
     (tmp_path / CONFIG).write_bytes(config_with())
     (tmp_path / PICKLE).write_bytes(b"\x80\x04.")
     assert checked(tmp_path, Rules(allow_pickle=True)) == Checked(0, {})
-    with pytest.raises(InvalidAdapter, match="is missing"):
+    with pytest.raises(InvalidAdapter, match=r"adapter_model\.bin holds pickled weights") as raised:
         checked(tmp_path)
+    assert raised.value.what == "pickle"
 
 
 def test_safetensors_are_checked_though_pickle_is_allowed_and_there(tmp_path: Path) -> None:
@@ -157,7 +170,8 @@ def test_rules_are_what_the_settings_say() -> None:
     raw = {"engine": {"base_model": "b", "base_names": ["c*"], "max_lora_rank": 8, "mode": "resolver"}, "allow_pickle": True, "verify": {"finite": False}}
     settings = StagerSettings.model_validate(raw)
     rules = Rules.of(settings, max_rank=16, width=64)
-    assert rules == Rules("b", ("c*",), 16, 64, "vllm", "", by_resolver=True, allow_pickle=True, finite=False)
+    sizes = {"max_bytes": settings.max_adapter_bytes, "max_file_bytes": settings.max_file_bytes}
+    assert rules == Rules("b", ("c*",), 16, 64, "vllm", "", by_resolver=True, allow_pickle=True, finite=False, **sizes)
     assert Rules.of(settings).max_rank == 8
     assert Rules.of(settings, adopted=True).base_names == ()
     by_api = StagerSettings.model_validate(json.loads(json.dumps(raw).replace("resolver", "api")))

@@ -141,7 +141,7 @@ def test_another_engine_refuses_other_things() -> None:
         (b"[]", "is not a JSON object"),
         (b"null", "is not a JSON object"),
         (b" " * (MAX_CONFIG_BYTES + 1), "the limit is"),
-        (b"\xef\xbb\xbf{}", "is not JSON"),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
         ("{}".encode("utf-16"), "is not JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),

@@ -14,6 +14,7 @@ from extproc.config import EngineSettings, RpcSettings, Settings, StagerSettings
 from extproc.credentials import matches
 from extproc.errors import NoSpace, OriginFailed
 from extproc.process.http import HttpServer
+from extproc.stager.api import replies as replies_module
 from extproc.stager.api.http import stager_app
 from extproc.stager.server import Server
 from extproc.stager.stager import Stager
@@ -128,6 +129,19 @@ async def test_stage_and_list_speak_as_the_service_does(serve: Serve, origin: Fa
         "adopted": False,
         "loaded": False,
     }
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 11, 35])
+async def test_a_long_list_comes_in_pieces_that_are_one(serve: Serve, origin: FakeOrigin, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Also where there is nothing, and where the last piece is full."""
+    monkeypatch.setattr(replies_module, "LIST_SLICE", 10)
+    api = await serve()
+    for number in range(count):
+        origin.add(f"acme/{number}", small_files(seed=number))
+        await api.done("stage", adapter=f"acme/{number}")
+    shown = (await api.http.get("/v1/adapters")).json()
+    assert [adapter["name"] for adapter in shown["adapters"]] == [f"acme/{number}" for number in range(count)]
+    assert shown["used_bytes"] == count * SIZE
 
 
 async def test_a_lease_is_its_holder_s_to_give_back(serve: Serve, origin: FakeOrigin) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from extproc.client import Catalogue, Loading, Progress, Refused
 from extproc.core.artifact import ArtifactId, adapter_name
 from extproc.errors import InvalidAdapter, InvalidRequest, ModelNotFound, NoSpace, OriginFailed
+from extproc.pb import stager_pb2 as pb
 from extproc.stager.api import grpc as service_module
 from extproc.stager.api import replies as replies_module
 from extproc.stager.books.holdings import Holdings, Named
@@ -80,6 +81,28 @@ async def test_all_at_once_is_made_of_slices(serve_node: ServeNode, monkeypatch:
     assert page.more
     assert (await client.models("zzz")).adapters == ()
     assert not (await client.models("zzz")).more
+
+
+async def test_the_list_is_made_of_slices(serve_node: ServeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have their turn between two of them; what goes meanwhile is listed or not, and nothing twice. Two names of one artifact stand together."""
+    monkeypatch.setattr(replies_module, "LIST_SLICE", 10)
+    node = await serve_node()
+    names = [f"acme/{number:03d}" for number in range(95)]
+    for name in names:
+        put(node.stager.node.holdings, name)
+    first = node.stager.node.holdings.get(adapter_name(names[0]))
+    assert first is not None
+    node.stager.node.holdings.put(adapter_name("acme/also"), Named(first.id, "fake", "1"))
+    listing, turns = asyncio.ensure_future(replies_module.list_reply(node.stager)), 0
+    while not listing.done():
+        turns += 1
+        node.stager.node.holdings.drop(adapter_name("acme/050"))
+        await asyncio.sleep(0)
+    assert turns > 9
+    assert [adapter.name for adapter in pb.ListReply.FromString(listing.result()).adapters] == ["acme/000", "acme/also", *names[1:50], *names[51:]]
+    shown = await node.ask().list()
+    assert [adapter.name for adapter in shown.adapters] == ["acme/000", "acme/also", *names[1:50], *names[51:]]
+    assert shown.used_bytes == 95 * 4096
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([f"{letter}{number}" for letter in "aäZ" for number in range(4)])), max_size=60))

@@ -1,6 +1,7 @@
 """What a training job or rsync puts into the node's directory: served when complete, told when it changes, and its owner's."""
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -176,6 +177,36 @@ async def test_a_time_from_the_future_says_nothing(open_stager: OpenStager, node
     assert "mine" in set(stager.node.holdings)
 
 
+async def test_where_the_kernel_s_clock_is_ahead_it_counts_how_long_the_files_stay_as_they_are(open_stager: OpenStager, node: Path, clock: Clock) -> None:
+    """A file server whose clock is an hour ahead, or a node whose clock was put back: the adapter need not wait until that hour is over."""
+    put(node / "mine", small_files())
+    stager = await open_stager(scan_s=60.0)
+    stager._adopter._wall_clock = lambda: time.time() - 3600
+    with pytest.raises(InvalidAdapter, match="less than 60 s ago"):
+        await stager.ensure("mine")
+    clock.now += 50
+    put(node / "mine", small_files(seed=1))  # it begins anew
+    for wait_s in (0, 50):
+        clock.now += wait_s
+        with pytest.raises(InvalidAdapter, match="less than 60 s ago"):
+            await stager.ensure("mine")
+    clock.now += 50
+    assert (await stager.ensure("mine")).digest == digest_of(node / "mine")
+
+
+async def test_what_was_hashed_need_not_rest_again(open_stager: OpenStager, node: Path, clock: Clock) -> None:
+    """Order of events: adopted; the node's clock is put back; the stager is restarted. Nobody has written to it since."""
+    put(node / "mine", small_files())
+    stager = await open_stager(scan_s=60.0)
+    stager._adopter._wall_clock = lambda: time.time() + 61
+    await stager.ensure("mine")
+    clock.now += 60
+    await until((node / MEMORY_FILE).exists)
+    await stager.close()
+    again = await open_stager(scan_s=60.0)
+    assert "mine" in set(again.node.holdings)
+
+
 async def test_what_changes_while_it_is_read_is_not_served(open_stager: OpenStager, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Order of events: verified; the owner writes; hashed. The hash would be of neither version."""
     stager = await open_stager()
@@ -199,6 +230,68 @@ async def test_another_base_model_is_refused_and_left_alone(open_stager: OpenSta
         await stager.ensure("mine")
     assert len(stager.node.holdings) == 0
     assert snapshot(node / "mine") == before
+
+
+@pytest.mark.parametrize("how", ["absolute", "relative"])
+async def test_a_link_to_an_adapter_elsewhere_is_one(open_stager: OpenStager, node: Path, tmp_path: Path, how: str) -> None:
+    """`ln -s /nfs/sql DIR/sql`, as operators do. It takes no room, and is told when it leads elsewhere, or nowhere."""
+    for seed, name in enumerate(("old", "new")):
+        put(tmp_path / "nfs" / name, small_files(seed=seed))
+    there = tmp_path / "nfs" if how == "absolute" else Path("../../nfs")
+    (node / "acme").mkdir(parents=True)
+    (node / "acme/sql").symlink_to(there / "old")
+    stager = await open_stager(max_bytes=1)
+    assert set(stager.node.holdings) == {"acme/sql"}
+    assert (await stager.ensure("acme/sql")).digest == digest_of(tmp_path / "nfs/old")
+    assert stager.node.holdings.index.used_bytes == 0
+    (node / "acme/sql").unlink()
+    (node / "acme/sql").symlink_to(there / "new")
+    await stager._adopter.scan()
+    assert (await stager.ensure("acme/sql")).digest == digest_of(tmp_path / "nfs/new")
+    (node / "acme/sql").unlink()
+    await stager._adopter.scan()
+    assert not set(stager.node.holdings)
+    assert balanced(stager)
+
+
+async def test_a_link_that_came_later_is_found_by_a_request(open_stager: OpenStager, origin: FakeOrigin, node: Path, tmp_path: Path) -> None:
+    """It goes before what an origin has under its name."""
+    origin.add("mine", small_files(seed=1))
+    stager = await open_stager(origin)
+    put(tmp_path / "nfs", small_files())
+    (node / "mine").symlink_to(tmp_path / "nfs")
+    assert (await stager.ensure("mine")).origin == ORIGIN
+    assert not origin.fetched
+
+
+async def test_a_link_to_what_has_a_name_already_is_no_adapter(open_stager: OpenStager, origin: FakeOrigin, node: Path) -> None:
+    """Order of events: loaded under the second name, evicted under the first: the engine would read files that are gone."""
+    origin.add("ours", small_files())
+    put(node / "theirs", small_files(seed=1))
+    stager = await open_stager(origin)
+    await stager.ensure("ours")
+    for name, to in (("one", "ours"), ("two", "theirs"), ("three", f".store/{digest_of(node / 'ours')}"), ("four", "four"), ("five", "nowhere"), ("six", ".")):
+        (node / name).symlink_to(to)
+        with pytest.raises((InvalidAdapter, ModelNotFound)):
+            await stager.ensure(name)
+    await stager._adopter.scan()
+    assert set(stager.node.holdings) == {"ours", "theirs"}
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["alone", "with checkpoints"])
+async def test_of_an_evicted_link_nothing_goes_but_the_link(open_stager: OpenStager, node: Path, tmp_path: Path, clock: Clock, below: bool) -> None:
+    """What it leads to is on somebody else's disk."""
+    put(tmp_path / "nfs/run", small_files())
+    if below:
+        put(tmp_path / "nfs/run/checkpoint-10", small_files(seed=1))
+    before = snapshot(tmp_path / "nfs")
+    node.mkdir()
+    (node / "run").symlink_to("../nfs/run")
+    stager = await open_stager(evict_adopted=True)
+    clock.now += 1000
+    await stager.evict("run")
+    assert not os.path.lexists(node / "run")
+    assert snapshot(tmp_path / "nfs") == before
 
 
 async def test_names_may_be_nested(open_stager: OpenStager, node: Path) -> None:
@@ -630,7 +723,7 @@ async def test_an_older_list_of_the_directory_forgets_nothing_of_ours(
     origin.add("mine", small_files(seed=2))
     stager = await open_stager(origin)
     await stager.ensure("mine")
-    monkeypatch.setattr(stager.node.store, "foreign", lambda: [MINE])
+    monkeypatch.setattr(stager.node.store, "foreign", lambda _: [MINE])
     await stager._adopter.scan()
     assert not (await stager.ensure("mine")).staged
     assert balanced(stager)
@@ -651,16 +744,22 @@ async def test_the_engine_forgets_a_version_that_others_have_replaced(
     await until(lambda: set(engine.adapters.registry) == {latest.model})
 
 
-async def test_what_changed_to_something_forbidden_is_served_no_longer(open_stager: OpenStager, node: Path) -> None:
-    """It is whole, and for another base model."""
-    put(node / "mine", small_files())
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [({"base_model_name_or_path": "another/base"}, "base model"), ({"r": 64}, "rank"), ({"use_dora": True}, "DoRA")],
+    ids=["base model", "rank", "feature"],
+)
+async def test_what_changed_to_something_forbidden_is_served_no_longer(open_stager: OpenStager, node: Path, changed: dict[str, Any], says: str) -> None:
+    """Its configuration is whole, and says that this node's engine cannot serve it."""
+    files = small_files()
+    put(node / "mine", files)
     stager = await open_stager()
     assert await stager.ensure("mine")
-    put(node / "mine", small_files(base_model="another/base"))
-    with pytest.raises(InvalidAdapter, match="base model"):
+    put(node / "mine", {CONFIG: json.dumps({**json.loads(files[CONFIG]), **changed}).encode()})
+    with pytest.raises(InvalidAdapter, match=says):
         await stager.refresh("mine")
     assert "mine" not in set(stager.node.holdings)
-    with pytest.raises(InvalidAdapter, match="base model"):
+    with pytest.raises(InvalidAdapter, match=says):
         await stager.ensure("mine")
 
 

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from extproc.config import EngineSettings
+from extproc.core.artifact import adapter_name, versioned_name
 from extproc.errors import EngineUnreachable
 from extproc.process.sockets import listen
 from extproc.stager.engine.api import Engine
@@ -94,6 +95,19 @@ async def test_names_that_wait_count_as_running(scripted: tuple[ScriptedEngine, 
     line = 'vllm:lora_requests_info{max_lora="1",running_lora_adapters="a",waiting_lora_adapters="b,c"} 1.0'
     scripted[0].answers["GET /metrics"] = metrics(line)
     assert (await engine.requests()).running >= {"a", "b", "c"}
+
+
+async def test_hundreds_of_names_at_work_are_hundreds(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """And a name of ours is found among them, however many commas it has. All runs of 400 names were half a gigabyte."""
+    ours = ",".join("ab" * 58)
+    names = [f"acme/adapter-{number:05}@sha256:{number:012x}" for number in range(400)]
+    label = ",".join([*names, versioned_name(adapter_name(ours), "f" * 64), *names])
+    scripted[0].answers["GET /metrics"] = metrics(INFO.format(names=label, time="1.79e9"))
+    requests = await engine.requests()
+    assert requests.running >= {*names, f"{ours}@sha256:{'f' * 12}"}
+    assert requests.versions == {f"{number:012x}" for number in range(400)} | {"f" * 12}
+    assert len(requests.running) < 10 * len(names) + 200 * 200
+    assert requests.has_plain  # a part of the long name
 
 
 async def test_no_series_means_nothing_ran_yet(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:

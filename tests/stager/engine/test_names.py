@@ -108,6 +108,33 @@ async def test_an_engine_that_cannot_load_now_is_no_fault_of_the_adapter(
     assert stager.leased_s(ArtifactId((await stager.ensure(NAME)).digest)) > 0
 
 
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Call to add_lora method failed: CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has a total capacity of 79.15 GiB",
+        "Call to add_lora method failed: [Errno 13] Permission denied: '<path>/adapter_model.safetensors'",
+        "Call to add_lora method failed: Too many open files (os error 24)",
+        "Worker failed with error 'NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited'",
+    ],
+)
+async def test_what_the_engine_s_machine_failed_at_is_not_held_against_the_adapter(
+    open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, status: int, said: str
+) -> None:
+    """The engine is well, and has no memory for it at this moment, or may not read it: another node is asked, and the next request tries again."""
+    stager = await open_stager(origin, engine_url=engine.url)
+
+    async def fail(path: str) -> web.Response | None:
+        return web.json_response({"error": {"message": said}}, status=status) if path == "/v1/load_lora_adapter" else None
+
+    engine.step = fail
+    with pytest.raises(EngineUnreachable, match="cannot load the adapter now") as failed:
+        await held(stager)
+    assert not failed.value.shared
+    engine.step = None
+    assert (await held(stager)).model in engine.adapters.registry
+
+
 async def test_an_engine_that_does_not_see_the_directory_says_what_is_missing(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
     """Two containers with different mounts: the adapter is not to blame."""
     stager = await open_stager(origin, engine_url=engine.url)

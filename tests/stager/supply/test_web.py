@@ -202,12 +202,16 @@ async def test_the_beginning_of_a_file_can_be_had_alone(tmp_path: Path, server: 
         ({"ratelimit": '"api";r=3;t=55'}, None),
         ({"ratelimit": '"api";r=3;t=55, "pages";r=0;t=7'}, 7.0),
         ({"ratelimit": '"api";r=0;t=55', "retry-after": "3"}, 3.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT", "date": "Wed, 21 Oct 2015 07:28:00 GMT"}, 30.0),
+        ({"retry-after": "Fri, 21 Oct 2095 07:28:30 GMT", "date": "Fri, 21 Oct 2095 07:28:00 GMT"}, 30.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT", "date": "now"}, 0.0),
+        ({"retry-after": "Fri, 21 Oct 2095 07:28:30 GMT"}, 86_400.0),
         ({"ratelimit": '"api";r=0;t=99999999999999999999'}, 86_400.0),
         ({"ratelimit": "r=0" * 100_000}, None),
     ],
 )
 def test_when_a_server_wants_to_be_asked_again(headers: dict[str, str], wait_s: float | None) -> None:
-    """Retry-After goes before; a limit of which something is left asks for nothing."""
+    """Retry-After goes before, by the server's own clock where it says that it is another; a limit of which something is left asks for nothing."""
     assert asked_wait_s(headers) == wait_s
 
 
@@ -235,6 +239,21 @@ def test_a_digest_that_is_none_is_not_stated(value: str) -> None:
 def test_an_address_that_leads_inside_is_not_public(address: str) -> None:
     """IPv4 in IPv6 in each of its forms, and networks that are given to no host."""
     assert not _is_public(address)
+
+
+HOSTS_INSIDE = ["127.0.0.1", "2130706433", "0x7f000001", "0x7f.1", "127.1", "017700000001", "127.0.0.1.", "0", "0.0.0.0", "localhost"]
+HOSTS_INSIDE += ["[::]", "[::1]", "[::ffff:127.0.0.1]", "[fe80::1%25lo]", "127\u30020\u30020\u30021", "\u2460\u2461\u2466.\u24ea.\u24ea.\u2460"]
+
+
+@pytest.mark.parametrize("host", HOSTS_INSIDE)
+async def test_a_server_inside_is_reached_by_no_spelling(server: FaultyServer, host: str) -> None:
+    """Decimal, octal, hexadecimal, short, full-width: what the HTTP client and the system's resolver would make of it counts."""
+    port = server.url.rpartition(":")[2]
+    client = Web("web", 5.0, allow_private=False)
+    with pytest.raises(OriginFailed):
+        await client.head(f"http://{host}:{port}/{NAME}/{CONFIG}")
+    await client.close()
+    assert not server.asked
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"])

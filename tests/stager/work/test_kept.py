@@ -1,5 +1,6 @@
 """Settings that changed are applied to what is on the disk already, and cost nothing where they did not change."""
 
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from extproc.stager.threads import Steps
 from extproc.stager.work import kept as kept_module
 from extproc.stager.work.kept import RULES_FILE
 from extproc.up.demo import BASE_MODEL
-from tests.fakes.adapters import WEIGHTS, sha256, small_files
+from tests.fakes.adapters import CONFIG, HIDDEN, PICKLE, WEIGHTS, Files, sha256, small_files
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.origin import FakeOrigin, origin_of
 from tests.fakes.wait import Clock, until
@@ -28,6 +29,7 @@ from tests.fakes.wait import Clock, until
 from ..conftest import OpenStager
 
 NAME, OTHER = "acme/sql", "acme/other"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 6832600\n"
 
 
 @pytest.fixture
@@ -50,8 +52,9 @@ def engine_with(**settings: Any) -> EngineSettings:
         ({"engine": engine_with(base_model="another/base")}, "base model"),
         ({"engine": engine_with(max_lora_rank=1)}, "rank"),
         ({"digests": {NAME: "0" * 64, OTHER: "0" * 64}}, "SHA-256"),
+        ({"max_adapter_bytes": 1000}, "max_adapter_bytes"),
     ],
-    ids=["base_model", "max_lora_rank", "digests"],
+    ids=["base_model", "max_lora_rank", "digests", "max_adapter_bytes"],
 )
 async def test_what_new_settings_refuse_is_not_served_after_a_restart(
     open_stager: OpenStager, origin: FakeOrigin, node: Path, settings: dict[str, Any], says: str
@@ -134,6 +137,57 @@ async def test_what_others_put_here_is_held_to_stated_digests(open_stager: OpenS
     stager = await open_stager(digests=digests, scan_s=1e-9)
     assert set(stager.node.holdings) == {"right"}
     with pytest.raises(InvalidAdapter, match="SHA-256"):
+        await stager.ensure("theirs")
+
+
+@pytest.mark.parametrize("change", ["base_names", "allow_pickle"])
+async def test_what_was_permitted_once_is_not_served_when_it_is_no_more(open_stager: OpenStager, origin: FakeOrigin, change: str) -> None:
+    """Another name of the base model, and pickled weights."""
+    pickled = {CONFIG: small_files()[CONFIG], PICKLE: b"\x80\x04."}
+    permitted: dict[str, dict[str, Any]] = {"base_names": {"engine": engine_with(base_names=("other/*",))}, "allow_pickle": {"allow_pickle": True}}
+    origin.add(NAME, small_files(base_model="other/base") if change == "base_names" else pickled)
+    stager = await open_stager(origin, **permitted[change])
+    await stager.ensure(NAME)
+    await stager.close()
+    again = await open_stager(origin)
+    with pytest.raises(InvalidAdapter, match="base model" if change == "base_names" else "pickled weights"):
+        await again.ensure(NAME)
+    await until(lambda: not set(again.node.holdings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "says"),
+    [
+        ({"max_adapter_bytes": 1000}, small_files(), "max_adapter_bytes"),
+        ({"max_file_bytes": 1000}, small_files(), "max_file_bytes"),
+        ({}, {**small_files(), WEIGHTS: small_files()[WEIGHTS][:-2] + b"\xc0\x7f"}, "infinity or a NaN"),
+        ({}, {CONFIG: small_files()[CONFIG], PICKLE: b"\x80\x04."}, "pickled weights"),
+        ({}, {**small_files(), WEIGHTS: LFS_POINTER}, "Git LFS pointer"),
+        ({}, {**small_files(), CONFIG: LFS_POINTER}, "Git LFS pointer"),
+    ],
+    ids=["size", "size of a file", "NaN", "pickle", "pointer as weights", "pointer as configuration"],
+)
+async def test_what_others_put_here_is_checked_as_what_is_fetched(
+    open_stager: OpenStager, node: Path, settings: dict[str, Any], files: Files, says: str
+) -> None:
+    """Whoever asks for it hears what is wrong."""
+    (node / "theirs").mkdir(parents=True)
+    for path, data in files.items():
+        (node / "theirs" / path).write_bytes(data)
+    stager = await open_stager(scan_s=1e-9, **settings)
+    with pytest.raises(InvalidAdapter, match=says):
+        await stager.ensure("theirs")
+    assert not set(stager.node.holdings)
+
+
+async def test_what_others_put_here_is_held_to_the_base_model_s_width(open_stager: OpenStager, node: Path, tmp_path: Path) -> None:
+    """Which the settings tell before its engine does."""
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 2 * HIDDEN}))
+    (node / "theirs").mkdir(parents=True)
+    for path, data in small_files().items():
+        (node / "theirs" / path).write_bytes(data)
+    stager = await open_stager(scan_s=1e-9, engine=engine_with(base_config=str(tmp_path / "config.json")))
+    with pytest.raises(InvalidAdapter, match=f"is {HIDDEN} wide"):
         await stager.ensure("theirs")
 
 

@@ -19,6 +19,7 @@ from extproc.errors import (
     OriginFailed,
     OriginRefused,
 )
+from extproc.pb import stager_pb2 as pb
 from extproc.stager import stager as stager_module
 from extproc.stager.api.replies import list_reply
 from extproc.stager.books.changes import Change
@@ -64,9 +65,13 @@ def shown(node: Path, name: str = NAME) -> Files:
     return read_files(node / name)
 
 
-def error_of(stager: Stager, name: str = NAME) -> str:
-    """As the list of adapters shows it."""
-    return next(adapter.refresh_error for adapter in list_reply(stager).adapters if adapter.name == name)
+async def listed(stager: Stager) -> list[pb.Adapter]:
+    """As the list of adapters shows them."""
+    return list(pb.ListReply.FromString(await list_reply(stager)).adapters)
+
+
+async def error_of(stager: Stager, name: str = NAME) -> str:
+    return next(adapter.refresh_error for adapter in await listed(stager) if adapter.name == name)
 
 
 def balanced(stager: Stager) -> bool:
@@ -101,7 +106,7 @@ async def test_an_adapter_in_use_is_compared_once_a_period(open_stager: OpenStag
         await hit(stager)
         assert origin.resolved[NAME] == asked
     assert origin.fetched == fetched
-    assert error_of(stager) == ""
+    assert (await error_of(stager)) == ""
 
 
 async def test_what_nobody_asks_for_is_not_compared(open_stager: OpenStager, origin: FakeOrigin, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +326,22 @@ async def test_what_is_not_here_is_not_refreshed(open_stager: OpenStager, origin
     assert not origin.resolved
 
 
+async def test_what_is_being_compared_says_so_to_who_would_evict_it(open_stager: OpenStager, origin: FakeOrigin, clock: Clock) -> None:
+    """And goes when the comparison is over."""
+    stager = await open_stager(origin)
+    await stager.ensure(NAME)
+    clock.now += 1000
+    renew(origin)
+    stall = origin.stall(NAME, WEIGHTS)
+    refreshing = asyncio.create_task(stager.refresh(NAME))
+    await stall.reached.wait()
+    with pytest.raises(AdapterInUse, match="compared with its origin"):
+        await stager.evict(NAME)
+    stall.release()
+    assert await refreshing
+    assert await stager.evict(NAME)
+
+
 async def test_what_is_evicted_meanwhile_does_not_come_back(open_stager: OpenStager, origin: FakeOrigin, node: Path, clock: Clock) -> None:
     """Order of events: the new version is on its way; an operator purges the name; it arrives. Nobody asked for it any more."""
     stager = await open_stager(origin)
@@ -403,7 +424,7 @@ async def test_a_failed_comparison_keeps_the_old_version_and_says_so(
     assert shown(node) == OLD
     assert stored(node) == [old.digest]
     assert balanced(stager)
-    assert error_of(stager).startswith(f"{reason}: ")
+    assert (await error_of(stager)).startswith(f"{reason}: ")
     asked = origin.resolved[NAME]
     clock.now += EVERY_S - 1
     await hit(stager)
@@ -416,7 +437,7 @@ async def test_a_failed_comparison_keeps_the_old_version_and_says_so(
     clock.now += EVERY_S
     await hit(stager)
     assert shown(node) == NEW
-    assert error_of(stager) == ""
+    assert (await error_of(stager)) == ""
     assert stager.not_ready is None
 
 
@@ -429,7 +450,7 @@ async def test_no_space_for_a_second_version_keeps_the_old(open_stager: OpenStag
     with pytest.raises(NoSpace):
         await stager.refresh(NAME)
     assert shown(node) == OLD
-    assert error_of(stager).startswith("no_space: ")
+    assert (await error_of(stager)).startswith("no_space: ")
     assert balanced(stager)
     assert stager.leased_s(ArtifactId(stored(node)[0])) == 0.0
 
@@ -538,13 +559,13 @@ async def test_an_engine_that_cannot_clear_its_cache_keeps_the_old_version(
     await hit(stager)
     assert shown(node) == OLD
     assert stored(node) == [old.digest]
-    assert error_of(stager).startswith("engine: ")
+    assert (await error_of(stager)).startswith("engine: ")
     fetched = dict(origin.fetched)
     for _ in range(3):
         clock.now += EVERY_S
         await hit(stager)
     assert origin.fetched == fetched
-    assert "VLLM_SERVER_DEV_MODE" in error_of(stager)
+    assert "VLLM_SERVER_DEV_MODE" in await error_of(stager)
     with pytest.raises(EngineUnreachable, match="VLLM_SERVER_DEV_MODE"):
         await stager.refresh(NAME)
     assert shown(node) == OLD
@@ -625,7 +646,7 @@ async def test_a_pin_holds_without_an_end_and_across_restarts(open_stager: OpenS
     clock.now += 1e9
     with pytest.raises(NoSpace):
         await again.ensure("acme/b")
-    assert [adapter.pinned for adapter in list_reply(again).adapters] == [True]
+    assert [adapter.pinned for adapter in await listed(again)] == [True]
     await again.unpin(NAME)
     assert (await again.ensure("acme/b")).staged
     await again.close()

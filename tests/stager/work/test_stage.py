@@ -215,6 +215,18 @@ async def test_a_web_page_is_the_origin_s_fault(tmp_path: Path, path: str, page:
         assert nothing_there(stager)
 
 
+@pytest.mark.parametrize("suffix", [".zip", ".tar.gz", ".tar"])
+async def test_what_lies_in_the_place_of_an_archive_is_named(tmp_path: Path, suffix: str) -> None:
+    """A web page is the origin's fault, as in the place of weights; a pointer of Git LFS is what was put there."""
+    async with running(FaultyServer()) as server, node(tmp_path / "node", web_origin(server.url)) as stager:
+        server.files[f"/acme/page{suffix}"] = b"<!doctype html><html><body>log in</body></html>"
+        server.files[f"/acme/pointer{suffix}"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 6832600\n"
+        with pytest.raises(OriginRefused, match="web page"):
+            await stager.ensure("acme/page")
+        assert "is a Git LFS pointer" in (await refused(stager, "acme/pointer")).message
+        assert nothing_there(stager)
+
+
 @pytest.mark.parametrize("name", ["\U0001f600" * 20_000, "x" * 20_000, "\ud83d" * 100, "a\nb" * 5000])
 async def test_a_refusal_arrives_as_one_whatever_its_text(serve_node: ServeNode, origin: FakeOrigin, name: str) -> None:
     """A text that does not fit into the answer would make an adapter's fault the stager's, and the router would take it to the next node."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ....config import OriginSettings
-from ....core.artifact import AdapterName
+from ....core.artifact import AdapterName, File
 from ....errors import InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
 from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, wanted
+from ...syscalls import hash_open
 from ...threads import Threads
 from ..download import WRITE_BYTES, Download, opened
 from ..listing import Absent, Listing, RemoteFile, instead
@@ -36,14 +37,20 @@ class FileOrigin:
         self._root = Path(settings.path).absolute()
         self._links_outside = settings.links_outside
         self._archives = settings.archives
+        self._timeout_s = settings.timeout_s
         self._threads = Threads(settings.max_fetches + SPARE_THREADS, f"{self.label} origin")
+        self._hashing = Threads(settings.max_fetches, f"{self.label} originals")  # of `in_place`: as transfers, these leave SPARE_THREADS to looks
         self._probing: asyncio.Future[bool] | None = None
 
     async def open(self) -> None:
         pass
 
     async def resolve(self, name: AdapterName) -> Listing | Absent | None:
-        return await self._threads.run(self._resolve, name)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._threads.run(self._resolve, name)
+        except TimeoutError as error:  # a file server that hangs keeps its thread; whoever asks may hear of it
+            raise OriginFailed(f"{self.label} origin: its directory has not answered within {self._timeout_s:g} s", reached=False) from error
 
     async def fetch(self, _listing: Listing, file: RemoteFile, download: Download) -> None:
         first: list[bytes] = []
@@ -64,6 +71,18 @@ class FileOrigin:
                 await download.restart()
                 raise OriginChanged(f"{self.label} origin: {file.path} changed after it was listed")
 
+    async def hash(self, file: RemoteFile) -> File:
+        """What an original is, read where it lies. Raises OriginFailed."""
+
+        def read() -> File:
+            try:
+                with self.open_original(file) as original:
+                    return hash_open(original, file.path)
+            except OSError as error:
+                raise OriginFailed(f"{self.label} origin: {file.path}: {error.strerror}") from error
+
+        return await self._hashing.run(read)
+
     async def list_all(self, found: Names, threads: Threads) -> None:
         try:
             await threads.run(walk, self._root, found, links_outside=self._links_outside)
@@ -79,6 +98,7 @@ class FileOrigin:
 
     async def close(self) -> None:
         self._threads.close()
+        self._hashing.close()
 
     def path(self, file: RemoteFile) -> Path:
         """Where the original lies."""
@@ -127,9 +147,12 @@ class FileOrigin:
                 return Listing(name, "-".join(file.version for file in files), files)
             if not self._root.is_dir():
                 raise OriginFailed(f"{self.label} origin: its directory is not there", reached=False)
-            return (self._resolve_archive(name) if self._archives else None) or instead(self._entries(directory))
+            return (self._resolve_archive(name) if self._archives else None) or instead(self._entries(directory)) or self._is_one_itself()
         except OSError as error:
             raise OriginFailed(f"{self.label} origin: {name}: {error.strerror}") from error
+
+    def _is_one_itself(self) -> Absent | None:
+        return Absent("an adapter in its own path: give it the directory above") if self._stat(self._root / CONFIG_FILE) is not None else None
 
     def _entries(self, directory: Path) -> list[str]:
         """What is there in place of an adapter: files, folders with a slash, and the configurations of adapters in those."""

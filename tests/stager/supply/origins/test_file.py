@@ -1,6 +1,7 @@
 """A directory as an origin."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,34 @@ async def test_what_is_there_in_place_of_an_adapter_is_said(origin: FileOrigin, 
     found = await origin.resolve(adapter_name("other"))
     assert isinstance(found, Absent)
     assert found.instead.startswith(said)
+
+
+async def test_a_file_server_that_hangs_is_a_failure(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every request would wait as long as a fetch may take, and the breaker would hear of none."""
+    well = threading.Event()
+    stat = FileOrigin._stat
+
+    def hang(self: FileOrigin, path: Path) -> os.stat_result | None:
+        well.wait(10)
+        return stat(self, path)
+
+    monkeypatch.setattr(FileOrigin, "_stat", hang)
+    origin = FileOrigin(OriginSettings(type="file", path=str(root), timeout_s=0.05))
+    with pytest.raises(OriginFailed, match="has not answered within") as raised:
+        await origin.resolve(NAME)
+    assert not raised.value.reached
+    well.set()
+    origin._timeout_s = 10.0
+    assert isinstance(await origin.resolve(NAME), Listing)
+    await origin.close()
+
+
+async def test_an_origin_that_is_an_adapter_itself_is_said(root: Path) -> None:
+    """`--origin models/acme/sql`: no name below it leads to it."""
+    origin = FileOrigin(OriginSettings(type="file", path=str(root / NAME)))
+    for name in (NAME, "sql"):
+        assert await origin.resolve(adapter_name(name)) == Absent("an adapter in its own path: give it the directory above")
+    await origin.close()
 
 
 async def test_a_full_disk_is_not_the_origin_s_failure(origin: FileOrigin, target: Path) -> None:
