@@ -78,19 +78,20 @@ def build(s: Settings) -> bootstrap.Bootstrap:
         admin=bootstrap.Admin(address=_socket(s.envoy.admin)) if s.envoy.admin else None,
         static_resources=bootstrap.BootstrapStaticResources(
             listeners=[_listener(s)],
-            clusters=[_router_cluster(s), *(_pool(s, pool) for pool in sorted(s.pools, key=lambda p: p.name))],
+            clusters=[_router_cluster(s), *(_pool(s, pool) for pool in sorted(s.clusters(), key=lambda p: p.name))],
         ),
     )
 
 
 def _check(s: Settings) -> None:
-    if not s.pools:
+    clusters = s.clusters()
+    if not clusters:
         raise ConfigError("pools: Envoy needs at least one")
-    if s.router.steering == "endpoint" and len(s.pools) != 1:
-        raise ConfigError(f"router.steering: 'endpoint' names one cluster in the route; with {len(s.pools)} pools use 'cluster'")
+    if s.router.steering == "endpoint" and len(clusters) != 1:
+        raise ConfigError(f"router.steering: 'endpoint' names one cluster in the route; with {len(clusters)} pools use 'cluster'")
     if s.envoy.processing_mode != "FULL_DUPLEX_STREAMED" and s.envoy.hold_s > MAX_MESSAGE_TIMEOUT_S:
         raise ConfigError(f"envoy.hold_s: {s.envoy.hold_s:g} is over {MAX_MESSAGE_TIMEOUT_S:g}, Envoy's longest message_timeout")
-    for pool in s.pools:
+    for pool in clusters:
         for endpoint_settings in pool.endpoints:
             host = endpoint_settings.address.rpartition(":")[0].strip("[]")
             if not _is_ip(host):
@@ -165,7 +166,7 @@ def _route(s: Settings, *, retries: bool) -> route.Route:
         match=route.RouteMatch(prefix="/", headers=[] if retries else [marked]),
         request_body_buffer_limit=s.router.max_body_bytes,
         route=route.RouteAction(
-            cluster=None if by_header else s.pools[0].name,
+            cluster=None if by_header else s.clusters()[0].name,
             cluster_header=s.router.cluster_header if by_header else None,
             timeout=timedelta(0),  # a generation has no upper bound; the idle timeout still ends dead streams
             idle_timeout=_seconds(_idle_s(s)),

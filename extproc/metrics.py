@@ -52,6 +52,13 @@ class RouterMetrics(Metrics):
             ["first"],
             registry=r,
         )
+        self.prompt_blocks = Counter(
+            "lora_extproc_prompt_blocks",
+            "Blocks of the prompts that were sent, by whether the same endpoint had been sent them before, as far as this router remembers: "
+            "known / (known + new) is the share of them that engines could take from their KV cache.",
+            ["seen"],
+            registry=r,
+        )
         self.held = Gauge("lora_extproc_held_requests", "Requests that wait for an adapter now.", registry=r)
         self.wait = Histogram(
             "lora_extproc_wait_seconds",

@@ -82,3 +82,11 @@ def test_what_envoy_could_not_serve_is_refused(raw: dict[str, object], complaint
     """A configuration that would only fail at run time is a ConfigError now."""
     with pytest.raises(ConfigError, match=complaint):
         render(parse(raw, source="test"))
+
+
+def test_a_pool_that_computes_prompts_is_no_cluster() -> None:
+    """Its engines are asked by the sidecars of those that decode; with them alone one cluster is enough for steering by endpoint."""
+    decode = {**_ONE_POOL[0], "role": "decode"}
+    prefill = {**_TWO_POOLS[1], "role": "prefill", "base_models": decode["base_models"]}
+    raw = yaml.safe_load(render(parse({"pools": [prefill, decode]}, source="it.yaml")))
+    assert [cluster["name"] for cluster in raw["static_resources"]["clusters"] if cluster["name"] in ("models", "qwen")] == ["models"]

@@ -83,15 +83,15 @@ class Rules:
     """The rule of each adapter: the common one, with the copies that the first shell pattern that matches its name wants."""
 
     def __init__(self, common: Rule, copies: Sequence[tuple[str, int, int]] = ()) -> None:
-        self._common = common
+        self.common = common
         self._patterns = [(pattern, replace(common, min_copies=least, max_copies=most)) for pattern, least, most in copies]
         self._matched = lru_cache(_REMEMBERED)(self._match)
 
     def of(self, adapter: str) -> Rule:
-        return self._matched(adapter) if self._patterns else self._common
+        return self._matched(adapter) if self._patterns else self.common
 
     def _match(self, adapter: str) -> Rule:
-        return next((rule for pattern, rule in self._patterns if fnmatchcase(adapter, pattern)), self._common)
+        return next((rule for pattern, rule in self._patterns if fnmatchcase(adapter, pattern)), self.common)
 
 
 def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule: Rule, preferred: Endpoint | None = None, *, is_hot: bool = False) -> Choice:

@@ -33,12 +33,15 @@ class Content:
         """Whether the model can be seen before the body is complete."""
         return self.kind is Kind.JSON and not self.encodings
 
-    def read(self, body: Buffer, max_bytes: int) -> Reading:
-        """Judge the whole body: the model that it names, and where. Raises InvalidRequest, or BodyTooLarge if it decodes to over `max_bytes`."""
+    def read(self, body: Buffer, max_bytes: int, *, with_blocks: bool = False) -> Reading:
+        """Judge the whole body: the model that it names, and where; `with_blocks`, the hashes of its prompt's blocks, which a form has none of.
+
+        Raises InvalidRequest, or BodyTooLarge if it decodes to over `max_bytes`.
+        """
         if not self.encodings:
-            return verdict.judge(body) if self.kind is Kind.JSON else forms.read(body, self.boundary)
+            return verdict.judge(body, with_blocks=with_blocks) if self.kind is Kind.JSON else forms.read(body, self.boundary)
         plain = encodings.decode(body, self.encodings, max_bytes)
-        reading = verdict.judge(plain) if self.kind is Kind.JSON else forms.read(plain, self.boundary)
+        reading = verdict.judge(plain, with_blocks=with_blocks) if self.kind is Kind.JSON else forms.read(plain, self.boundary)
         return reading._replace(plain=plain)
 
     def spelled(self, model: str) -> bytes:

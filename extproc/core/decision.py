@@ -1,7 +1,7 @@
 """What to do with one request: forward to an adapter's candidates, pass through, answer here, or reject. One function, no side effects."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import LoraExtprocError, ModelNotFound, NoEndpoint
 from .artifact import AdapterName, adapter_name
@@ -9,6 +9,9 @@ from .deadline import wait_s
 from .endpoint import Endpoint
 from .paths import Kind, Path
 from .placement import Pool, Snapshot
+from .prefix import MIN_BLOCKS
+
+PLACES = 16  # of a base model's request, among which its session or its prompt chooses: a look at each costs a quarter of a microsecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Policy:
     model_header: str  # names the model where the body is not shown to us
     pool_header: str  # names the pool of a request that names no model
     timeout_header: str
+    session_header: str  # "": none
     stage_deadline_s: float  # without that header
     max_stage_deadline_s: float  # with it
     lists_models: bool
@@ -65,6 +69,7 @@ class Facts:
     model: str | None  # from the body, or from the model header; None = the request names no model
     subset: tuple[str, ...] | None = None  # the gateway's hint: only these endpoints
     can_rename: bool = False  # whether the body's `model` can be changed before it goes on
+    blocks: tuple[int, ...] = ()  # the hashes of the prompt's blocks; none while the body arrives, or where it was not read for them
 
 
 @dataclass(slots=True)
@@ -79,6 +84,9 @@ class Forward:
     subset: tuple[str, ...] | None  # the gateway's hint: only these endpoints
     wait_s: float  # how long it may be held
     plain: bool = False  # the engine must know it by the adapter's own name
+    session: str = ""  # what the client says that it belongs to
+    blocks: tuple[int, ...] = ()  # the hashes of the prompt's blocks
+    prefill: "Forward | None" = None  # the same in the pool that computes the prompt; None: `pool` does, or nobody of that one can
 
 
 @dataclass(slots=True)
@@ -88,6 +96,10 @@ class PassThrough:
     pool: Pool
     key: str | None
     candidates: tuple[Endpoint, ...]  # that are not down; never empty
+    places: tuple[Endpoint, ...] = ()  # those of them among which these two choose
+    session: str = ""  # what the client says that it belongs to
+    blocks: tuple[int, ...] = ()  # the hashes of the prompt's blocks
+    prefill: "PassThrough | None" = None  # as of Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +143,10 @@ def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     wait = wait_s(policy.timeout_header, facts.headers, policy.stage_deadline_s, policy.max_stage_deadline_s)
     model = facts.model
     if model is None:
-        return _pass_through(facts, snapshot, *_pool_without_model(facts, snapshot, policy), wait)
+        return _pass_through(facts, snapshot, *_pool_without_model(facts, snapshot, policy), _session(facts, policy), wait)
     base = snapshot.base_pool(model)
     if base is not None:
-        return _pass_through(facts, snapshot, base, policy.hash_on.header_key(model, facts.headers), wait)
+        return _pass_through(facts, snapshot, base, policy.hash_on.header_key(model, facts.headers), _session(facts, policy), wait)
     adapter = adapter_name(model)
     pool = snapshot.adapter_pool(adapter)
     if pool is None:
@@ -143,7 +155,16 @@ def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     usable = snapshot.candidates(pool, key, facts.subset)
     if not usable:
         return _nobody(facts, pool, wait)
-    return Forward(adapter, pool, key, usable, snapshot, facts.subset, wait, not facts.can_rename)
+    forward = Forward(adapter, pool, key, usable, snapshot, facts.subset, wait, not facts.can_rename, _session(facts, policy), facts.blocks)
+    prefill = snapshot.pool(pool.prefill) if pool.prefill else None
+    if prefill is not None:
+        usable = snapshot.candidates(prefill, key)  # the gateway's hint is of those that it sends requests to
+        forward.prefill = replace(forward, pool=prefill, candidates=usable, subset=None) if usable else None
+    return forward
+
+
+def _session(facts: Facts, policy: Policy) -> str:
+    return facts.headers.get(policy.session_header, "") if policy.session_header else ""
 
 
 def _pool_without_model(facts: Facts, snapshot: Snapshot, policy: Policy) -> tuple[Pool, str | None]:
@@ -156,17 +177,38 @@ def _pool_without_model(facts: Facts, snapshot: Snapshot, policy: Policy) -> tup
             return pool, key
     if wanted := facts.headers.get(policy.pool_header):
         pool = snapshot.pool(wanted)
-        if pool is None:
+        if pool is None or pool.is_prefill:
             raise NoEndpoint(f"{policy.pool_header}: there is no pool {wanted[:80]!r}")
         return pool, key
     return snapshot.path_pool(facts.path.text) or snapshot.pools[0], key
 
 
-def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, wait: float) -> Decision:
+def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, session: str, wait: float) -> Decision:
     usable = snapshot.candidates(pool, key, facts.subset) if key else snapshot.usable(pool.table.endpoints, facts.subset)
     if not usable:
         return _nobody(facts, pool, wait)
-    return PassThrough(pool, key, usable if key else snapshot.stageable(usable) or usable)
+    through = _among(facts, snapshot, pool, key, session, usable)
+    prefill = snapshot.pool(pool.prefill) if pool.prefill and facts.model is not None else None
+    if prefill is not None:
+        usable = snapshot.candidates(prefill, key) if key else snapshot.usable(prefill.table.endpoints)
+        through.prefill = _among(facts, snapshot, prefill, key, session, usable) if usable else None
+    return through
+
+
+def _among(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, session: str, usable: tuple[Endpoint, ...]) -> PassThrough:
+    if key:
+        return PassThrough(pool, key, usable)
+    candidates = snapshot.stageable(usable) or usable
+    return PassThrough(pool, key, candidates, _places(facts, snapshot, pool, session, candidates), session, facts.blocks)
+
+
+def _places(facts: Facts, snapshot: Snapshot, pool: Pool, session: str, candidates: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    """All of few candidates; of many always the same for a session, and for prompts that begin alike."""
+    if not session and len(facts.blocks) < MIN_BLOCKS:
+        return ()
+    if len(candidates) <= PLACES:
+        return candidates
+    return snapshot.stageable(snapshot.usable(pool.table.first(session or f"{facts.blocks[MIN_BLOCKS - 1]:x}", PLACES), facts.subset))
 
 
 def _nobody(facts: Facts, pool: Pool, wait: float) -> NobodyReady:

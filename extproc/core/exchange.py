@@ -95,12 +95,14 @@ class Exchange:
         allowed: paths.Paths,
         early_scan_bytes: int = EARLY_SCAN_BYTES,
         judged_here_bytes: int = JUDGED_HERE_BYTES,
+        with_blocks: bool = False,
     ) -> None:
         self._max_body_bytes = max_body_bytes
         self._model_header = model_header
         self._allowed = allowed
         self._early_scan_bytes = early_scan_bytes
         self._judged_here_bytes = judged_here_bytes
+        self._with_blocks = with_blocks  # whether the verdict hashes the prompt
         self._scanner: scanner.Scanner | None = None
         self.state = State.START
         self.mode = Mode.NONE
@@ -319,7 +321,7 @@ class Exchange:
             self._content, self.state = None, State.DECIDING
             return self._ask(None)
         if self._held_bytes <= self._judged_here_bytes and self._content.can_be_scanned:
-            return self.judged(self._content.read(self._join(), self._max_body_bytes))
+            return self.judged(self._content.read(self._join(), self._max_body_bytes, with_blocks=self._with_blocks))
         return [Judge(self._content, tuple(self._pieces))]
 
     def _owe_body(self, _chunk: Chunk, _last: bool) -> list[Action]:
@@ -355,7 +357,8 @@ class Exchange:
         self._asked = True
         headers = self._start.headers
         can_rename = self.mode is not Mode.NONE and self._content is not None
-        return [Decide(Facts(headers.get(":method", ""), self._path, headers, model, self._start.subset, can_rename))]
+        blocks = self._reading.blocks if self._reading is not None else ()
+        return [Decide(Facts(headers.get(":method", ""), self._path, headers, model, self._start.subset, can_rename, blocks))]
 
     def _answer(self, mutation: Mutation) -> list[Action]:
         self.state = State.ANSWERED

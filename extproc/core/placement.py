@@ -24,6 +24,8 @@ class Pool:
     table: LookupTable
     paths: tuple[str, ...] = ()  # shell patterns of paths whose requests come here although they name no model
     by_weight: bool = False  # a key's order is that of highest random weight alone, without the table
+    prefill: str = ""  # the pool that computes prompts for this one's engines, which only decode; "": they do both
+    is_prefill: bool = False  # it computes prompts for others, and no request is for it
     _takes_all: bool = field(init=False, repr=False, compare=False)
     _first: Callable[[str, int], tuple[Endpoint, ...]] = field(init=False, repr=False, compare=False)
     _at: Mapping[str, tuple[Endpoint, ...]] = field(init=False, repr=False, compare=False)

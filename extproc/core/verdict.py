@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ..errors import InvalidRequest
+from . import prefix
 from .pieces import Buffer
 from .reading import MAX_MODEL_BYTES, Reading
 
@@ -23,6 +24,12 @@ MAX_KEY_CHARS = 1024
 _SMALL_BYTES = MAX_KEY_CHARS  # so small a body can have neither too many keys, of five bytes each at least, nor one too long
 _WINDOW_BYTES = 2**20  # a string takes up to four bytes per character: a window of the body is decoded at a time
 _BOM = codecs.BOM_UTF8
+
+# What the model reads, in the order in which chat templates put it: tools and documents into the first message, the system's words before the others'.
+# `system` is Anthropic's, `instructions` and `input` are of /v1/responses, `text` is SGLang's. A request has few of them.
+_PROMPT = ("tools", "documents", "system", "instructions", "messages", "prompt", "input", "text")
+_LEAST_BYTES = prefix.MIN_BLOCKS * prefix.BLOCK_BYTES  # a smaller body has too few blocks for anybody to prefer
+_CACHE_SALT = "cache_salt"  # vLLM: blocks of requests with another salt are not shared, so that no tenant finds out what others asked
 
 # From behind one value (or the beginning) to the next: white space, comma or brace, the key, the colon. The body is known to be JSON here.
 _TO_VALUE = re.compile(rb'[ \t\n\r,{]*+"(?:[^"\\]++|\\.)*+"[ \t\n\r]*+:[ \t\n\r]*+')
@@ -46,10 +53,10 @@ _small_object = msgspec.json.Decoder(_Object, dec_hook=type.__call__)
 _string = msgspec.json.Decoder(str)
 
 
-def judge(body: Buffer, start: int = 0) -> Reading:
+def judge(body: Buffer, start: int = 0, *, with_blocks: bool = False) -> Reading:
     """The `model` of a whole JSON body, if it has one. Raises InvalidRequest, saying what is wrong, for two, for one that is no string, and for no JSON.
 
-    `start` is where the JSON begins: behind a byte order mark.
+    `start` is where the JSON begins: behind a byte order mark. `with_blocks`: the hashes of the prompt's blocks, too.
     """
     text = memoryview(body)[start:] if start else body
     size = len(text)
@@ -66,17 +73,18 @@ def judge(body: Buffer, start: int = 0) -> Reading:
     except RecursionError:
         raise InvalidRequest("the body is not JSON that can be read: nested too deeply") from None
     else:
-        return _model(body, start, list(fields), list(fields.values()), is_small=size <= _SMALL_BYTES)
+        is_small, has_blocks = size <= _SMALL_BYTES, with_blocks and size > _LEAST_BYTES
+        return _read(body, start, list(fields), list(fields.values()), is_small=is_small, with_blocks=has_blocks)
     if not start and body[:3] == _BOM:
-        return judge(body, len(_BOM))
+        return judge(body, len(_BOM), with_blocks=with_blocks)
     raise InvalidRequest(_why_not_json(body, start, complaint))
 
 
-def _model(body: Buffer, start: int, keys: Sequence[str], values: Sequence[msgspec.Raw], *, is_small: bool) -> Reading:
+def _read(body: Buffer, start: int, keys: Sequence[str], values: Sequence[msgspec.Raw], *, is_small: bool, with_blocks: bool) -> Reading:
     count = keys.count("model")
     if count != 1:
         if not count:
-            return Reading(None)
+            return Reading(None, blocks=_blocks("", keys, values)) if with_blocks else Reading(None)
         raise InvalidRequest(f"the body has `model` {count} times")
     place = keys.index("model")
     value = memoryview(values[place])
@@ -87,15 +95,23 @@ def _model(body: Buffer, start: int, keys: Sequence[str], values: Sequence[msgsp
         model = _string.decode(value)
     except msgspec.ValidationError:
         raise InvalidRequest("the body's `model` is not a string") from None
+    blocks = _blocks(model, keys, values) if with_blocks else ()
     if is_small and type(body) is bytes:
         begin = body.find(value)
         if begin == body.rfind(value):  # in most bodies it is there once only, and found without a walk
-            return Reading(model, begin, begin + size)
+            return Reading(model, begin, begin + size, None, blocks)
     begin = start
     for before in values[:place]:
         begin = _behind_key(body, begin) + memoryview(before).nbytes
     begin = _behind_key(body, begin)
-    return Reading(model, begin, begin + size)
+    return Reading(model, begin, begin + size, None, blocks)
+
+
+def _blocks(model: str, keys: Sequence[str], values: Sequence[msgspec.Raw]) -> tuple[int, ...]:
+    """The hashes of the prompt's blocks: its JSON as it stands in the body. The values are views, so nothing is copied or parsed again."""
+    salt = values[keys.index(_CACHE_SALT)] if _CACHE_SALT in keys else b""
+    prompt = [memoryview(values[keys.index(key)]) for key in _PROMPT if key in keys]
+    return prefix.block_hashes(prompt, b"%b %b" % (model.encode(), salt))
 
 
 def _behind_key(body: Buffer, position: int) -> int:

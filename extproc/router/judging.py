@@ -41,12 +41,12 @@ class Judges:
     Bodies wait in the event loop, not in the queue of the threads: of a request that ends meanwhile nothing is kept there.
     """
 
-    def __init__(self, count: int, max_body_bytes: int) -> None:
-        self._max_body_bytes = max_body_bytes
+    def __init__(self, count: int, max_body_bytes: int, *, with_blocks: bool = False) -> None:
+        """`with_blocks`: a verdict has the hashes of the prompt's blocks, too."""
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="judge")
         self._idle: queue.SimpleQueue[_Judge] = queue.SimpleQueue()
         for _ in range(count):
-            self._idle.put(_Judge(max_body_bytes))
+            self._idle.put(_Judge(max_body_bytes, with_blocks=with_blocks))
         self._free = asyncio.Semaphore(count)
         self._pending = 0
 
@@ -108,8 +108,8 @@ class Judges:
 class _Judge:
     """One process and the socket to it. Used by one thread at a time."""
 
-    def __init__(self, max_body_bytes: int) -> None:
-        self._max_body_bytes = max_body_bytes
+    def __init__(self, max_body_bytes: int, *, with_blocks: bool) -> None:
+        self._arguments = (str(max_body_bytes), str(int(with_blocks)))
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
@@ -120,7 +120,7 @@ class _Judge:
         self.stop()
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(self._max_body_bytes)]
+            command = [sys.executable, "-m", __name__, str(theirs.fileno()), *self._arguments]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603  # our own module
         self._socket = ours
         ours.settimeout(START_S)
@@ -206,7 +206,7 @@ def _receive(source: socket.socket) -> tuple[object, list[int]]:
 # ---- the judge's side
 
 
-def main(descriptor: int, max_body_bytes: int) -> None:
+def main(descriptor: int, max_body_bytes: int, *, with_blocks: bool) -> None:
     """Judge bodies until the router is gone."""
     import resource  # noqa: PLC0415  # here alone
 
@@ -224,15 +224,15 @@ def main(descriptor: int, max_body_bytes: int) -> None:
         except (OSError, EOFError):
             return
         assert isinstance(content, Content)
-        answer, files = _verdict(content, file, max_body_bytes)
+        answer, files = _verdict(content, file, max_body_bytes, with_blocks=with_blocks)
         _send(source, answer, files)
         for made in files:
             os.close(made)
 
 
-def _verdict(content: Content, file: int, max_body_bytes: int) -> tuple[object, list[int]]:
+def _verdict(content: Content, file: int, max_body_bytes: int, *, with_blocks: bool) -> tuple[object, list[int]]:
     try:
-        reading = content.read(_mapped(file), max_body_bytes)
+        reading = content.read(_mapped(file), max_body_bytes, with_blocks=with_blocks)
         if reading.plain is None:
             return reading, []
         plain = os.memfd_create("plain")
@@ -245,4 +245,4 @@ def _verdict(content: Content, file: int, max_body_bytes: int) -> tuple[object, 
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), with_blocks=sys.argv[3] == "1")

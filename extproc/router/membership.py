@@ -23,6 +23,7 @@ from ..core.load import Engine, Loads
 from ..core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable
 from ..core.placement import Pool, Snapshot
 from ..core.popularity import Popularity
+from ..core.prefix import Prefixes
 from ..core.standing import MISSED, Observed, Stager, Standing
 from ..metrics import RouterMetrics
 from .models import Models
@@ -60,6 +61,7 @@ class Membership:
         probe: Probe,
         moves: Moves,
         popularity: Popularity,
+        prefixes: Prefixes,
         *,
         clients: dict[str, StagerClient],
         connect: Callable[[str], StagerClient],
@@ -69,6 +71,7 @@ class Membership:
     ) -> None:
         self.snapshot = Snapshot(tuple(pools))
         self.loads = {pool.name: Loads(endpoint.address for endpoint in pool.table.endpoints) for pool in pools}
+        self.prefixes = prefixes
         self._residency = residency
         self._models = models
         self._metrics = metrics
@@ -150,6 +153,7 @@ class Membership:
 
     def engine_is_new(self, endpoint: Endpoint) -> None:
         """Its engine knows nothing when it comes back: it is given what it will own before it is sent anything, if others can serve meanwhile."""
+        self.prefixes.forget(endpoint)
         self.observe(endpoint, is_prepared=False)
 
     def observe(self, endpoint: Endpoint, **seen: object) -> None:
@@ -298,6 +302,7 @@ class Membership:
         came = [endpoint for address, endpoint in new.items() if old.get(address) != endpoint]
         for endpoint in left:
             self._moves.stay(endpoint)
+            self.prefixes.forget(endpoint)
             self._gone.pop(endpoint.address, None)
             self._observed.pop(endpoint.address, None)
             self._since.pop(endpoint.address, None)

@@ -9,12 +9,12 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..core import cors
-from ..core.choice import least_of
 from ..core.decision import Decision, Facts, Forward, ListModels, NobodyReady, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
 from ..core.events import Action, BodyReply, Decide, ImmediateReply, Judge, Mutation, OwnReply, Reply, RequestHeaders, ResponseHeaders
 from ..core.exchange import Exchange, State
 from ..core.paths import Paths
+from ..core.placement import Pool
 from ..core.steering import Steering
 from ..errors import LoraExtprocError, NoEndpoint, StageDeadline
 from ..metrics import RouterMetrics
@@ -57,6 +57,7 @@ class Services:
     metrics: RouterMetrics
     max_body_bytes: int
     no_endpoint_wait_s: float
+    with_blocks: bool = False  # whether the verdict hashes a prompt's blocks
     cors_allow_origins: Sequence[str] = ()
     tracing: Tracing | None = None
     clock: Callable[[], float] = time.perf_counter  # seconds; what waits and spans are measured by
@@ -74,7 +75,12 @@ class Processor:
         self._s = services
         self._sender = sender
         self._account = Account(services.admission, services.metrics, services.tracing, self._refuse)
-        self._exchange = Exchange(max_body_bytes=services.max_body_bytes, model_header=services.policy.model_header, allowed=services.paths)
+        self._exchange = Exchange(
+            max_body_bytes=services.max_body_bytes,
+            model_header=services.policy.model_header,
+            allowed=services.paths,
+            with_blocks=services.with_blocks,
+        )
         self._tasks: list[asyncio.Task[Any]] = []  # what the request waits for: a verdict, an endpoint, a stager, the list of models
         self._placed: Placed | None = None  # what an earlier wait gave, which may have been over before the body was
         self._first: Endpoint | None = None  # that was told
@@ -194,13 +200,19 @@ class Processor:
                 listing = self._s.models.card(model) if model else self._s.models.list()
                 self._wait(listing, "models", lambda task, _: self._exchange.answered(task.result()))
                 return []
-            case PassThrough(pool, key, candidates):
-                membership = self._s.membership
-                order = candidates if key else least_of(candidates, membership.loads[pool.name], membership.turn())
+            case PassThrough(pool, key) as through:
+                order = self._order(through)
+                prefiller = None if through.prefill is None else self._order(through.prefill)[0]
                 self._told(order[0], "pass")
                 told = tuple(order[: self._s.steering.max_endpoints])
-                mutation = _base_mutation(self._s.steering, pool.name, told, facts.model or "", (key or "")[:MAX_NOTED_KEY_CHARS])
-                return self._answer(pool.name, mutation)
+                to_tell = _told_prefiller(pool, prefiller)
+                mutation = _base_mutation(self._s.steering, pool.name, told, to_tell, facts.model or "", (key or "")[:MAX_NOTED_KEY_CHARS])
+                actions = self._answer(pool.name, mutation)
+                if actions:
+                    self._s.staging.sent(through.blocks, order[0], prefiller)
+                    if prefiller is not None:
+                        self._s.membership.send(pool.prefill, prefiller)
+                return actions
             case Forward() as forward:
                 self._account.adapter = forward.adapter
                 placed = self._placed and self._s.staging.again(forward, self._placed)
@@ -213,6 +225,9 @@ class Processor:
                 self._waits()
                 self._wait(self._s.staging.wait(forward), f"wait {forward.adapter}", lambda task, took_s: self._staged(facts, forward, task, took_s))
                 return []
+
+    def _order(self, through: PassThrough) -> Sequence[Endpoint]:
+        return through.candidates if through.key else self._s.staging.spread(through, self._s.membership.turn())
 
     def _staged(self, facts: Facts, forward: Forward, wait: "asyncio.Task[Placed]", took_s: float) -> Sequence[Action]:
         error = wait.exception()
@@ -285,7 +300,9 @@ class Processor:
     def _answer_placed(self, forward: Forward, placed: Placed) -> Sequence[Action]:
         actions = self._answer(forward.pool.name, self._place(forward, placed))
         if actions:
-            self._s.staging.count(forward)
+            self._s.staging.count(forward, placed)
+            if placed.prefiller is not None:
+                self._s.membership.send(forward.pool.prefill, placed.prefiller)
         return actions
 
     def _answer(self, pool: str, mutation: Mutation) -> Sequence[Action]:
@@ -301,8 +318,8 @@ class Processor:
         if lease is None:
             return self._mutation(forward, placed)
         reply = lease.reply
-        if reply is None or reply.key != forward.key or reply.endpoints != placed.endpoints:
-            reply = lease.reply = WarmReply(placed.endpoints, forward.key, self._mutation(forward, placed))
+        if reply is None or reply.key != forward.key or reply.endpoints != placed.endpoints or reply.prefiller is not placed.prefiller:
+            reply = lease.reply = WarmReply(placed.endpoints, placed.prefiller, forward.key, self._mutation(forward, placed))
         return reply.mutation
 
     def _mutation(self, forward: Forward, placed: Placed) -> Mutation:
@@ -315,7 +332,10 @@ class Processor:
         notes |= {"origin": placed.origin, "waited_ms": round(placed.waited_s * 1000, 1)}
         if placed.model:
             notes["engine_model"] = placed.model
-        return self._s.steering.mutation(forward.pool.name, placed.endpoints, notes, placed.model)
+        prefiller = _told_prefiller(forward.pool, placed.prefiller)
+        if prefiller:
+            notes["prefiller"] = prefiller
+        return self._s.steering.mutation(forward.pool.name, placed.endpoints, notes, placed.model, prefiller=prefiller)
 
     def _told(self, first: Endpoint, outcome: str) -> None:
         self._first = first
@@ -363,7 +383,15 @@ class Processor:
         self._account.close(has_begun=self._exchange.state is not State.START)
 
 
+def _told_prefiller(pool: Pool, prefiller: Endpoint | None) -> str | None:
+    """What a decoding pool's sidecar is told; None for a pool that has none."""
+    if not pool.prefill:
+        return None
+    return "" if prefiller is None else prefiller.address
+
+
 @lru_cache(maxsize=BASE_MUTATIONS)
-def _base_mutation(steering: Steering, pool: str, endpoints: tuple[Endpoint, ...], model: str, key: str) -> Mutation:
+def _base_mutation(steering: Steering, pool: str, endpoints: tuple[Endpoint, ...], prefiller: str | None, model: str, key: str) -> Mutation:
     """What sends a base model's request to `endpoints`: the same for all of them, so it is encoded once."""
-    return steering.mutation(pool, endpoints, {"owner": endpoints[0].node, "outcome": "pass", "model": model, "key": key})
+    notes: dict[str, str | float] = {"owner": endpoints[0].node, "outcome": "pass", "model": model, "key": key}
+    return steering.mutation(pool, endpoints, notes, prefiller=prefiller)

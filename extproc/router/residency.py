@@ -46,6 +46,7 @@ class Reply:
     """The mutation for a warm request, and what it was made of: as long as that is the same, so is the mutation, which keeps its encoded form."""
 
     endpoints: tuple[Endpoint, ...]
+    prefiller: Endpoint | None
     key: str
     mutation: Mutation
 

@@ -9,6 +9,7 @@ from ..client import StagerClient
 from ..config import Settings, build_pools
 from ..core.paths import Paths
 from ..core.popularity import Popularity
+from ..core.prefix import Prefixes
 from ..core.steering import Steering
 from ..metrics import RouterMetrics
 from ..process.http import HttpServer
@@ -50,6 +51,7 @@ class Server:
         servable = Servable(pools, self._clients) if router.lists_models and router.models == "servable" else None
         self._models = Models(pools, self._clients, servable, shows_paths=router.shows_paths)
         popularity = Popularity()
+        prefixes = Prefixes(router.prefix_blocks)
         self.membership = Membership(
             pools,
             self._residency,
@@ -58,6 +60,7 @@ class Server:
             Probe(),
             Moves(self._residency, popularity, join_s=router.join_s, leave_s=router.leave_s),
             popularity,
+            prefixes,
             clients=self._clients,
             connect=lambda address: StagerClient(address, settings.rpc, holder),
             heartbeat_s=router.heartbeat_s,
@@ -70,7 +73,7 @@ class Server:
             max_bytes=router.max_held_bytes,
             body_deadline_s=router.body_deadline_s,
         )
-        self._judges = Judges(router.judges, router.max_body_bytes)
+        self._judges = Judges(router.judges, router.max_body_bytes, with_blocks=router.prefix_blocks > 0)
         self._watchdog = Watchdog(self.metrics)
         self.services = Services(
             membership=self.membership,
@@ -81,6 +84,7 @@ class Server:
                 self.metrics,
                 loads=self.membership.loads,
                 popularity=popularity,
+                prefixes=prefixes,
                 rules=router.rules(random.randrange),
                 no_space_wait_s=router.no_space_wait_s,
                 hedge_s=router.hedge_s,
@@ -95,6 +99,7 @@ class Server:
             metrics=self.metrics,
             max_body_bytes=router.max_body_bytes,
             no_endpoint_wait_s=router.no_endpoint_wait_s,
+            with_blocks=router.prefix_blocks > 0,
             cors_allow_origins=router.cors_allow_origins,
             tracing=Tracing() if router.tracing else None,
         )

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..client import Staged
-from ..core.choice import At, Choice, Copy, Rule, Rules, choose
-from ..core.decision import Forward
+from ..core.choice import At, Choice, Copy, Rule, Rules, choose, least_of
+from ..core.decision import Forward, PassThrough
 from ..core.endpoint import Endpoint
 from ..core.load import Loads
 from ..core.maglev import FIRST
 from ..core.popularity import Popularity
+from ..core.prefix import Prefixes
 from ..core.standing import Standing
 from ..errors import LoraExtprocError, NoEndpoint, NoSpace, StageDeadline
 from ..metrics import RouterMetrics
@@ -38,6 +39,7 @@ class Placed:
     waited_s: float
     model: str = ""  # what the request's `model` must be there; "": as it is
     lease: Lease | None = None  # of the chosen one, for a request that did not wait
+    prefiller: Endpoint | None = None  # that computes the prompt, and knows the adapter by the same name; None: the chosen one does
 
 
 class Staging:
@@ -51,6 +53,7 @@ class Staging:
         *,
         loads: Mapping[str, Loads],
         popularity: Popularity,
+        prefixes: Prefixes,
         rules: Rules,
         no_space_wait_s: float,
         hedge_s: float,
@@ -60,6 +63,8 @@ class Staging:
         self._residency = residency
         self._loads = loads
         self._hot = popularity
+        self._prefixes = prefixes
+        self._known_blocks, self._new_blocks = (metrics.prompt_blocks.labels(seen) for seen in ("known", "new"))
         self._rules = rules
         self._max_others = max_endpoints - 1
         self._no_space_wait_s = no_space_wait_s
@@ -69,7 +74,14 @@ class Staging:
         self._clock = clock
 
     def now(self, forward: Forward) -> Placed | None:
-        """The answer, if no wait is needed. What is to be prepared in the background is."""
+        """The answer, if no wait is needed on either side. What is to be prepared in the background is."""
+        placed = self._now(forward)
+        if placed is None or forward.prefill is None:
+            return placed
+        prefiller = self._now(forward.prefill)
+        return None if prefiller is None and self.can_stage(forward.prefill) else _with_prefiller(placed, prefiller)
+
+    def _now(self, forward: Forward) -> Placed | None:
         choice = self._choose(forward)
         chosen = choice.serve
         if chosen is None and choice.wait_for and self._lease(forward, choice.wait_for[0]) is not None:
@@ -85,15 +97,42 @@ class Staging:
         """Whether some endpoint may be given the adapter now."""
         return bool(self._order(forward, self._rules.of(forward.adapter), 0))
 
-    def count(self, forward: Forward) -> None:
+    def count(self, forward: Forward, placed: Placed) -> None:
         """The request has gone where it was sent."""
         self._hot.count(forward.adapter, forward.key)
+        self.sent(forward.blocks, placed.endpoints[0], placed.prefiller)
+
+    def sent(self, blocks: Sequence[int], endpoint: Endpoint, prefiller: Endpoint | None) -> None:
+        """Remember who was sent this prompt. It is counted where it is computed."""
+        if not blocks:
+            return
+        known = self._prefixes.record(endpoint, blocks)
+        if prefiller is not None:
+            known = self._prefixes.record(prefiller, blocks)
+        self._known_blocks.inc(known)
+        self._new_blocks.inc(len(blocks) - known)
+
+    def spread(self, through: PassThrough, turn: int) -> Sequence[Endpoint]:
+        """Where a base model's request goes that has no key, best first: every endpoint has the model, so it is chosen among as among copies."""
+        loads = self._loads[through.pool.name]
+        least = least_of(through.candidates, loads, turn)
+        preferred = self._preferred(through.places, through, loads, self._rules.common)
+        return least if preferred is None else [preferred, *(endpoint for endpoint in least if endpoint != preferred)]
+
+    def _preferred(self, endpoints: Sequence[Endpoint], request: Forward | PassThrough, loads: Loads, rule: Rule) -> Endpoint | None:
+        """The one of these below the bound that holds most of the prompt, or that the session belongs to."""
+        if len(endpoints) < 2 or rule.balance != "bounded" or not (request.blocks or request.session):
+            return None
+        bound = loads.bound(rule.factor)
+        below = [endpoint for endpoint in endpoints if loads[endpoint.address].in_flight < bound]
+        return self._prefixes.preferred(below, request.blocks, request.session) if below else None
 
     def _choose(self, forward: Forward) -> Choice:
         copies = self._copies(forward)
         rule = self._rules.of(forward.adapter)
         loads = self._loads[forward.pool.name]
-        return choose(copies, self._order(forward, rule, len(copies)), loads, rule, is_hot=forward.adapter in self._hot.hottest)
+        preferred = self._preferred([copy.endpoint for copy in copies if copy.at is At.LEASED], forward, loads, rule) if len(copies) > 1 else None
+        return choose(copies, self._order(forward, rule, len(copies)), loads, rule, preferred, is_hot=forward.adapter in self._hot.hottest)
 
     def _copies(self, forward: Forward) -> list[Copy]:
         """Where the adapter is, of the endpoints that may be sent this request."""
@@ -129,12 +168,14 @@ class Staging:
         lease = self._lease(forward, endpoint) if is_usable else None
         if lease is None:
             return None
-        return Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model)
+        placed = Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model)
+        return placed if forward.prefill is None else _with_prefiller(placed, self._now(forward.prefill))
 
     async def wait(self, forward: Forward) -> Placed:
         """Walk the candidates. A failure that another node would share ends the walk; one that it may not share goes on to the next.
 
-        Where all are full, the walk is repeated for `no_space_wait_s`: leases end, engines finish.
+        Where all are full, the walk is repeated for `no_space_wait_s`: leases end, engines finish. Both sides of a decoding pool are waited for; where the
+        one that computes prompts fails, the other does without.
 
         Raises the first kind at once, the last of the second kind, StageDeadline, or Overloaded if too many wait already.
         """
@@ -142,15 +183,31 @@ class Staging:
         with self._admission.waiting(forward.adapter):
             try:
                 async with asyncio.timeout(forward.wait_s):
-                    try:
-                        return await self._walk(forward, began)
-                    except NoSpace as error:
-                        return await self._walk_again(forward, began, error.bare())
+                    return await (self._one_side(forward, began) if forward.prefill is None else self._both_sides(forward, forward.prefill, began))
             except TimeoutError:
                 failure = StageDeadline(f"{forward.adapter} is still being fetched after {forward.wait_s:g} s")
             finally:
                 self._metrics.wait.observe(self._clock() - began)
         raise failure
+
+    async def _both_sides(self, forward: Forward, prefill: Forward, began: float) -> Placed:
+        prefilling = asyncio.create_task(self._one_side(prefill, began), name=f"prefill {forward.adapter}")
+        try:
+            placed = self._now(forward) or await self._one_side(forward, began)
+            try:
+                return _with_prefiller(placed, await prefilling)
+            except LoraExtprocError as error:
+                log.warning("%s: no engine of pool %s can compute its prompts: %s", forward.adapter, prefill.pool.name, error.message)
+                return placed
+        finally:
+            prefilling.cancel()
+            await asyncio.gather(prefilling, return_exceptions=True)
+
+    async def _one_side(self, forward: Forward, began: float) -> Placed:
+        try:
+            return await self._walk(forward, began)
+        except NoSpace as error:
+            return await self._walk_again(forward, began, error.bare())
 
     async def _walk_again(self, forward: Forward, began: float, failure: NoSpace) -> Placed:
         """Nobody had room: try until `no_space_wait_s` have passed since the wait began, then raise what was said last."""
@@ -237,3 +294,10 @@ class Staging:
 
     def _lease(self, forward: Forward, endpoint: Endpoint) -> Lease | None:
         return self._residency.lease(endpoint, forward.adapter, plain=forward.plain)
+
+
+def _with_prefiller(placed: Placed, prefiller: Placed | None) -> Placed:
+    """The sidecar sends both engines the same body, so a prefiller that knows another version of the adapter is none."""
+    if prefiller is not None and prefiller.model == placed.model:
+        placed.prefiller = prefiller.endpoints[0]
+    return placed

@@ -158,6 +158,21 @@ def test_the_question_carries_the_facts() -> None:
     assert exchange.receive(RequestBody(BODY, True)) == [Decide(Facts("POST", path, JSON, "demo/sql", ("10.0.0.1",), True))]
 
 
+def test_the_question_at_the_end_of_a_body_carries_the_blocks_of_its_prompt() -> None:
+    """The one that is asked while the body arrives cannot; where nobody wants them they are not made."""
+    body = json.dumps({"model": "demo/sql", "prompt": "lorem ipsum " * 200}).encode()
+    for with_blocks, count in ((True, 4), (False, 0)):
+        exchange = Exchange(max_body_bytes=10**6, model_header="x-model", allowed=PATHS, early_scan_bytes=0, with_blocks=with_blocks)
+        exchange.receive(RequestHeaders(JSON, False))
+        [early] = exchange.receive(RequestBody(body[:100], False))
+        assert isinstance(early, Decide)
+        assert early.facts.blocks == ()
+        exchange.decided(TO)
+        [last] = exchange.receive(RequestBody(body[100:], True))
+        assert isinstance(last, Decide)
+        assert len(last.facts.blocks) == count
+
+
 def test_a_gateway_that_sends_no_path_is_told_so() -> None:
     """It may be configured to forward only some headers; without this one administration could not be told from inference."""
     [action] = fresh().receive(RequestHeaders({":method": "POST"}, True))

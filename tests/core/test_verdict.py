@@ -286,3 +286,60 @@ def test_two_threads_judge_at_once(documents: list[dict[str, Any]]) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ---- the prompt
+
+LONG = "lorem ipsum dolor sit amet " * 60  # 1,620 bytes: three blocks
+
+
+def blocks(document: dict[str, Any] | bytes) -> tuple[int, ...]:
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return judge(body, with_blocks=True).blocks
+
+
+def chat(*contents: str, **rest: Any) -> dict[str, Any]:
+    return {"model": "demo/sql", "messages": [{"role": "user", "content": content} for content in contents], **rest}
+
+
+def test_the_next_turn_of_a_chat_begins_with_the_blocks_of_the_one_before() -> None:
+    """Whatever stands beside the messages in the body, and wherever the messages stand in it."""
+    first, second = chat(LONG, temperature=0.1), {"stream": True, **chat(LONG, LONG), "temperature": 0.2}
+    assert blocks(second)[:3] == blocks(first)
+    assert len(blocks(second)) == 6
+
+
+@pytest.mark.parametrize("key", ["messages", "prompt", "input", "text"])
+def test_the_prompt_is_hashed_by_whatever_name_it_has(key: str) -> None:
+    """Of chats, completions, responses, and SGLang's own."""
+    assert len(blocks({"model": "demo/sql", key: LONG})) == 3
+    assert len(blocks({key: LONG})) == 3
+
+
+@pytest.mark.parametrize("key", ["tools", "documents", "system", "instructions"])
+def test_what_templates_put_before_the_messages_comes_first(key: str) -> None:
+    """A chat with the same tools and another question shares their blocks, wherever they stand in the body; one with other tools shares none."""
+    this, that = {key: [LONG]}, {key: ["other" + LONG]}
+    assert blocks({**this, **chat("a" + LONG)})[:4] == blocks({**chat("b" + LONG), **this})[:4]
+    assert blocks({**this, **chat(LONG)})[4:] != blocks({**this, **chat("b" + LONG)})[4:]
+    assert set(blocks({**this, **chat(LONG)})).isdisjoint(blocks({**that, **chat(LONG)}))
+
+
+def test_models_and_tenants_share_no_blocks() -> None:
+    """Nor does the engine let them."""
+    seen = [blocks({**chat(LONG), **rest}) for rest in ({}, {"model": "demo/haiku"}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"model": 'demo/sql "a"'})]
+    assert len(set().union(*seen)) == 3 * len(seen)
+
+
+def test_a_prompt_is_hashed_only_where_that_is_asked_for_and_where_it_is_long_enough() -> None:
+    """Two blocks are the least that anybody is preferred for."""
+    assert judge(json.dumps(chat(LONG)).encode()).blocks == ()
+    assert blocks(chat("short")) == ()
+    assert blocks({"model": "demo/sql", "metadata": LONG}) == ()
+
+
+def test_a_prompt_is_hashed_alike_from_any_buffer_and_behind_a_byte_order_mark() -> None:
+    """As the model is found."""
+    body = json.dumps(chat(LONG, "日本語")).encode()
+    assert blocks(body) == judge(memoryview(body), with_blocks=True).blocks == blocks(b"\xef\xbb\xbf" + body)
+    assert blocks(body)

@@ -17,6 +17,7 @@ from extproc.core.paths import Paths
 from extproc.core.pieces import Buffer
 from extproc.core.placement import Pool
 from extproc.core.popularity import Popularity
+from extproc.core.prefix import Prefixes
 from extproc.core.reading import Reading
 from extproc.core.steering import Steering
 from extproc.errors import LoraExtprocError, ModelNotFound
@@ -235,6 +236,7 @@ class Router:
         servable = Servable(self.pools, self.stagers, clock) if self.settings.models == "servable" else None
         self.models = FleetModels(self.pools, self.stagers, servable, shows_paths=self.settings.shows_paths)
         self.popularity = Popularity()
+        self.prefixes = Prefixes(self.settings.prefix_blocks)
         self.moves = Moves(self.residency, self.popularity, join_s=self.settings.join_s, leave_s=self.settings.leave_s)
         self.membership = Membership(
             self.pools,
@@ -244,6 +246,7 @@ class Router:
             self.probe,
             self.moves,
             self.popularity,
+            self.prefixes,
             clients=cast("dict[str, StagerClient]", self.stagers),
             connect=ScriptedStager,
             heartbeat_s=self.settings.heartbeat_s,
@@ -264,6 +267,7 @@ class Router:
             self.metrics,
             loads=self.membership.loads,
             popularity=self.popularity,
+            prefixes=self.prefixes,
             rules=self.settings.rules(lambda _: 0),
             no_space_wait_s=no_space_wait_s,
             hedge_s=self.settings.hedge_s,
@@ -283,6 +287,7 @@ class Router:
             metrics=self.metrics,
             max_body_bytes=max_body_bytes,
             no_endpoint_wait_s=no_endpoint_wait_s,
+            with_blocks=self.settings.prefix_blocks > 0,
             cors_allow_origins=self.settings.cors_allow_origins,
             tracing=tracing,
             clock=waits_by,

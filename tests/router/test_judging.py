@@ -14,8 +14,10 @@ import brotli
 import pytest
 import pytest_asyncio
 
+from extproc.core import verdict
 from extproc.core.content import Content, Kind, of_headers
 from extproc.core.pieces import Buffer
+from extproc.core.prefix import MAX_BLOCKS
 from extproc.errors import BodyTooLarge, InvalidRequest, LoraExtprocError, Overloaded
 from extproc.router import judging
 from extproc.router.judging import Judges
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")  # a judge takes a second 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def judges() -> AsyncIterator[Judges]:
-    judges = Judges(1, MAX_BODY_BYTES)
+    judges = Judges(1, MAX_BODY_BYTES, with_blocks=True)
     judges.start()
     yield judges
     await judges.stop()
@@ -76,6 +78,15 @@ async def test_a_large_json_body_is_judged_from_its_pieces(judges: Judges) -> No
     """Of the verdict only numbers come back."""
     reading = await judges.judge(JSON, in_pieces(LARGE))
     assert (reading.model, LARGE[reading.begin : reading.end], reading.plain) == ("demo/sql", b'"demo/sql"', None)
+
+
+@pytest.mark.parametrize("headers", [{"content-type": "application/json"}, GZIP])
+async def test_the_prompt_of_a_large_body_is_hashed_by_its_judge(judges: Judges, headers: Mapping[str, str]) -> None:
+    """As one that is judged by the router itself."""
+    body = gzip_of(LARGE) if "content-encoding" in headers else LARGE
+    reading = await judges.judge(of(headers), in_pieces(body))
+    assert reading.blocks == verdict.judge(LARGE, with_blocks=True).blocks
+    assert len(reading.blocks) == MAX_BLOCKS
 
 
 async def test_a_form_is_judged(judges: Judges) -> None:

@@ -21,6 +21,7 @@ from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
 from extproc.core.popularity import Popularity
+from extproc.core.prefix import Prefixes
 from extproc.errors import (
     StagerUnavailable,
 )
@@ -215,7 +216,7 @@ class Router:
         models = Models(pools, clients, shows_paths=False)
         moves = Moves(residency, popularity, join_s=60, leave_s=60)
         probe = ScriptedProbe()  # its engine lives
-        membership = Membership(pools, residency, models, metrics, probe, moves, popularity, clients=clients, connect=_never, heartbeat_s=0.5)
+        membership = Membership(pools, residency, models, metrics, probe, moves, popularity, Prefixes(0), clients=clients, connect=_never, heartbeat_s=0.5)
         membership.start()
         return cls(residency, membership, endpoint, client)
 
