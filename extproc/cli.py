@@ -21,7 +21,7 @@ from .config import OriginSettings, RpcSettings, Settings, build_pools, load, se
 from .errors import ConfigError, LoraExtprocError, StartError
 
 if TYPE_CHECKING:
-    from .client import StagerClient
+    from .client import Drained, StagerClient
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +32,7 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file (YAML). Without it: defaults.")]
 RequiredConfigFile = Annotated[Path, typer.Option("--config", help="Settings file (YAML).")]
+NodeName = Annotated[str, typer.Argument(metavar="NODE", help="The node's name or its endpoint's address in the settings' pools, or its stager's host:port.")]
 StagerAddress = Annotated[str, typer.Option("--stager", help="The stager's gRPC address, host:port.", envvar="LORA_EXTPROC_STAGER")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RpcConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file whose `rpc` holds the credentials.", envvar="LORA_EXTPROC_CONFIG")]
@@ -145,6 +146,7 @@ def sim(
     max_loras: Annotated[int, typer.Option(min=1, help="Adapters that run at once.")] = 4,
     max_cpu_loras: Annotated[int, typer.Option(min=1, help="Adapters kept in memory.")] = 16,
     max_lora_rank: Annotated[int, typer.Option(min=1, help="Higher ranks are refused.")] = 512,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once; others wait.")] = 256,
     mixed_moe_format: Annotated[bool, typer.Option("--enable-mixed-moe-lora-format", help="Takes experts in one tensor, where the load call says so.")] = False,
     token_ms: Annotated[float, typer.Option(min=0, help="Time per token.")] = 0.0,
     dev_mode: Annotated[bool, typer.Option("--dev-mode", help="As a vLLM with VLLM_SERVER_DEV_MODE=1.")] = False,
@@ -156,7 +158,7 @@ def sim(
     from .sim.app import SimEngine, serve
 
     set_up_logging("info")
-    limits = {"max_loras": max_loras, "max_cpu_loras": max_cpu_loras, "max_lora_rank": max_lora_rank}
+    limits = {"max_loras": max_loras, "max_cpu_loras": max_cpu_loras, "max_lora_rank": max_lora_rank, "max_num_seqs": max_num_seqs}
     adapters = Adapters(base_model=base_model, root=root, cache_dir=directory, mixed_moe_format=mixed_moe_format, **limits)
     run(lambda stop: serve(SimEngine(adapters, token_s=token_ms / 1000, dev_mode=dev_mode), listen, stop))
 
@@ -328,6 +330,54 @@ def verify(
             raise typer.Exit(1)
 
     _ask(stager, config, ask)
+
+
+@app.command()
+def drain(
+    node: NodeName,
+    why: Annotated[str, typer.Option(help="Why, for logs and for who asks.")] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the node is empty, and show how far it is.")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait at most; then the exit code is 1 and the node is still drained.")] = 300.0,
+    config: RpcConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a node take nothing new, so that it can be stopped when nobody needs it any longer. Survives a restart of its stager."""
+    from .emptying import drain as drain_client
+
+    def say(state: "Drained") -> None:
+        left = f"leased adapters: {state.leased}, requests in its engine: {state.requests:g}"
+        _say(as_json, f"{node}: {'empty' if state.empty else f'drained; {left}'}", node=node, **dataclasses.asdict(state))
+
+    async def ask(client: "StagerClient") -> None:
+        if why_not := await drain_client(client, why, say, timeout if wait else None):
+            typer.echo(f"lora-extproc: {node}: {why_not}", err=True)
+            raise typer.Exit(1)
+
+    for address in _stagers_of(node, config):
+        _ask(address, config, ask)
+
+
+@app.command()
+def undrain(node: NodeName, config: RpcConfigFile = None, as_json: AsJson = False) -> None:
+    """Have a node take what comes again."""
+
+    async def ask(client: "StagerClient") -> None:
+        state = await client.undrain()
+        text = f"{node}: still drained, since its stager is stopping" if state.draining else f"{node}: no longer drained"
+        _say(as_json, text, node=node, **dataclasses.asdict(state))
+
+    for address in _stagers_of(node, config):
+        _ask(address, config, ask)
+
+
+def _stagers_of(node: str, config: Path | None) -> list[str]:
+    """The stager of a node that the settings name, or that address. Raises ConfigError."""
+    endpoints = [endpoint for pool in _settings(config).pools for endpoint in pool.endpoints]
+    if found := sorted({e.stager for e in endpoints if e.stager and node in (e.node, e.address, e.stager)}):
+        return found
+    if ":" not in node:
+        raise ConfigError(f"{node}: no node of the settings' pools is called so (--config), and it is no host:port of a stager")
+    return [node]
 
 
 def _say(as_json: bool, text: str, **fields: object) -> None:

@@ -419,6 +419,7 @@ class StagerClient:
         request = pb.WatchRequest()
         request.CopyFrom(asked)
         request.instance, request.after = self._position
+        instance = request.instance
         beat = Heartbeat(asked.heartbeat_seconds)  # until its first word, which any stager says at once
         messages = self._stream_on(line, "Watch", request, pb.WatchEvent.FromString)
         async with contextlib.aclosing(messages), contextlib.aclosing(Listener(lambda: anext(messages, None), beat).listen()) as heard:
@@ -429,9 +430,10 @@ class StagerClient:
                 event = _event(message)
                 if isinstance(event, NodeState):
                     beat.every_s = event.heartbeat_s if asked.heartbeat_seconds else 0.0
-                    self._position = (event.instance, message.sequence)
+                    instance = event.instance
+                    self._position = (instance, message.sequence) if message.sequence else ("", 0)  # 0: what the node has follows, and its end has one
                 elif message.sequence:
-                    self._position = (self._position[0], message.sequence)
+                    self._position = (instance, message.sequence)
                 yield event
 
     async def __aenter__(self) -> Self:

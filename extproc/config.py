@@ -418,6 +418,9 @@ class StagerSettings(Group):
     """How long a router may rely on an answer without asking again. Within it the adapter is not evicted."""
     claim_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
     """After its start nothing that was on disk before is removed or unloaded for so long: routers say meanwhile what they rely on. 0: not at all."""
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    """After SIGTERM, how long the node is drained before the stager stops: it ends sooner once nobody leases anything and the engine works on nothing, or is
+    gone. Below Kubernetes' default grace of 30 s. 0: it stops at once, for a stager that is replaced while its engine goes on: what is leased stays."""
     negative_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """How long \"no origin has it\", \"its origin forbids it\" and \"it is no valid adapter\" are answered without asking an origin again. 0: not at all."""
     refusal_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3600.0

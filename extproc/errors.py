@@ -23,6 +23,7 @@
     │   ├── NoSpace                  503 no_space             retryable
     │   └── DiskFailed               503 no_space             retryable
     ├── NoEndpoint                   503 no_endpoint          retryable
+    │   ├── NodeDraining             503 no_endpoint          retryable   it takes nothing new; another node may
     │   └── StagerUnavailable        503 no_endpoint          retryable
     │       └── CredentialsRefused   503 no_endpoint          retryable   it does not know our token, or not yet
     ├── GatewayProtocolError         500 protocol             the gateway sent what ext_proc does not allow, or a mode we do not speak
@@ -219,6 +220,12 @@ class NoEndpoint(LoraExtprocError):
     status, reason, retryable, retry_after_s = 503, "no_endpoint", True, 2
 
 
+class NodeDraining(NoEndpoint):
+    """The node is being emptied, and would have to take the adapter anew."""
+
+    shared = False
+
+
 class StagerUnavailable(NoEndpoint):
     """The node's stager does not answer."""
 
@@ -239,6 +246,7 @@ class EngineUnreachable(LoraExtprocError):
     """The engine did not answer, or not as a vLLM does. Nothing may be concluded, so nothing may be deleted, and another node is asked."""
 
     status, reason, retryable, retry_after_s, shared = 503, "engine", True, 5, False
+    is_gone = False  # nobody listens at its address: the process has ended, and its requests with it, or has not begun
 
 
 class AdapterInUse(LoraExtprocError):

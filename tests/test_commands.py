@@ -393,6 +393,49 @@ def test_verify_names_each_and_fails_for_the_damaged(stager: Running) -> None:
     }
 
 
+# -- drain
+
+NODE_STATE = {"draining", "empty", "leased", "requests"}
+
+
+def test_drain_waits_until_the_node_is_empty(stager: Running) -> None:
+    """It says how far it is, and what it takes no more; undrained, it takes it again. In words and as JSON."""
+    stager.add("drain/it")
+    done = stager.cli("drain", stager.address, "--why", "its disk is replaced", "--wait")
+    assert (done.code, done.err) == (0, "")
+    first, *_, last = done.out.splitlines()
+    assert first == f"{stager.address}: drained; leased adapters: 0, requests in its engine: 0"
+    assert last == f"{stager.address}: empty"
+    refused = stager.cli("stage", "drain/it")
+    assert refused.err == "lora-extproc: no_endpoint: drain/it: this node drains, and takes no adapter that it does not serve already\n"
+    again = stager.cli("drain", stager.address, "--wait", "--json").json
+    assert (set(again), again["empty"]) == (NODE_STATE | {"node"}, True)
+    assert stager.cli("undrain", stager.address, "--json").json["draining"] is False
+    assert stager.cli("undrain", stager.address).out == f"{stager.address}: no longer drained\n"
+    assert stager.cli("stage", "drain/it").code == 0
+
+
+def test_drain_gives_up_waiting_and_the_node_is_drained_all_the_same(stager: Running) -> None:
+    """Code 1. It cannot be empty sooner than what was sent under a lease has arrived."""
+    done = stager.cli("drain", stager.address, "--wait", "--timeout", "0.01")
+    assert done.code == 1
+    assert done.err == f"lora-extproc: {stager.address}: not empty after 0.01 s; it is still drained\n"
+    assert stager.cli("drain", stager.address, "--json").json["draining"]
+    stager.cli("undrain", stager.address)
+
+
+def test_drain_takes_a_node_s_name_from_the_settings(stager: Running, tmp_path: Path) -> None:
+    """Or its endpoint's address; a name that they do not have is no address either: code 2."""
+    endpoints = [{"address": "10.1.1.1:8000", "node": "node-1", "stager": stager.address}, {"address": "10.1.1.2:8000", "node": "node-2"}]
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({"pools": [{"name": "models", "endpoints": endpoints}]}))
+    for node in ("node-1", "10.1.1.1:8000", stager.address):
+        assert stager.cli("drain", node, "--config", str(tmp_path / "fleet.yaml"), "--json").json["node"] == node
+        assert stager.cli("undrain", node, "--config", str(tmp_path / "fleet.yaml")).out == f"{node}: no longer drained\n"
+    unknown = stager.cli("drain", "node-2", "--config", str(tmp_path / "fleet.yaml"))
+    assert (unknown.code, unknown.out) == (2, "")
+    assert unknown.err == "lora-extproc: node-2: no node of the settings' pools is called so (--config), and it is no host:port of a stager\n"
+
+
 # -- what goes wrong
 
 

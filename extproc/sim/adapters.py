@@ -7,12 +7,15 @@ and if the files are gone then, the engine dies. Everything else a client can se
 import asyncio
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from .base import Base
 from .checkpoint import Abilities, Loaded, LoadError, read_adapter
+from .scheduler import Scheduler
+
+MAX_NUM_SEQS = 256  # vLLM's own default on most GPUs
 
 
 class SimError(Exception):
@@ -31,13 +34,22 @@ class Adapters:
     """What the engine knows by name, what it holds in memory, and what runs."""
 
     def __init__(
-        self, *, base_model: str, root: str, cache_dir: str, max_loras: int, max_cpu_loras: int, max_lora_rank: int, mixed_moe_format: bool = False
+        self,
+        *,
+        base_model: str,
+        root: str,
+        cache_dir: str,
+        max_loras: int,
+        max_cpu_loras: int,
+        max_lora_rank: int,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        mixed_moe_format: bool = False,
     ) -> None:
         self.base_model = base_model  # the served name
         self.root = root  # the --model string; "" takes adapters of any base, which a vLLM does not
         self._base = Base.of(root)
         self.cache_dir = cache_dir
-        self.max_loras = max_loras
+        self.scheduler = Scheduler(max_loras, max_num_seqs)
         self._max_cpu_loras = max(max_cpu_loras, max_loras)
         self._max_lora_rank = max_lora_rank
         self._mixed_moe_format = mixed_moe_format
@@ -45,10 +57,7 @@ class Adapters:
         self._fused: set[str] = set()  # of these names, whose load call said that experts are in one tensor
         self._cache: OrderedDict[str, Loaded] = OrderedDict()  # least recently used first
         self._locks: dict[str, asyncio.Lock] = {}
-        self.running: Counter[str] = Counter()
-        self._slots = asyncio.Condition()
         self.loads = 0
-        self.waiting = 0
 
     async def resolve(self, name: str) -> None:
         """Make `name` known, as the filesystem resolver does. Raises SimError."""
@@ -104,17 +113,10 @@ class Adapters:
         self._fused.discard(name)
 
     @asynccontextmanager
-    async def use(self, name: str) -> AsyncIterator[Loaded]:
-        """Run a request: wait for a slot, read the adapter again if it fell out of memory. Raises EngineDeadError if its files are gone."""
+    async def use(self, name: str, tokens: int = 1) -> AsyncIterator[Loaded]:
+        """Run a request: wait for its turn, read the adapter again if it fell out of memory. Raises EngineDeadError if its files are gone."""
         path = self.registry[name]
-        async with self._slots:
-            self.waiting += 1
-            try:
-                await self._slots.wait_for(lambda: name in self.running or len(self.running) < self.max_loras)
-            finally:
-                self.waiting -= 1
-            self.running[name] += 1
-        try:
+        async with self.scheduler.turn(name, tokens):
             loaded = self._cache.get(name)
             if loaded is None or loaded.path != path:
                 try:
@@ -123,12 +125,6 @@ class Adapters:
                     raise EngineDeadError(str(error)) from error
             self._cache.move_to_end(name)
             yield loaded
-        finally:
-            async with self._slots:
-                self.running[name] -= 1
-                if not self.running[name]:
-                    del self.running[name]
-                self._slots.notify_all()
 
     async def _read(self, name: str, path: str, *, is_3d: bool = False) -> Loaded:
         abilities = Abilities(self._max_lora_rank, self._mixed_moe_format)
@@ -137,7 +133,7 @@ class Adapters:
         self._cache[name] = loaded
         self._cache.move_to_end(name)
         while len(self._cache) > self._max_cpu_loras:
-            victim = next((n for n in self._cache if n not in self.running and n != name), None)
+            victim = next((n for n in self._cache if n not in self.scheduler.running and n != name), None)
             if victim is None:
                 break
             del self._cache[victim]

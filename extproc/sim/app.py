@@ -17,6 +17,8 @@ from .checkpoint import BASE_SHA256
 log = logging.getLogger(__name__)
 
 DEFAULT_TOKENS = 16
+LEAST_TOKENS = 5  # the words that an answer must have to tell its weights
+PROMPT_TOKENS = 1  # of every prompt here
 DEATH_S = 0.05  # a dying vLLM still answers what it has begun with 500, then exits
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -65,6 +67,7 @@ class SimEngine:
                 web.get("/v1/models", self._models),
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
+                web.get("/metrics/", self._some_metrics),
                 web.get("/version", self._version),
                 web.post("/v1/load_lora_adapter", self._load),
                 web.post("/v1/unload_lora_adapter", self._unload),
@@ -102,17 +105,18 @@ class SimEngine:
         usage = Usage.asked_for(body)
         if self.dead:
             raise EngineDeadError("dead already")
+        count = max(int(body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_TOKENS), LEAST_TOKENS)
         if model == self._adapters.base_model:
-            return await self._answer(request, body, model, BASE_SHA256, usage, chat=chat)
+            async with self._adapters.scheduler.turn("", PROMPT_TOKENS + count):
+                return await self._answer(request, body, model, BASE_SHA256, count, usage, chat=chat)
         if model not in self._adapters.registry:
             await self._adapters.resolve(model)
-        async with self._adapters.use(model) as loaded:
-            return await self._answer(request, body, model, loaded.sha256, usage, chat=chat)
+        async with self._adapters.use(model, PROMPT_TOKENS + count) as loaded:
+            return await self._answer(request, body, model, loaded.sha256, count, usage, chat=chat)
 
-    async def _answer(self, request: web.Request, body: dict[str, Any], model: str, sha256: str, usage: Usage, *, chat: bool) -> web.StreamResponse:
-        count = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_TOKENS
+    async def _answer(self, request: web.Request, body: dict[str, Any], model: str, sha256: str, count: int, usage: Usage, *, chat: bool) -> web.StreamResponse:
         words = [model, "answers", "with", "weights", sha256]
-        tokens = [f"{words[i % len(words)]} " for i in range(max(int(count), len(words)))]
+        tokens = [f"{words[i % len(words)]} " for i in range(count)]
         self.served += 1
         head = {"id": f"sim-{self.served}", "created": int(time.time()), "model": model, "system_fingerprint": sha256}
         if body.get("stream"):
@@ -160,16 +164,28 @@ class SimEngine:
         return web.json_response({"version": "sim"})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        a = self._adapters
-        names = ",".join(a.running).replace("\\", "\\\\").replace('"', '\\"')  # vLLM puts the same names into both labels
-        labels = f'max_lora="{a.max_loras}",running_lora_adapters="{names}",waiting_lora_adapters="{names}"'
-        lines = [
+        """All of them, whatever the query says."""
+        return web.Response(text="".join(f"{line}\n" for line in self._series()))
+
+    async def _some_metrics(self, request: web.Request) -> web.Response:
+        """Those that `name[]` names, as the client library's own server gives them; it lies below the path with a slash at its end."""
+        names = request.query.getall("name[]", [])
+        return web.Response(text="".join(f"{line}\n" for line in self._series() if not names or line.partition("{")[0] in names))
+
+    def _series(self) -> list[str]:
+        base, scheduler = self._adapters.base_model, self._adapters.scheduler
+        names = ",".join(scheduler.adapters).replace("\\", "\\\\").replace('"', '\\"')  # vLLM puts the same names into both labels
+        labels = f'max_lora="{scheduler.max_loras}",running_lora_adapters="{names}",waiting_lora_adapters="{names}"'
+        gauges = {
+            "num_requests_running": scheduler.running.total(),
+            "num_requests_waiting": scheduler.waiting,
+            "kv_cache_usage_perc": scheduler.kv_usage,
+            "request_success_total": self.served,
+        }
+        return [
             f"vllm:lora_requests_info{{{labels}}} {time.time()}",
-            f'vllm:num_requests_running{{model_name="{a.base_model}"}} {float(a.running.total())}',
-            f'vllm:num_requests_waiting{{model_name="{a.base_model}"}} {float(a.waiting)}',
-            f'vllm:request_success_total{{model_name="{a.base_model}"}} {float(self.served)}',
+            *(f'vllm:{name}{{engine="0",model_name="{base}"}} {float(value)}' for name, value in gauges.items()),
         ]
-        return web.Response(text="\n".join(lines) + "\n")
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await _json(request)
@@ -219,8 +235,8 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 def _usage(tokens: int) -> dict[str, int]:
-    """Of an answer of so many tokens; a prompt is one token here."""
-    return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+    """Of an answer of so many tokens."""
+    return {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": tokens, "total_tokens": PROMPT_TOKENS + tokens}
 
 
 def _error(status: int, kind: str, message: str, param: str | None = None) -> web.Response:

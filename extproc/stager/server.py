@@ -64,9 +64,10 @@ class Server:
         log.info("stager serves on %s, fills %s", self._settings.listen, self._settings.dir)
 
     async def stop(self) -> None:
-        """Say that it is draining, end waits, give up flights without leaving a trace, let the directory go."""
-        self.stager.drain()
+        """Drain, end waits, give up flights without leaving a trace, let the directory go."""
+        self.stager.drain.stop()
         if self._grpc is not None:
+            await self.stager.drain.until_empty(self._settings.drain_s)
             await self._grpc.stop(STOP_S)
         await self.stager.close()
         if self._http is not None:

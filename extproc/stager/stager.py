@@ -42,6 +42,7 @@ from .disk.pins import Pins
 from .disk.store import Store
 from .engine.api import Engine
 from .engine.keeper import EngineKeeper
+from .engine.meter import Meter
 from .engine.names import Loads
 from .node import Node
 from .supply.catalogue import Catalogue
@@ -51,6 +52,8 @@ from .supply.source import Source
 from .threads import Threads
 from .work.audit import Auditor, Verified
 from .work.claims import Claims
+from .work.copies import Copies
+from .work.drain import Drain
 from .work.evict import Remover
 from .work.flights import Flights
 from .work.housekeeping import Housekeeping
@@ -94,12 +97,14 @@ class Stager:
         instance: str = "",
     ) -> None:
         store, holdings, changes, disk = Store(Path(settings.dir)), Holdings(settings.max_bytes), Changes(), Threads(DISK_THREADS, "disk")
-        loads = Loads(engine, store, holdings, metrics, disk, settings.negative_ttl_s, clock, partial(changes.tell, "refused"))
+        loads = Loads(engine, store, holdings, metrics, disk, settings.negative_ttl_s, clock, partial(changes.tell, "refused"), self._moved)
         refusals = Refusals(settings.negative_ttl_s, settings.refusal_ttl_s)
         self.node = Node(settings, store, holdings, engine, loads, changes, Readiness(changes), refusals, metrics, disk, clock)
         self.instance = instance or secrets.token_hex(8)
-        self.is_draining = False
         self._sources = sources
+        self.copies = Copies(self.node)
+        self.meter = Meter(engine, partial(changes.mention, "load"), loads.used)
+        self.drain = Drain(self.node, self.meter)
         self._keeper = EngineKeeper(engine, loads, self.node.readiness, changes, clock)
         self._flights = Flights(self.node, self._learn_from)
         self._remover = Remover(self.node)
@@ -156,19 +161,17 @@ class Stager:
         self.node.holdings.sort()
         self._claims.open()
         await self._keeper.open()
+        await self.drain.open()
         self.node.readiness.set("start", None)
         self._house.open(HOUSEKEEPING_S)
-
-    def drain(self) -> None:
-        """Tell routers that this node will be gone soon."""
-        self.is_draining = True
-        self.node.readiness.set("draining", "the stager is stopping")
 
     async def close(self) -> None:
         """Give up flights, leave nothing half done, and let the directory go."""
         await self._house.close()
         await self._repair.close()
         await self._keeper.close()
+        await self.drain.close()
+        await self.meter.close()
         await self._freshness.close()
         await self._in_flight.close()
         await self._resolving.close()
@@ -177,6 +180,7 @@ class Stager:
         await self._remover.close()
         await self.catalogue.close()
         await self._fetcher.close()
+        self.copies.close()
         await self.node.engine.close()
         self.node.store.close()
         self.node.disk.close()
@@ -219,9 +223,10 @@ class Stager:
     async def _hold(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
         """Wait until it is on disk, and lease it."""
         began = self.node.clock()
+        self.drain.check(name)
         held = self._lease(name, began, holder, staged=False, waited_s=0.0)
         if held is not None:
-            if not self.is_draining:
+            if not self.drain.is_on:
                 self._freshness.revalidate(name)
             return held
         if (refusal := self.node.refusals.answer(name, began)) is not None:
@@ -406,13 +411,13 @@ class Stager:
 
     def _lease(self, name: AdapterName, now: float, holder: str, *, staged: bool, waited_s: float) -> Ensured | None:
         named = self.node.holdings.get(name)
-        index = self.node.holdings.index
-        if named is None or named.refused or not index.lease(named.id, now + self.node.settings.lease_s, now, holder):
+        index, lease_s = self.node.holdings.index, self.drain.lease_s
+        if named is None or named.refused or not index.lease(named.id, now + lease_s, now, holder):
             return None
         entry = index.get(named.id)
         assert entry is not None
         self._repair.look_soon(named.id)
-        return Ensured(named.digest, entry.size, staged, named.origin, self.node.settings.lease_s, waited_s)
+        return Ensured(named.digest, entry.size, staged, named.origin, lease_s, waited_s)
 
     async def _fly(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
         """One flight, with its one log line and its metrics."""
@@ -489,6 +494,10 @@ class Stager:
     def _replaced(self, id_: ArtifactId) -> None:
         """Others exchanged or removed their own files: under the old name the engine would read something else, or nothing."""
         self._repair.tell_engine(id_)
+
+    def _moved(self, name: AdapterName) -> None:
+        """The engine may have the adapter in memory now, or may have it there no longer."""
+        self.copies.moved(name)
 
     def _expose(self) -> None:
         """Gauges read when they are asked, so that a scrape shows the moment and not the last round of the house."""

@@ -58,14 +58,14 @@ async def engine(port: int, node: Path) -> None:
     """What the bench runs in another process. `POST /bench/queue?length=` sets how many requests wait; -1: some, half of the time."""
     adapters = Adapters(base_model="base", root=BASE_MODEL, cache_dir=str(node), max_loras=RUNNING, max_cpu_loras=RUNNING, max_lora_rank=8)
     adapters.registry.update(names_in(node))
-    adapters.running.update(list(adapters.registry)[-RUNNING:])
+    adapters.scheduler.running.update(list(adapters.registry)[-RUNNING:])
     calls: Counter[str] = Counter()
     length = 0
 
     @web.middleware
     async def count(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-        calls[request.path] += 1
-        adapters.waiting = length if length >= 0 else int(time.monotonic() % (2 * QUEUE_S) < QUEUE_S)
+        calls[request.path.rstrip("/")] += 1
+        adapters.scheduler.waiting = length if length >= 0 else int(time.monotonic() % (2 * QUEUE_S) < QUEUE_S)
         return await handler(request)
 
     async def queue(request: web.Request) -> web.Response:

@@ -52,10 +52,18 @@ class RunningEngine:
 
 @contextlib.asynccontextmanager
 async def running_engine(
-    cache_dir: Path, *, max_loras: int = 2, max_cpu_loras: int = 4, token_s: float = 0.0, dev_mode: bool = False
+    cache_dir: Path, *, max_loras: int = 2, max_cpu_loras: int = 4, max_num_seqs: int = 256, token_s: float = 0.0, dev_mode: bool = False
 ) -> AsyncIterator[RunningEngine]:
     """An engine that serves `base` and reads adapters from `cache_dir`."""
-    adapters = Adapters(base_model="base", root=BASE_MODEL, cache_dir=str(cache_dir), max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=8)
+    adapters = Adapters(
+        base_model="base",
+        root=BASE_MODEL,
+        cache_dir=str(cache_dir),
+        max_loras=max_loras,
+        max_cpu_loras=max_cpu_loras,
+        max_lora_rank=8,
+        max_num_seqs=max_num_seqs,
+    )
     running = RunningEngine(adapters)
 
     def die() -> None:
@@ -63,14 +71,15 @@ async def running_engine(
 
     @web.middleware
     async def note(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        running.healths += request.path == "/health"
+        path = request.path.rstrip("/")  # `/metrics/` gives some of what `/metrics` gives
+        running.healths += path == "/health"
         if running.hold is not None:
             await running.hold.wait()
-        if request.path == "/health" and running.is_sick:
+        if path == "/health" and running.is_sick:
             return web.Response(status=503)
-        if request.path != "/health":
-            running.calls.append(request.path)
-            if running.step is not None and (answer := await running.step(request.path)) is not None:
+        if path != "/health":
+            running.calls.append(path)
+            if running.step is not None and (answer := await running.step(path)) is not None:
                 return answer
         return await handler(request)
 

@@ -185,7 +185,7 @@ async def test_other_adapters_wait_for_a_slot(loras: Path) -> None:
         await until(lambda: "beta" in adapters.registry)
         await turns()
         assert not waiting.done()
-        assert set(adapters.running) == {"alpha"}
+        assert set(adapters.scheduler.running) == {"alpha"}
     assert await waiting == sha256((loras / "beta" / WEIGHTS).read_bytes())
 
 
@@ -212,7 +212,7 @@ async def test_a_cancelled_wait_takes_no_slot(loras: Path) -> None:
         await turns()
         waiting.cancel()
         await asyncio.wait({waiting})
-    assert not adapters.running
+    assert not adapters.scheduler.running
     await ask(adapters, "acme/gamma")
 
 

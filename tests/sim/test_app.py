@@ -383,10 +383,10 @@ async def test_metrics_have_vllm_s_names(client: Client) -> None:
         await turns()
         _, text = await client.get("/metrics")
         assert 'running_lora_adapters="alpha",waiting_lora_adapters="alpha"} ' in text
-        assert 'vllm:num_requests_running{model_name="base"} 1.0' in text
+        assert 'vllm:num_requests_running{engine="0",model_name="base"} 1.0' in text
         assert not waiting.done()
     assert (await waiting)[0] == 200
-    assert 'vllm:request_success_total{model_name="base"} 2.0' in (await client.get("/metrics"))[1]
+    assert 'vllm:request_success_total{engine="0",model_name="base"} 2.0' in (await client.get("/metrics"))[1]
     values = re.findall(r"^vllm:lora_requests_info\{.*\} (\S+)$", text, re.MULTILINE)
     assert all(float(value) > 1.6e9 for value in values)
 
@@ -401,7 +401,7 @@ async def test_metrics_count_who_waits_for_a_slot(client: Client) -> None:
         _, text = await client.get("/metrics")
         assert not waiting.done()
     await waiting
-    assert 'vllm:num_requests_waiting{model_name="base"} 1.0' in text
+    assert 'vllm:num_requests_waiting{engine="0",model_name="base"} 1.0' in text
 
 
 async def test_other_adapters_wait_while_the_base_runs_along(client: Client) -> None:

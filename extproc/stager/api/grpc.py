@@ -33,7 +33,7 @@ from ..stager import Ensured, Stager
 from ..supply.download import opened
 from ..supply.pace import Pace
 from ..syscalls import disk_errors
-from .replies import catalogue_reply, ensure_reply, list_reply, models_reply
+from .replies import catalogue_reply, drain_reply, ensure_reply, list_reply, models_reply
 from .watch import watch_events
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ PROGRESS_S = 0.5
 class StagerService:
     """Registers the methods of `protos/stager.proto` on a server.
 
-    `destructive` False: Pin, Evict, Purge and Verify are refused, since whoever reaches the port could call them.
+    `destructive` False: Pin, Evict, Purge, Verify and Drain are refused, since whoever reaches the port could call them.
     """
 
     def __init__(self, stager: Stager, peers: PeerSettings | None = None, *, destructive: bool = True) -> None:
@@ -92,6 +92,7 @@ class StagerService:
             "Catalogue": unary(self.catalogue, pb.CatalogueRequest.FromString, pb.CatalogueReply.SerializeToString),
             "Resolve": unary(self.resolve, pb.ResolveRequest.FromString, pb.ResolveReply.SerializeToString),
             "Watch": stream(self.watch, pb.WatchRequest.FromString, pb.WatchEvent.SerializeToString),
+            "Drain": unary(self.drain, pb.DrainRequest.FromString, pb.DrainReply.SerializeToString),
             "Find": unary(self.find, pb.FindRequest.FromString, pb.FindReply.SerializeToString),
             "Read": stream(self._send, pb.ReadRequest.FromString, chunks.encode),
         }
@@ -167,9 +168,15 @@ class StagerService:
                 yield pb.VerifyResult(adapter=found.name, digest=found.digest, ok=not found.why, why=found.why, removed=found.removed, bytes=found.size)
 
     async def watch(self, request: pb.WatchRequest, _context: Context) -> AsyncIterator[pb.WatchEvent]:
-        async with contextlib.aclosing(watch_events(self._stager, request.instance, request.after, request.heartbeat_seconds)) as events:
+        wants = {"copies": request.copies, "load": request.load}
+        async with contextlib.aclosing(watch_events(self._stager, request.instance, request.after, request.heartbeat_seconds, **wants)) as events:
             async for event in events:
                 yield event
+
+    async def drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
+        async with _errors(context):
+            self._check_permitted("Drain")
+            return drain_reply(await (self._stager.drain.begin(request.why) if request.drain else self._stager.drain.end()))
 
     async def models(self, request: pb.ModelsRequest, _context: Context) -> bytes:
         return await models_reply(self._stager, request.after, request.limit)

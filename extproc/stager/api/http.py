@@ -9,7 +9,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from google.protobuf.message import Message
@@ -23,7 +23,7 @@ from ..stager import Stager
 from ..supply.job import Job
 from ..work.audit import Verified
 from .grpc import stated_sha256
-from .replies import ensure_reply, list_parts
+from .replies import drain_reply, ensure_reply, list_parts
 from .watch import watch_events
 
 
@@ -52,6 +52,12 @@ class Release(Asked):
 
     holder: str = Field(description="Who leased it.")
     adapter: str = Field("", description="Empty: all that the holder leased.")
+
+
+class Drain(Asked):
+    """Why the node is emptied."""
+
+    why: str = Field("", description="For logs and for who asks.")
 
 
 class Verify(Asked):
@@ -125,6 +131,16 @@ def stager_app(stager: Stager, accepts: Callable[[str | None], bool] | None = No
     async def purge(asked: Adapter) -> dict[str, Any]:
         return {"bytes": await stager.purge(asked.adapter)}
 
+    @app.post(
+        "/v1/drain", summary="Take nothing new, and say how far it is; survives a restart. Asked again, it says how far it is then.", dependencies=may_change
+    )
+    async def drain(asked: Drain | None = None) -> dict[str, Any]:
+        return _plain(drain_reply(await stager.drain.begin(asked.why if asked is not None else "")))
+
+    @app.post("/v1/undrain", summary="Take what comes again.", dependencies=may_change)
+    async def undrain() -> dict[str, Any]:
+        return _plain(drain_reply(await stager.drain.end()))
+
     @app.post("/v1/verify", summary="Read artifacts back from the disk, one JSON object per line; what differs is removed.", dependencies=may_change)
     async def verify(asked: Verify | None = None) -> StreamingResponse:
         results = stager.verify(asked.adapter if asked is not None else "")
@@ -139,17 +155,22 @@ def stager_app(stager: Stager, accepts: Callable[[str | None], bool] | None = No
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     @app.get("/v1/watch", summary="What was missed since Last-Event-ID, the node's state, then every change, as server-sent events.", dependencies=may_ask)
-    async def watch(last_event_id: Annotated[str, Header(description="`<instance>.<sequence>`, as events have it.")] = "") -> StreamingResponse:
+    async def watch(
+        last_event_id: Annotated[str, Header(description="`<instance>.<sequence>`, as events have it.")] = "",
+        copies: Annotated[bool, Query(description="Also what the node has, on disk and in its engine's memory.")] = False,
+        load: Annotated[bool, Query(description="Also what its engine works on.")] = False,
+    ) -> StreamingResponse:
         seen = re.fullmatch(r"([0-9a-f]+)\.(\d{1,19})", last_event_id, re.ASCII)
         instance, after = (seen[1], int(seen[2])) if seen else ("", 0)
 
         async def events() -> AsyncIterator[str]:
-            async with contextlib.aclosing(watch_events(stager, instance, after)) as changes:
+            async with contextlib.aclosing(watch_events(stager, instance, after, copies=copies, load=load)) as changes:
                 async for event in changes:
                     kind = event.WhichOneof("event") or ""
                     value = getattr(event, kind)
                     shown = {kind: value if isinstance(value, str) else _plain(value)}
-                    yield f"id: {stager.instance}.{event.sequence}\ndata: {json.dumps(shown)}\n\n"
+                    position = f"id: {stager.instance}.{event.sequence}\n" if event.sequence else ""  # what is no change is no place to go on from
+                    yield f"{position}data: {json.dumps(shown)}\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
+from ...client import Drained
 from ...core.artifact import ArtifactId, is_adopted
 from ...pb import stager_pb2 as pb
 from ..stager import Ensured, Stager
@@ -23,6 +24,11 @@ def ensure_reply(held: Ensured) -> pb.EnsureReply:
         bytes=held.size,
         model=held.model,
     )
+
+
+def drain_reply(state: Drained) -> pb.DrainReply:
+    """What Drain answers."""
+    return pb.DrainReply(draining=state.draining, empty=state.empty, leased=state.leased, requests=state.requests)
 
 
 async def list_parts(stager: Stager) -> AsyncIterator[pb.ListReply]:

@@ -1,31 +1,51 @@
-"""What a watcher of a node is told: what it missed, the state of the node, every change, and a heartbeat."""
+"""What a watcher of a node is told: what it missed, the state of the node, what it has, every change, the engine's load, and a heartbeat."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
 
 from ...pb import stager_pb2 as pb
 from ..books.changes import Change
+from ..engine.meter import Reading
 from ..stager import Stager
+from ..work.copies import Part
 
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 60.0  # whatever a watcher asks for
 
 
-async def watch_events(stager: Stager, instance: str = "", after: int = 0, heartbeat_s: float = 0.0) -> AsyncGenerator[pb.WatchEvent, None]:
+async def watch_events(
+    stager: Stager, instance: str = "", after: int = 0, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False
+) -> AsyncGenerator[pb.WatchEvent, None]:
     """What was missed since change `after` of that `instance`, the node's state, then every change. Ends for a watcher that is too slow.
 
-    After `heartbeat_s` without a change comes a heartbeat; 0: never. This loop sends it, so that a loop that is stopped is noticed.
+    After `heartbeat_s` without a change comes a heartbeat; 0: never. This loop sends it, so that a loop that is stopped is noticed. With `copies` a state
+    that is not resumed is followed by all copies, as they were told when it was made; changes come after the last part. With `load` what the engine works
+    on comes in between, always the latest.
     """
     beat_s = min(max(heartbeat_s, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
     changes = stager.node.changes
-    with changes.since(after if instance == stager.instance else -1) as (queue, complete):
+    with contextlib.ExitStack() as stack:
+        queue, complete = stack.enter_context(changes.since(after if instance == stager.instance else -1))
+        if load:
+            stack.enter_context(stager.meter.wanted())
+        shown: Reading | None = None
         while not queue.empty():  # what was missed, before the node may count as ready again
             if (change := queue.get_nowait()) is None:
                 return
-            yield _event(stager, change)
-        yield _node(stager, changes.last, resumed=complete, heartbeat_s=beat_s)
+            if _concerns(change, copies=copies):
+                yield _event(stager, change)
+        whole = stager.copies.whole() if copies and not complete else None
+        position = changes.last
+        yield _node(stager, 0 if whole is not None else position, resumed=complete, heartbeat_s=beat_s)
+        if whole is not None:
+            async for event in _inventory(whole, position):
+                yield event
         if stager.demand[1]:
-            yield _event(stager, Change(changes.last, "demand"))
+            yield _event(stager, Change(position, "demand"))
         while True:
+            if load and (reading := stager.meter.told) is not None and reading is not shown:
+                shown = reading
+                yield _load(stager, reading)
             try:
                 async with asyncio.timeout(beat_s or None):
                     change = await queue.get()
@@ -34,7 +54,21 @@ async def watch_events(stager: Stager, instance: str = "", after: int = 0, heart
                 continue
             if change is None:
                 return
-            yield _event(stager, change, beat_s)
+            if _concerns(change, copies=copies):
+                yield _event(stager, change, beat_s)
+
+
+def _concerns(change: Change, *, copies: bool) -> bool:
+    """Whether a watcher is told the change. What has no number only wakes it."""
+    return bool(change.sequence) and (copies or change.kind not in ("loaded", "unloaded"))
+
+
+async def _inventory(whole: Iterator[Part], position: int) -> AsyncGenerator[pb.WatchEvent, None]:
+    """All copies in parts, with a turn of the event loop between two. Only the last has a sequence: whoever saw less has to begin anew."""
+    for part in whole:
+        inventory = pb.Inventory(cold=part.cold, warm=part.warm, more=part.more)
+        yield pb.WatchEvent(sequence=0 if part.more else position, inventory=inventory)
+        await asyncio.sleep(0)
 
 
 def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.WatchEvent:
@@ -47,6 +81,10 @@ def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.Watch
             return pb.WatchEvent(sequence=change.sequence, evicted=change.adapter)
         case "refused":
             return pb.WatchEvent(sequence=change.sequence, refused=change.adapter)
+        case "loaded":
+            return pb.WatchEvent(sequence=change.sequence, loaded=change.adapter)
+        case "unloaded":
+            return pb.WatchEvent(sequence=change.sequence, unloaded=change.adapter)
         case "space":
             index = stager.node.holdings.index
             space = pb.Space(used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)
@@ -58,7 +96,17 @@ def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.Watch
             return _node(stager, change.sequence, resumed=True, heartbeat_s=heartbeat_s)
 
 
+def _load(stager: Stager, reading: Reading) -> pb.WatchEvent:
+    limits, work = stager.node.engine.limits, reading.work
+    age_s = asyncio.get_running_loop().time() - reading.at
+    load = pb.EngineLoad(slots=limits.max_loras, cpu_slots=limits.max_cpu_loras, age_seconds=age_s, known=work is not None)
+    if work is not None:
+        load.running, load.waiting, load.kv_usage = work.running, work.waiting, work.kv_usage
+    return pb.WatchEvent(load=load)
+
+
 def _node(stager: Stager, sequence: int, *, resumed: bool, heartbeat_s: float) -> pb.WatchEvent:
-    why = stager.not_ready
-    node = pb.NodeState(ready=why is None, why=why or "", instance=stager.instance, resumed=resumed, draining=stager.is_draining, heartbeat_seconds=heartbeat_s)
+    not_ready, drain = stager.not_ready, stager.drain
+    node = pb.NodeState(ready=not_ready is None, why=not_ready or drain.why, instance=stager.instance, resumed=resumed, heartbeat_seconds=heartbeat_s)
+    node.draining, node.empty = drain.is_on, drain.is_empty
     return pb.WatchEvent(sequence=sequence, node=node)

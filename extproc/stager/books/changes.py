@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ KEPT = 10_000  # the last changes; who missed more must start anew
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`kind` is "node", "published", "refreshed", "evicted", "refused", "space" or "demand"."""
+    """`kind` is "node", "published", "refreshed", "evicted", "refused", "loaded", "unloaded", "space" or "demand"; of what passes, "load", and `sequence` is 0."""
 
     sequence: int
     kind: str
@@ -25,11 +25,27 @@ class Changes:
         self.last = 0
         self._kept: deque[Change] = deque(maxlen=KEPT)
         self._watchers: set[asyncio.Queue[Change | None]] = set()
+        self._heard: Callable[[str, str], None] | None = None
+
+    def follow(self, heard: Callable[[str, str], None]) -> None:
+        """Call `heard(kind, adapter)` within each `tell`. There is one follower at most, the book of copies."""
+        self._heard = heard
 
     def tell(self, kind: str, adapter: str = "") -> None:
         self.last += 1
         change = Change(self.last, kind, adapter)
         self._kept.append(change)
+        self._give(change)
+        if self._heard is not None:
+            self._heard(kind, adapter)
+
+    def mention(self, kind: str) -> None:
+        """Wake the watchers for a value of which only the latest counts. It is no change: who is awake already looks at the value by itself."""
+        for queue in self._watchers:
+            if queue.empty():
+                queue.put_nowait(Change(0, kind))
+
+    def _give(self, change: Change) -> None:
         for queue in list(self._watchers):
             try:
                 queue.put_nowait(change)

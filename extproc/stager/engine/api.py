@@ -8,11 +8,11 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 import msgspec
@@ -24,10 +24,14 @@ from .listed import BaseCard, Known, read_list
 
 log = logging.getLogger(__name__)
 
-_WAITING = re.compile(r"^vllm:num_requests_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)
-_INFO = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<time>\S+)$", re.MULTILINE)
+T = TypeVar("T")
+
+RUNNING, WAITING, ADAPTERS = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:lora_requests_info"
+KV_USAGE, OLD_KV_USAGE = "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"  # as vLLM called it up to 0.10
+_INFO = re.compile(rf"^{ADAPTERS}\{{(?P<labels>.*)\}} (?P<time>\S+)$", re.MULTILINE)
 _RUNNING = re.compile(r'(?:running|waiting)_lora_adapters="((?:[^"\\]|\\.)*)"')
 _MAX_LORAS = re.compile(r'max_lora="(\d+)"')
+MAX_COMMAS = 2  # in a name that is looked for each time the engine's work is read; a removal looks for names with any number of them
 LARGE_METRICS = 128 * 2**10  # characters, searched in about a millisecond
 MAX_VERSION_CHARACTERS = 50  # real ones have some twenty
 LONGEST_NAME = MAX_NAME_BYTES + len(VERSION_MARK) + VERSION_DIGITS  # characters of what we let an engine know
@@ -54,6 +58,20 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What the engine works on at one moment, all its ranks together."""
+
+    running: float  # requests that it computes
+    waiting: float  # requests in its queue
+    kv_usage: float  # part of its KV cache that is in use, 0 to 1: the mean of its ranks
+    adapters: frozenset[str] = frozenset()  # names with requests at work, where they were asked for, and parts of names that hold a comma
+
+    @property
+    def requests(self) -> float:
+        return self.running + self.waiting
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """How many adapters it runs at once, keeps in memory, and of what rank. 0: not known."""
 
@@ -66,6 +84,7 @@ class Engine:
     """vLLM's HTTP API. Every method raises EngineUnreachable when the answer is not certain."""
 
     unload_waits = False  # whether `unload` returns only when no request uses the adapter any more
+    unload_frees = False  # whether it frees the adapter's place in memory; a vLLM forgets the name only
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
@@ -78,6 +97,7 @@ class Engine:
         self.version = ""  # as it says itself; "": not known
         self._says_version = True  # until it was asked
         self.keeps_prefixes = False  # it was asked to clear its prefix cache and knows no way to
+        self._chooses_metrics = True  # until it says that it knows no path that gives some of its metrics
         self._can_sleep = True  # until it says that it knows no such path
         self._takes_adapters: bool | None = None  # None: not asked since it came back
 
@@ -107,7 +127,7 @@ class Engine:
                 return RUNTIME_UPDATING_IS_OFF
         except EngineUnreachable as error:
             self.keeps_prefixes, self._can_sleep, self._takes_adapters = False, True, None  # it may come back with other settings
-            self._says_version = True  # or as another version
+            self._says_version = self._chooses_metrics = True  # or as another version
             return error.message
         return None
 
@@ -136,15 +156,15 @@ class Engine:
 
     async def requests(self) -> Requests:
         """Of the series of vllm:lora_requests_info the newest, since old ones are never removed; and the length of the queue."""
-        body = await self._metrics()
-        try:  # a thread gives way between two series, of which an engine that is up for weeks has thousands
-            return await asyncio.to_thread(_requests, body) if len(body) > LARGE_METRICS else _requests(body)
-        except ValueError as error:
-            raise EngineUnreachable("the engine's metrics are none") from error
+        return await self._read(_requests, ADAPTERS, WAITING)
+
+    async def work(self, *, adapters: bool = False) -> Work:
+        """What it works on; with `adapters` also by which names. To be asked often: only the series that tell are asked for, where the server can choose."""
+        return await self._read(_work, RUNNING, WAITING, KV_USAGE, OLD_KV_USAGE, *([ADAPTERS] if adapters else []))
 
     async def learn_limits(self) -> None:
         """Fill in what the settings do not say and the engine does: its metrics name max_loras once an adapter has run, and nothing else."""
-        if not self.limits.max_loras and (found := _MAX_LORAS.search(await self._metrics())):
+        if not self.limits.max_loras and (found := _MAX_LORAS.search(await self._metrics(ADAPTERS, WAITING))):
             slots = int(found[1])
             self.limits = Limits(slots, self.limits.max_cpu_loras, self.limits.max_lora_rank)
         if self._says_version:
@@ -215,8 +235,26 @@ class Engine:
             self._takes_adapters = not (status == 404 and isinstance(body, dict) and "detail" in body)
         return self._takes_adapters
 
-    async def _metrics(self) -> str:
-        status, content_type, body = await self._ask("GET", "/metrics")
+    async def _read(self, read: Callable[[str], T], *names: str) -> T:
+        """What `read` finds in the metrics of these names."""
+        metrics = await self._metrics(*names)
+        try:  # a thread gives way between two series, of which an engine that is up for weeks has thousands
+            return await asyncio.to_thread(read, metrics) if len(metrics) > LARGE_METRICS else read(metrics)
+        except ValueError as error:
+            raise EngineUnreachable("the engine's metrics are none") from error
+
+    async def _metrics(self, *names: str) -> str:
+        """The metrics of these names, of which every engine has some at any time; all others with them where the server cannot choose.
+
+        vLLM's `/metrics` always gives all. Its `/metrics/` leads to the client library's own server, which gives those that `name[]` names.
+        """
+        status, content_type, body = 0, "", b""
+        if self._chooses_metrics:
+            query = urlencode([("name[]", name) for name in names])
+            status, content_type, body = await self._ask("GET", f"/metrics/?{query}")
+            self._chooses_metrics = status not in (404, 405) and (status != 200 or any(f"\n{name}".encode() in b"\n" + body for name in names))
+        if not self._chooses_metrics:
+            status, content_type, body = await self._ask("GET", "/metrics")
         if status != 200 or content_type == JSON:
             raise EngineUnreachable(f"the engine answers {status} to /metrics")
         return body.decode(errors="replace")
@@ -254,29 +292,49 @@ class Engine:
             raise EngineUnreachable(f"the engine did not answer {path} within {timeout.total:g} s") from error
         except aiohttp.ClientConnectorError as error:
             refused = isinstance(error.os_error, ConnectionRefusedError)
-            raise EngineUnreachable("the engine refused the connection" if refused else f"the engine cannot be reached: {error.os_error.strerror}") from error
+            why = EngineUnreachable("the engine refused the connection" if refused else f"the engine cannot be reached: {error.os_error.strerror}")
+            why.is_gone = refused
+            raise why from error
         except (aiohttp.ClientError, ValueError) as error:
             raise EngineUnreachable(f"the engine broke off its answer to {path}: {type(error).__name__}") from error
 
 
+def values(metrics: str, name: str) -> list[float]:
+    """Of all series of that name, in Prometheus' text format, the values. Raises ValueError."""
+    return [float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", metrics, re.MULTILINE)]
+
+
 def _requests(metrics: str) -> Requests:
     """What the engine's metrics say of its requests. Raises ValueError."""
+    return Requests(_at_work(metrics), sum(values(metrics, WAITING)))
+
+
+def _work(metrics: str) -> Work:
+    """The same with its load, and no name that holds more than MAX_COMMAS: so many names would be looked for as requests run, squared."""
+    usage = values(metrics, KV_USAGE) or values(metrics, OLD_KV_USAGE)
+    running = values(metrics, RUNNING)
+    if not running:
+        raise ValueError("no series says how many requests run")
+    return Work(sum(running), sum(values(metrics, WAITING)), sum(usage) / max(1, len(usage)), _at_work(metrics, 1 + MAX_COMMAS))
+
+
+def _at_work(metrics: str, longest: int | None = None) -> frozenset[str]:
+    """Names of adapters with requests at work. A name may hold commas, as the list of them does: every run of its parts may be one, `longest` at most."""
     newest = max(_INFO.finditer(metrics), key=lambda m: float(m["time"]), default=None)
-    waiting = sum(float(value) for value in _WAITING.findall(metrics))
-    running: set[str] = set()
+    names: set[str] = set()
     for label in _RUNNING.findall(newest["labels"]) if newest is not None else ():
-        running.update(_names(re.sub(r"\\(.)", r"\1", label).split(",")))
-    return Requests(frozenset(running - {""}), waiting)
+        names.update(_names(re.sub(r"\\(.)", r"\1", label).split(","), longest))
+    return frozenset(names - {""})
 
 
-def _names(parts: Sequence[str]) -> Iterator[str]:
+def _names(parts: Sequence[str], longest: int | None) -> Iterator[str]:
     """What may be a name in a list of names that was split at its commas: a name may hold commas, so every run of parts, up to the longest that a name
     of ours can be. Without that end the names of 400 adapters at work would become half a gigabyte.
     """
     for first, part in enumerate(parts):
         yield part
         length = len(part)
-        for last in range(first + 1, len(parts)):
+        for last in range(first + 1, min(len(parts), first + longest if longest else len(parts))):
             length += 1 + len(parts[last])
             if length > LONGEST_NAME:
                 break

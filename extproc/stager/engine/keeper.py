@@ -122,6 +122,7 @@ class EngineKeeper:
             for name in await self._loads.load_again(lost):
                 self._changes.tell("evicted", name)  # no router may count on it
         await self._engine.learn_limits()
+        self._loads.trim()
 
     async def _notice_its_end(self) -> None:
         """Until routers know, every request that they send here fails."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..books.holdings import Holdings
 from ..disk.store import Store
 from ..threads import Threads
 from .api import Engine
+from .resident import Resident
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Loads:
         refused_s: float,
         clock: Callable[[], float] = time.monotonic,
         on_refused: Callable[[AdapterName], None] = lambda _: None,
+        on_moved: Callable[[AdapterName], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -65,6 +67,8 @@ class Loads:
         self._refused_s = refused_s
         self._clock = clock
         self._on_refused = on_refused  # told of each version once
+        self._on_moved = on_moved  # told of each adapter that may be in the engine's memory now, or may be there no longer
+        self._resident = Resident()
         self._known: dict[str, Load] = {}
         self._names: dict[ArtifactId, set[str]] = {}  # the same by artifact
         self._is_compared = False  # with the engine's own list, since the start
@@ -83,6 +87,31 @@ class Loads:
     def has(self, adapter: AdapterName, id_: ArtifactId) -> bool:
         """Whether the engine knows this version of the adapter."""
         return any(self._known.get(name) == Load(adapter, id_) for name in (versioned_name(adapter, digest_of(id_)), adapter))
+
+    def in_memory(self, adapter: AdapterName, id_: ArtifactId) -> bool:
+        """Whether the engine knows this version, and has it in memory, as far as can be told (resident.py)."""
+        load = Load(adapter, id_)
+        return any(name in self._resident and self._known.get(name) == load for name in (versioned_name(adapter, digest_of(id_)), adapter))
+
+    def used(self, names: Iterable[str]) -> None:
+        """The engine has these names in memory now: it works on requests by them. Names that are not ours say nothing."""
+        for name in names:
+            if name in self._known:
+                self._tell_moved(self._resident.used(name, self._slots))
+
+    def trim(self) -> None:
+        """The number of the engine's slots was learned, or may have been."""
+        self._tell_moved(self._resident.trim(self._slots))
+
+    @property
+    def _slots(self) -> int:
+        """Adapters in the engine's memory at most; 0: not known. A vLLM that is told nothing else keeps as many as it runs."""
+        return self._engine.limits.max_cpu_loras or self._engine.limits.max_loras
+
+    def _tell_moved(self, names: Iterable[str]) -> None:
+        for name in names:
+            version = split_version(name)
+            self._on_moved(AdapterName(version[0] if version else name))
 
     def still_has(self, adapter: AdapterName, id_: ArtifactId, model: str, *, plain: bool) -> bool:
         """Whether the engine answers to `model` with this version. Before its list was seen what an earlier stager let it know is believed, and kept in mind:
@@ -111,6 +140,7 @@ class Loads:
         if plain and model != adapter:
             raise GatewayProtocolError("this node's engine needs the request's `model` rewritten, which processing mode NONE does not allow")
         if self._known.get(name) == load:
+            self.used((name,))  # a request by it comes next
             return model
         if not self._engine.loads and plain:
             return model  # its resolver finds the adapter's own link
@@ -141,6 +171,8 @@ class Loads:
         self.forget((name,))
         try:
             await self._engine.unload(name)
+            if self._engine.unload_frees:
+                self._resident.drop(name)
         finally:
             self._unloading.discard(name)
             self._changes += 1
@@ -218,6 +250,8 @@ class Loads:
         """Of the names that the engine lost, load those that are in demand, as many as it keeps in memory; the adapters that it does not know now."""
         now, index = self._clock(), self._holdings.index
         loads = {name: self._known[name] for name in lost if name in self._known}
+        for name in lost:
+            self._resident.drop(name)
         self.forget(lost)
         entries = {name: entry for name, load in loads.items() if (entry := index.get(load.id)) is not None and entry.leased_until > now}
         latest_first = sorted(entries, key=lambda name: entries[name].last_used, reverse=True)
@@ -251,6 +285,10 @@ class Loads:
         """Whether the engine has refused this version the last time."""
         return Load(adapter, id_) in self._refused
 
+    def refused_adapters(self) -> set[AdapterName]:
+        """Adapters of which the engine has refused some version."""
+        return {load.adapter for load in self._refused}
+
     def pardon(self, id_: ArtifactId) -> None:
         """The files that it refused are not there any more."""
         for load in [load for load in self._refused if load.id == id_]:
@@ -263,12 +301,14 @@ class Loads:
         self._known[name] = load
         self._names.setdefault(load.id, set()).add(name)
         self._holdings.index.stands(load.id, State.LOADED)
+        self._tell_moved({name, *self._resident.used(name, self._slots)})
 
     def _unlearn(self, name: str) -> None:
         load = self._known.pop(name, None)
         if load is None:
             return
         self._unsettled.setdefault(load.id, set()).add(name)
+        self._on_moved(load.adapter)
         names = self._names[load.id]
         names.discard(name)
         if not names:

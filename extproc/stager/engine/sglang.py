@@ -6,14 +6,17 @@ request still names it; if that is gone by then, the request fails and the serve
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import EngineUnreachable
-from .api import MAX_VERSION_CHARACTERS, Engine, Limits, Requests
+from .api import MAX_VERSION_CHARACTERS, Engine, Limits, Requests, Work
 
 log = logging.getLogger(__name__)
 
+RUNNING, QUEUED, TOKEN_USAGE = "sglang:num_running_reqs", "sglang:num_queue_reqs", "sglang:token_usage"
+_RANK = re.compile(r'dp_rank="(\d+)"')
 SEPARATOR = ":"  # the first one in a request's model ends the base model's name
 
 
@@ -21,6 +24,7 @@ class SglangEngine(Engine):
     """An SGLang server started with `--enable-lora`."""
 
     unload_waits = True
+    unload_frees = True
 
     def request_model(self, name: str) -> str:
         base = self.bases[0].id if self.bases else self._settings.base_model
@@ -46,6 +50,10 @@ class SglangEngine(Engine):
         """It does not tell whose requests they are; `unload` waits for them."""
         return Requests(frozenset(), 0.0)
 
+    async def work(self, *, adapters: bool = False) -> Work:  # noqa: ARG002  # it tells no names
+        """As its metrics say, which it has with `--enable-metrics`."""
+        return await self._read(_work, RUNNING, QUEUED, TOKEN_USAGE)
+
     async def learn_limits(self) -> None:
         """What it was started with."""
         status, body = await self._call("GET", "/server_info")
@@ -70,3 +78,23 @@ class SglangEngine(Engine):
         if not isinstance(answer, dict):
             raise EngineUnreachable(f"the engine answers {status} to {path}")
         return status, answer.get("success") is True, str(answer.get("error_message") or answer.get("message") or "")
+
+
+def _work(metrics: str) -> Work:
+    """Each data parallel rank has a queue of its own. Those that compute one batch together (tp_rank, pp_rank) may all show it: the greatest counts.
+
+    Raises ValueError.
+    """
+    running, waiting, usage = (_by_rank(metrics, name) for name in (RUNNING, QUEUED, TOKEN_USAGE))
+    if not running:
+        raise ValueError("no series says how many requests run")
+    return Work(sum(running.values()), sum(waiting.values()), sum(usage.values()) / max(1, len(usage)))
+
+
+def _by_rank(metrics: str, name: str) -> dict[str, float]:
+    """The greatest value that each data parallel rank shows under that name. Raises ValueError."""
+    by_rank: dict[str, float] = {}
+    for labels, value in re.findall(rf"^{name}(?:\{{(.*)\}})? (\S+)$", metrics, re.MULTILINE):
+        rank = found[1] if (found := _RANK.search(labels)) else ""
+        by_rank[rank] = max(by_rank.get(rank, 0.0), float(value))
+    return by_rank

@@ -36,10 +36,12 @@ VERBS = {
     ("POST", "/v1/unpin"),
     ("POST", "/v1/evict"),
     ("POST", "/v1/purge"),
+    ("POST", "/v1/drain"),
+    ("POST", "/v1/undrain"),
     ("POST", "/v1/verify"),
     ("GET", "/v1/watch"),
 }
-DESTRUCTIVE = ("/v1/pin", "/v1/unpin", "/v1/evict", "/v1/purge", "/v1/verify")
+DESTRUCTIVE = ("/v1/pin", "/v1/unpin", "/v1/evict", "/v1/purge", "/v1/verify", "/v1/drain", "/v1/undrain")
 
 
 @dataclass
@@ -212,6 +214,45 @@ async def test_verify_of_nothing_is_nothing(serve: Serve) -> None:
     assert (await api.refused("verify", adapter="acme/a"))[0] == 404
 
 
+async def test_drain_says_how_far_it_is_and_undrain_ends_it(serve: Serve, origin: FakeOrigin) -> None:
+    """With the reason that whoever asks is shown; without a body it has none."""
+    origin.add("acme/a", small_files())
+    api = await serve()
+    await api.done("stage", adapter="acme/a", holder="router")
+    assert await api.done("drain", why="its disk is replaced") == {"draining": True, "empty": False, "leased": 1, "requests": 0.0}
+    assert (await api.http.get("/readyz")).status_code == 200, "it serves what it has"
+    status, error = await api.refused("stage", adapter="acme/b")
+    assert (status, error["code"]) == (503, "no_endpoint")
+    assert api.stager.drain.why == "the node is drained: its disk is replaced"
+    assert (await api.http.post("/v1/drain")).json()["draining"]
+    assert api.stager.drain.why == "the node is drained"
+    assert (await api.done("undrain"))["draining"] is False
+    assert not api.stager.drain.is_on
+
+
+async def test_watch_tells_copies_and_load_where_they_are_wanted(serve: Serve, origin: FakeOrigin) -> None:
+    """The load is no change: its event has no id, so nobody goes on from there."""
+    origin.add("acme/a", small_files())
+    api = await serve()
+    await api.done("stage", adapter="acme/a")
+    async with api.http.stream("GET", "/v1/watch", params={"copies": "true", "load": "true"}) as answer:
+        seen: dict[str, str] = {}
+        lines = answer.aiter_lines()
+        event_id = ""
+        async for line in lines:
+            event_id = line.removeprefix("id: ") if line.startswith("id: ") else event_id if line else ""
+            if line.startswith("data: "):
+                ((kind, value),) = json.loads(line.removeprefix("data: ")).items()
+                seen[kind] = event_id
+                if kind == "inventory":
+                    assert value == {"cold": ["acme/a"], "warm": [], "more": False}
+                if kind == "load":
+                    assert value["known"] is False
+                    break
+    assert seen["node"] == seen["load"] == ""
+    assert seen["inventory"].startswith(f"{api.stager.instance}.")
+
+
 # -- errors
 
 
@@ -342,7 +383,7 @@ async def test_beyond_loopback_nothing_is_removed_without_a_token(tmp_path: Path
     headers = {"authorization": f"Bearer {TOKEN}"} if with_token else {}
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}", headers=headers, trust_env=False) as http:
         for path in DESTRUCTIVE:
-            answer = await http.post(path, json={"adapter": "acme/a"})
+            answer = await http.post(path, json={} if path.endswith("drain") else {"adapter": "acme/a"})
             if permitted:
                 assert answer.status_code in (200, 404)
             else:
@@ -393,15 +434,16 @@ async def test_watch_tells_every_change_as_an_event(serve: Serve, origin: FakeOr
         events = events_of(answer)
         _, state = await anext(events)
         instance = api.stager.instance
-        assert state == {"node": {"ready": True, "why": "", "instance": instance, "resumed": False, "draining": False, "heartbeat_seconds": 0.0}}
+        ready = {"ready": True, "why": "", "instance": instance, "resumed": False, "draining": False, "heartbeat_seconds": 0.0, "empty": False}
+        assert state == {"node": ready}
         await api.done("stage", adapter="acme/a")
         await api.done("purge", adapter="acme/a")
         (first_id, first), (second_id, second) = [await anext(events) for _ in range(2)]
         assert (first, second) == ({"published": "acme/a"}, {"evicted": "acme/a"})
         assert first_id.startswith(f"{instance}.")
         assert int(second_id.rpartition(".")[2]) > int(first_id.rpartition(".")[2])
-        api.stager.drain()
-        leaving = {"ready": False, "why": "the stager is stopping", "instance": instance, "resumed": True, "draining": True, "heartbeat_seconds": 0.0}
+        api.stager.drain.stop()
+        leaving = ready | {"ready": False, "why": "the stager is stopping", "resumed": True, "draining": True}
         assert (await anext(events))[1]["node"] == leaving
 
 

@@ -30,7 +30,7 @@ class ScriptedEngine:
     async def answer(self, request: web.Request) -> web.Response:
         self.headers.append(request.headers.get("authorization"))
         self.bodies.append(await request.text())
-        response = self.answers.get(f"{request.method} {request.path}")
+        response = self.answers.get(f"{request.method} {request.path.rstrip('/')}")
         if response is None:
             await asyncio.Event().wait()
         assert response is not None
@@ -112,7 +112,7 @@ async def test_hundreds_of_names_at_work_are_hundreds(scripted: tuple[ScriptedEn
 
 async def test_no_series_means_nothing_ran_yet(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
     """A vLLM that has just started."""
-    scripted[0].answers["GET /metrics"] = metrics()
+    scripted[0].answers["GET /metrics"] = metrics("vllm:num_requests_waiting 0.0")
     assert (await engine.requests()).running == set()
 
 
@@ -217,7 +217,7 @@ async def test_a_key_in_a_file_is_read_anew_for_each_call(scripted: tuple[Script
     engine = Engine(EngineSettings(url=scripted[1], api_key_file=str(file)))
     for key in ("first", "second"):
         file.write_text(f"{key}\n")
-        scripted[0].answers["GET /metrics"] = metrics()
+        scripted[0].answers["GET /metrics"] = metrics("vllm:num_requests_waiting 0.0")
         await engine.requests()
     file.unlink()
     with pytest.raises(EngineUnreachable, match="api_key_file"):

@@ -60,7 +60,7 @@ async def test_nothing_is_unloaded_for_room_that_a_busy_engine_cannot_give(
     """Any request in its queue may be of any adapter. All stay known to it, in their order, and it is looked at once."""
     stager = await open_stager(origin, engine_url=engine.url, max_bytes=12 * SIZE, high_watermark=1.0, low_watermark=1.0)
     before = await full_of(stager, origin, clock, 12)
-    engine.adapters.waiting = 1
+    engine.adapters.scheduler.waiting = 1
     engine.calls.clear()
     with pytest.raises(NoSpace):
         await stager.ensure(the_next(origin))
@@ -78,7 +78,7 @@ async def test_beside_a_busy_engine_room_comes_from_what_it_does_not_know(
     before = await full_of(stager, origin, clock, 3)
     [*_, prefetched] = await full_of(stager, origin, clock, 4, Loading.NONE)
     await stager._remover.notice_empty_queue()
-    engine.adapters.waiting = 1
+    engine.adapters.scheduler.waiting = 1
     engine.calls.clear()
     assert (await stager.ensure(the_next(origin))).staged
     assert prefetched not in order(stager)
@@ -108,10 +108,10 @@ async def test_a_trim_passes_over_what_runs_and_stops_at_a_queue(open_stager: Op
     async with engine.adapters.use(running):
         assert await stager._remover.trim(4 * SIZE) is Stays.READ
         assert order(stager) == [before[0], *before[3:]]
-        engine.adapters.waiting += 1
+        engine.adapters.scheduler.waiting += 1
         assert await stager._remover.trim(2 * SIZE) is Stays.QUEUED
         assert order(stager) == [before[0], *before[3:]]
-        engine.adapters.waiting -= 1
+        engine.adapters.scheduler.waiting -= 1
     assert await stager._remover.trim(2 * SIZE) is None
     assert order(stager) == before[4:]
 
@@ -126,9 +126,9 @@ async def test_a_batch_waits_for_a_queue_that_comes_and_goes(open_stager: OpenSt
     trim = asyncio.create_task(stager._remover.trim(2 * SIZE))
     await until(lambda: engine.calls.count(UNLOAD) == 4)
     looks = engine.calls.count(METRICS)
-    engine.adapters.waiting = 1
+    engine.adapters.scheduler.waiting = 1
     await until(lambda: engine.calls.count(METRICS) == looks + 2)
-    engine.adapters.waiting = 0
+    engine.adapters.scheduler.waiting = 0
     assert await trim is None
     assert order(stager) == before[4:]
     assert engine.calls.count(UNLOAD) == 4
@@ -144,7 +144,7 @@ async def test_what_was_made_ready_gives_room_at_once_while_the_queue_is_never_e
     assert await stager._remover.prepare(2) is None
     assert order(stager) == before
     assert states(stager) == {State.SETTLED: 2, State.LOADED: 2}
-    engine.adapters.waiting = 1
+    engine.adapters.scheduler.waiting = 1
     engine.calls.clear()
     assert (await stager.ensure(the_next(origin))).staged
     assert engine.calls.count(UNLOAD) == 0
@@ -181,12 +181,12 @@ async def test_what_somebody_else_unloaded_goes_when_the_queue_was_empty(
     stager = await open_stager(origin, engine_url=engine.url)
     await full_of(stager, origin, clock, 1)
     engine.adapters.registry.clear()
-    engine.adapters.waiting = 1
+    engine.adapters.scheduler.waiting = 1
     await stager._keeper.compare()
     assert states(stager) == {State.UNLOADED: 1}
     with pytest.raises(AdapterInUse):
         await stager.evict("acme/0")
-    engine.adapters.waiting = 0
+    engine.adapters.scheduler.waiting = 0
     assert await stager.evict("acme/0") == SIZE
 
 

@@ -190,7 +190,7 @@ async def test_a_node_that_goes_away_compares_nothing_more(open_stager: OpenStag
     stager = await open_stager(origin)
     await stager.ensure(NAME)
     clock.now += EVERY_S
-    stager.drain()
+    stager.drain.stop()
     await hit(stager)
     assert origin.resolved[NAME] == 1
 

@@ -1,0 +1,111 @@
+"""What the engine works on, read from its metrics again and again while somebody wants to know: watchers that asked for its load, a drain.
+
+| what was read | how soon it is read again |
+| --- | --- |
+| requests run or wait | BUSY_S |
+| none does | IDLE_S: the first to come is told that much later, and the router that sends it knows of it |
+| the answer took `t` | not before `t / SHARE`: an engine that is slow to answer is asked less often |
+| anything | MAX_S at the latest |
+
+It is told when it differs by a step from what was told last, and every MAX_S in any case: the reading before that is the last one in time.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from ...errors import EngineUnreachable
+from .api import Engine, Work
+
+log = logging.getLogger(__name__)
+
+BUSY_S, IDLE_S, MAX_S = 0.25, 0.5, 2.0
+SHARE = 0.02  # of the engine's time that its answers may take. A vLLM's client library needs 3 ms for the few series that tell the load
+NAMES_S = 2.0  # between two questions after the names at work
+NAMES_SHARE = 0.005  # of the engine's time: a vLLM that is up for weeks has thousands of series of names, and needs 30 ms for each thousand, in one piece
+STEP, STEP_PART = 2.0, 0.1  # requests more or less, and as a part of those that were told: whichever is more
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """`work` at the time `at`, the event loop's, when it was asked for; None: the engine could not be asked, or does not tell, or `is_gone`."""
+
+    work: Work | None
+    at: float
+    is_gone: bool = False  # there is no engine that could have a request
+
+
+class Meter:
+    """`told()` is called when there is a reading to be told, `used(names)` with the names that were at work."""
+
+    def __init__(self, engine: Engine, told: Callable[[], None], used: Callable[[Collection[str]], None]) -> None:
+        self._engine = engine
+        self._tell = told
+        self._used = used
+        self.reading: Reading | None = None  # the latest; None: nobody wants to know, or nothing was read yet
+        self.told: Reading | None = None  # the latest that was to be told
+        self._wanting = 0
+        self._names_due = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def wanted(self) -> Iterator[None]:
+        """Keep `reading` current until the end of the block."""
+        self._wanting += 1
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_reading(), name="engine load")
+        try:
+            yield
+        finally:
+            self._wanting -= 1
+            if not self._wanting and self._task is not None:
+                self._task.cancel()
+                self._task = self.reading = self.told = None
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep_reading(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            wants_names = began >= self._names_due
+            try:
+                self._take(await self._read(began, wants_names=wants_names) if self._engine.exists else Reading(None, began, is_gone=True))
+            except Exception:  # whatever one answer stumbles over, the next must come
+                log.exception("the engine's load")
+            took_s = loop.time() - began
+            if wants_names:
+                self._names_due = began + max(NAMES_S, took_s / NAMES_SHARE)
+            await asyncio.sleep(max(0.0, self._every_s(0.0 if wants_names else took_s) - took_s))
+
+    async def _read(self, now: float, *, wants_names: bool) -> Reading:
+        try:
+            work = await self._engine.work(adapters=wants_names)
+        except EngineUnreachable as error:
+            log.debug("the engine's load is not known: %s", error.message)
+            return Reading(None, now, error.is_gone)
+        self._used(work.adapters)
+        return Reading(work, now)
+
+    def _take(self, reading: Reading) -> None:
+        self.reading, before = reading, self.told
+        if before is None or _is_step(before.work, reading.work) or (reading.work is not None and reading.at - before.at >= MAX_S - BUSY_S):
+            self.told = reading
+            self._tell()
+
+    def _every_s(self, took_s: float) -> float:
+        work = self.reading.work if self.reading is not None else None
+        usual_s = BUSY_S if work is not None and work.requests else IDLE_S
+        return min(MAX_S, max(usual_s, took_s / SHARE))
+
+
+def _is_step(before: Work | None, now: Work | None) -> bool:
+    """Whether what was told says too little of what is: the number of requests, whether any waits, whether it is known."""
+    if before is None or now is None:
+        return before is not now
+    return abs(now.requests - before.requests) > max(STEP, STEP_PART * before.requests) or (now.waiting > 0) != (before.waiting > 0)
