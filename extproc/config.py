@@ -5,8 +5,9 @@ made of it (`lora-extproc settings`).
 """
 
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,7 +21,8 @@ from .core.placement import Pool
 from .errors import ConfigError
 
 
-def _address(value: str) -> str:
+def host_port(value: str) -> str:
+    """`value` itself. Raises ValueError where it is not host:port."""
     host, _, port = value.rpartition(":")
     if not host or "/" in host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ValueError("is not host:port")
@@ -28,7 +30,7 @@ def _address(value: str) -> str:
 
 
 def _optional_address(value: str) -> str:
-    return _address(value) if value else value
+    return host_port(value) if value else value
 
 
 def _prime(value: int) -> int:
@@ -39,7 +41,7 @@ def _prime(value: int) -> int:
 
 def _addresses(value: str) -> str:
     for address in value.split(","):
-        _address(address.strip())
+        host_port(address.strip())
     return value
 
 
@@ -51,7 +53,7 @@ def _path(value: str) -> str:
     return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(host_port)]
 Addresses = Annotated[str, AfterValidator(_addresses)]
 OptionalAddress = Annotated[str, AfterValidator(_optional_address)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -73,6 +75,117 @@ class EndpointSettings(Group):
     """Name of the machine, for logs and `owner`. Empty: the address."""
 
 
+class FileSourceSettings(Group):
+    type: Literal["file"]
+    """Endpoints from a file that something else writes: a ConfigMap, a configuration tool, a script."""
+    path: str = Field(min_length=1)
+    """YAML or JSON: a list of endpoints, or a mapping of pools' names to such lists, of which this pool's counts. An endpoint is `ip:port` or a mapping
+    with `address`, `stager`, `node`, `instance`, `leaving`. Prefer JSON for a thousand endpoints or more: ten thousand are read in 5 ms, as YAML in a second."""
+    poll_s: Seconds = 1.0
+    """How often it is looked at. A look is one `stat`, so that every file system will do; the default is what a person who has saved a file waits for."""
+
+    @property
+    def label(self) -> str:
+        return f"file {self.path}"
+
+
+class DnsSourceSettings(Group):
+    type: Literal["dns"]
+    """Endpoints from a name: a headless service, Consul, a zone file."""
+    name: str = Field(min_length=1, max_length=253)
+    """The name that is looked up. Without a dot at its end the search domains of `/etc/resolv.conf` apply."""
+    record: Literal["A", "AAAA", "SRV"] = "A"
+    """Which records are read. SRV has names and ports of its own; of several priorities the most preferred one counts, weights do not."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """The model servers' port, with A and AAAA. SRV says it itself."""
+    stager_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """The port of the stager at each of the addresses. 0: nothing is staged there."""
+    servers: tuple[Address, ...] = ()
+    """Name servers, as `ip:port`. Empty: those of `/etc/resolv.conf`."""
+    min_ttl_s: Seconds = 1.0
+    """A name is looked up again when its TTL is over, but not sooner: many servers state 0."""
+    max_ttl_s: Seconds = 30.0
+    """And not later: a new endpoint is found within this time whatever the zone states. The default is what CoreDNS states for services."""
+    timeout_s: Seconds = 5.0
+    """How long one look-up may take, all name servers together."""
+
+    @field_validator("servers")
+    @classmethod
+    def _check_servers(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            try:
+                ip_address(value.rpartition(":")[0].strip("[]"))
+            except ValueError:
+                raise ValueError(f"{value!r} is no ip:port: a name server's own name would need a name server") from None
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "DnsSourceSettings":
+        if (self.record == "SRV") == bool(self.port):
+            raise ValueError(f"record {self.record} needs {'no port: the records say it' if self.record == 'SRV' else 'port'}")
+        if self.min_ttl_s > self.max_ttl_s:
+            raise ValueError(f"min_ttl_s {self.min_ttl_s:g} is above max_ttl_s ({self.max_ttl_s:g})")
+        return self
+
+    @property
+    def label(self) -> str:
+        return f"dns {self.record} {self.name}" + (f":{self.port}" if self.port else "")
+
+
+class EtcdSourceSettings(Group):
+    type: Literal["etcd"]
+    """Endpoints from the keys below a prefix, one endpoint each, as nodes register themselves with a lease."""
+    endpoints: tuple[str, ...] = Field(min_length=1)
+    """The members' client URLs, `http://host:2379`. The first that answers is used; the next when it fails or hangs."""
+    prefix: str = Field(min_length=1)
+    """Keys that begin with it belong to this pool. Ends with `/`. A value is JSON: `ip:port` in quotes or the mapping that a file has."""
+    username: str = ""
+    """The user, where the cluster has authentication on. Empty: none."""
+    password_env: str = ""
+    """The environment variable that holds the password."""
+    password_file: str = ""
+    """A file that holds it; read anew for each login, so that it may be rotated."""
+    ca_file: str = ""
+    """The certificates that `https` members must be signed by, PEM. Empty: the system's."""
+    cert_file: str = ""
+    """Our certificate for `https` members that want one, PEM."""
+    key_file: str = ""
+    """Its key, PEM."""
+    timeout_s: Seconds = 5.0
+    """How long a member may take to answer. While nothing changes it is asked this often whether it still does, since one that hangs keeps its connections."""
+
+    @field_validator("endpoints")
+    @classmethod
+    def _check_endpoints(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            scheme, _, rest = value.partition("://")
+            if scheme not in ("http", "https") or not rest or "/" in rest.rstrip("/") or "@" in rest:
+                raise ValueError(f"{value.rpartition('@')[2]!r} is no URL as http://host:2379")
+        return values
+
+    @field_validator("prefix")
+    @classmethod
+    def _check_prefix(cls, value: str) -> str:
+        if not value.endswith("/"):
+            raise ValueError(f"does not end with '/': a key of {value + '2'!r} would belong to it, too")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "EtcdSourceSettings":
+        if bool(self.username) != bool(self.password_env or self.password_file):
+            raise ValueError("username needs password_env or password_file, and they need username")
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file need each other")
+        return self
+
+    @property
+    def label(self) -> str:
+        return f"etcd {self.prefix}"
+
+
+SourceSettings = Annotated[FileSourceSettings | DnsSourceSettings | EtcdSourceSettings, Field(discriminator="type")]
+
+
 class PoolSettings(Group):
     name: str = Field(min_length=1)
     """Name of the pool and of its Envoy cluster."""
@@ -83,15 +196,49 @@ class PoolSettings(Group):
     paths: tuple[str, ...] = ()
     """Shell patterns of paths whose requests come here where they name no model, as `GET /v1/responses/ID`. Those that match nowhere go to the first pool."""
     endpoints: tuple[EndpointSettings, ...] = ()
-    """The model servers of this pool."""
+    """The model servers of this pool that are always there."""
+    discovery: tuple[SourceSettings, ...] = ()
+    """Where more of them are found, while the router runs. Several sources are added up by address; what a later one says of an endpoint counts before what
+    an earlier one says."""
     role: Literal["both", "decode", "prefill"] = "both"
     """`decode`: before each engine stands a sidecar that has prompts computed elsewhere, as llm-d's and Dynamo's do: by an engine of the pool of role `prefill`
     that has one of the same `base_models`. A request goes on when both engines have its adapter, and names the other in `x-prefiller-host-port` and
     `x-llm-d-prefiller-host-port`; where no engine of that pool can have the adapter, the decoding one computes the prompt itself. A pool of role `prefill` is
     sent nothing else, and is no Envoy cluster."""
 
+    @field_validator("discovery")
+    @classmethod
+    def _check_discovery(cls, values: tuple[SourceSettings, ...]) -> tuple[SourceSettings, ...]:
+        labels = [source.label for source in values]
+        if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"source {repeated[0]!r} appears more than once")
+        return values
+
     def members(self) -> tuple[Endpoint, ...]:
         return tuple(Endpoint(e.address, e.node or e.address, e.stager) for e in self.endpoints)
+
+
+class DiscoverySettings(Group):
+    dir: str = ""
+    """A directory of this router's own, where the last good endpoints are kept, so that a start while a source is down has them. Empty: in memory only."""
+    keep_failed_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 86_400.0
+    """How long the last good endpoints of a source count while it fails; a restart of the router included, with `dir`. A day, since an endpoint that has
+    gone is noticed without discovery, and one that has not should serve on. 0: not at all."""
+    keep_empty_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
+    """The same while it answers that there are none, as a source does that has lost its data or is being filled; then it is believed. Believed at once where
+    all were leaving. Five minutes outlast a restart of DNS, etcd or what writes a file. 0: believed at once."""
+    debounce_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    """A change is taken over after so long without another one, so that a rollout's many changes are few new tables. 0: at once."""
+    debounce_max_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """But at the latest after this time, however often something changes."""
+    first_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """How long a start waits for sources that have not answered and of which nothing is kept; then the router serves with the endpoints that are known."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DiscoverySettings":
+        if self.debounce_s > self.debounce_max_s:
+            raise ValueError(f"debounce_s {self.debounce_s:g} is above debounce_max_s ({self.debounce_max_s:g})")
+        return self
 
 
 class TlsSettings(Group):
@@ -529,6 +676,8 @@ class LogSettings(Group):
 class Settings(Group):
     pools: tuple[PoolSettings, ...] = ()
     """The pools, in the order in which an adapter's name is matched."""
+    discovery: DiscoverySettings = DiscoverySettings()
+    """What is made of the endpoints that `pools[].discovery` finds."""
     router: RouterSettings = RouterSettings()
     """The ext_proc service."""
     stager: StagerSettings = StagerSettings()
@@ -594,13 +743,20 @@ def parse(raw: Any, *, source: str) -> Settings:
 
 
 def _complaint(error: Any, source: str) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(str(part) for part in _written(error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"{source}: {path}: no such setting"
     message = str(error["msg"]).removeprefix("Value error, ")
     value = error["input"]
     shown = f" {value!r}" if isinstance(value, str | int | float | bool) or value is None else ""
     return f"{source}: {path + ':' if path else ''}{shown} {message}".replace("  ", " ")
+
+
+def _written(loc: tuple[str | int, ...]) -> Iterator[str | int]:
+    """The path as the file has it: pydantic adds the type of a source behind its number."""
+    for at, part in enumerate(loc):
+        if not (at >= 2 and loc[at - 2] == "discovery" and isinstance(loc[at - 1], int)):
+            yield part
 
 
 def build_pools(settings: Settings) -> tuple[Pool, ...]:
@@ -627,13 +783,24 @@ def reference(group: type[Group] = Settings, path: str = "") -> Iterator[tuple[s
     """Every setting as (path, default, meaning), in the order of the file."""
     for name, field in group.model_fields.items():
         annotation = field.annotation
-        inner = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, Group)), None)
         here = f"{path}.{name}" if path else name
-        if inner is not None:
-            yield from reference(inner, here if inner is annotation else f"{here}[]")
+        if isinstance(annotation, type) and issubclass(annotation, Group):
+            yield from reference(annotation, here)
+        elif inner := [a for a in _parts(annotation) if isinstance(a, type) and issubclass(a, Group)]:
+            for one in inner:
+                yield from reference(one, f"{here}[]" if len(inner) == 1 else f"{here}[{get_args(one.model_fields['type'].annotation)[0]}]")
         else:
             default = "required" if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True, width=10_000).split("\n")[0]
             yield here, default, " ".join((field.description or "").split())
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """What a type is made of, to the innermost: a tuple's members, a union's alternatives."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    for part in inner:
+        yield from _parts(part)
 
 
 def _plain(value: Any) -> Any:

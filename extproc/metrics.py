@@ -79,6 +79,21 @@ class RouterMetrics(Metrics):
         self.loop_longest_stall = Gauge("lora_extproc_loop_longest_stall_seconds", "The longest of those since the last scrape.", registry=r)
         self.leases = Gauge("lora_extproc_leases", "Adapters, per endpoint, that are known to be on disk.", registry=r)
         self.endpoints = Gauge("lora_extproc_endpoints", "Endpoints by standing (ready, draining, down).", ["state"], registry=r)
+        source = ["pool", "source"]
+        self.discovered = Gauge("lora_extproc_discovery_endpoints", "Endpoints that a source of discovery contributes now.", source, registry=r)
+        self.discovery_stale = Gauge(
+            "lora_extproc_discovery_stale",
+            "1 while what a source contributes is not what it shows: it has not answered yet, it fails, or it shows none and is not believed yet.",
+            source,
+            registry=r,
+        )
+        self.discovery_failures = Counter("lora_extproc_discovery_failures", "Times that a source of discovery began to fail.", source, registry=r)
+        self.discovery_left_out = Gauge(
+            "lora_extproc_discovery_left_out",
+            "Entries of a source's last set that were left out, since they cannot be endpoints or repeat one.",
+            source,
+            registry=r,
+        )
 
     def answered(self, outcome: str, reason: str) -> None:
         """Count one request."""

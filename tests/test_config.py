@@ -29,6 +29,10 @@ def pool(name: str = "p", *addresses: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "endpoints": [{"address": address} for address in addresses], **more}
 
 
+def found_by(*sources: dict[str, Any]) -> dict[str, Any]:
+    return {"pools": [{"name": "p", "discovery": list(sources)}]}
+
+
 # ---- what holds
 
 
@@ -50,6 +54,12 @@ def test_a_full_file_is_read(tmp_path: Path) -> None:
           endpoints:
           - {address: 10.0.0.1:8000, stager: 10.0.0.1:9102, node: one}
           - {address: "[2001:db8::1]:8000"}
+          discovery:
+          - {type: file, path: /etc/fleet.yaml}
+          - {type: dns, name: vllm.local, port: 8000, stager_port: 9102}
+          - {type: dns, name: _http._tcp.vllm.local, record: SRV}
+          - {type: etcd, endpoints: ["http://one:2379", "https://two:2379"], prefix: /fleet/llama/}
+        discovery: {dir: /var/lib/fleet, keep_empty_s: 60}
         router: {hash_on: header:X-Session/model, steering: cluster, http_listen: "", table_size: 251}
         stager: {dir: /data, max_bytes: 1000, origins: [{type: file, path: /adapters}, {type: s3, bucket: b}, {type: http, url: "http://o"}, {type: huggingface}]}
         envoy: {processing_mode: BUFFERED, admin: ""}
@@ -59,6 +69,13 @@ def test_a_full_file_is_read(tmp_path: Path) -> None:
     settings = load(file)
     assert settings.pools[0].members() == (Endpoint("10.0.0.1:8000"), Endpoint("[2001:db8::1]:8000"))
     assert [(e.node, e.stager) for e in settings.pools[0].members()] == [("one", "10.0.0.1:9102"), ("[2001:db8::1]:8000", "")]
+    assert [source.label for source in settings.pools[0].discovery] == [
+        "file /etc/fleet.yaml",
+        "dns A vllm.local:8000",
+        "dns SRV _http._tcp.vllm.local",
+        "etcd /fleet/llama/",
+    ]
+    assert (settings.discovery.dir, settings.discovery.keep_empty_s) == ("/var/lib/fleet", 60)
     assert settings.router.policy().hash_on == HashOn("x-session", with_model=True)
     assert [origin.type for origin in settings.stager.origins] == ["file", "s3", "http", "huggingface"]
     assert settings.envoy.processing_mode == "BUFFERED"
@@ -104,6 +121,7 @@ def test_pools_are_built_with_their_tables() -> None:
         ({"router": {"listne": "a:1"}}, "router.listne"),
         ({"pools": [{"name": "a", "endpoint": []}]}, "pools.0.endpoint"),
         ({"pools": [{"name": "a"}, {"name": "b", "endpoints": [{"address": "a:1", "weight": 1}]}]}, "pools.1.endpoints.0.weight"),
+        ({"pools": [{"name": "a", "discovery": [{"type": "file", "path": "/f", "pth": "/g"}]}]}, "pools.0.discovery.0.pth"),
         ({"stager": {"engine": {"key": "x"}}}, "stager.engine.key"),
         ({"stager": {"origins": [{"type": "file", "path": "/a", "pth": "/b"}]}}, "stager.origins.0.pth"),
     ],
@@ -152,6 +170,27 @@ def test_an_unknown_key_is_named_by_its_path(raw: Any, path: str) -> None:
             {"stager": {"origins": [{"type": "huggingface", "mirror_of": "file"}, {"type": "file", "path": "/a"}]}},
             "stager: origins.0.mirror_of: 'file' is no earlier origin",
         ),
+        (
+            found_by({"type": "zookeeper"}),
+            "pools.0.discovery.0: Input tag 'zookeeper' found using 'type' does not match any of the expected tags: 'file', 'dns', 'etcd'",
+        ),
+        (found_by({"type": "file", "path": ""}), "pools.0.discovery.0.path: '' String should have at least 1 character"),
+        (found_by({"type": "file", "path": "/a"}, {"type": "file", "path": "/a"}), "pools.0.discovery: source 'file /a' appears more than once"),
+        (found_by({"type": "dns", "name": "a"}), "pools.0.discovery.0: record A needs port"),
+        (found_by({"type": "dns", "name": "a", "record": "SRV", "port": 1}), "pools.0.discovery.0: record SRV needs no port: the records say it"),
+        (found_by({"type": "dns", "name": "a", "port": 1, "min_ttl_s": 60}), "pools.0.discovery.0: min_ttl_s 60 is above max_ttl_s (30)"),
+        (found_by({"type": "dns", "name": "a", "port": 1, "servers": ["b:53"]}), "pools.0.discovery.0.servers: 'b:53' is no ip:port"),
+        (found_by({"type": "etcd", "endpoints": [], "prefix": "/a/"}), "pools.0.discovery.0.endpoints: Tuple should have at least 1 item"),
+        (found_by({"type": "etcd", "endpoints": ["a:2379"], "prefix": "/a/"}), "pools.0.discovery.0.endpoints: 'a:2379' is no URL as http://host:2379"),
+        (found_by({"type": "etcd", "endpoints": ["http://u:secret@a"], "prefix": "/"}), "pools.0.discovery.0.endpoints: 'a' is no URL as http://host:2379"),
+        (found_by({"type": "etcd", "endpoints": ["http://a"], "prefix": "/a"}), "pools.0.discovery.0.prefix: '/a' does not end with '/': a key of '/a2' would"),
+        (
+            found_by({"type": "etcd", "endpoints": ["http://a"], "prefix": "/", "username": "u"}),
+            "pools.0.discovery.0: username needs password_env or password_file",
+        ),
+        (found_by({"type": "etcd", "endpoints": ["http://a"], "prefix": "/", "key_file": "k"}), "pools.0.discovery.0: cert_file and key_file need each other"),
+        ({"discovery": {"debounce_s": 3}}, "discovery: debounce_s 3 is above debounce_max_s (2)"),
+        ({"discovery": {"keep_empty_s": -1}}, "discovery.keep_empty_s: -1 Input should be greater than or equal to 0"),
         ({"envoy": {"processing_mode": "STREAMED"}}, "envoy.processing_mode: 'STREAMED' Input should be 'FULL_DUPLEX_STREAMED', 'BUFFERED' or 'NONE'"),
         ({"envoy": {"hold_s": 60}}, "envoy.hold_s: 60 is below router.stage_deadline_s (120)"),
         ({"log": {"level": "loud"}}, "log.level: 'loud' Input should be 'debug', 'info', 'warning' or 'error'"),
@@ -254,8 +293,12 @@ def leaves(schema: dict[str, Any], definitions: dict[str, Any], path: str = "") 
         schema = definitions[schema["$ref"].rpartition("/")[2]]
     if "properties" in schema:
         return [leaf for name, inner in schema["properties"].items() for leaf in leaves(inner, definitions, f"{path}.{name}" if path else name)]
-    if "$ref" in schema.get("items", {}):
-        return leaves(schema["items"], definitions, f"{path}[]")
+    items = schema.get("items", {})
+    if "$ref" in items:
+        return leaves(items, definitions, f"{path}[]")
+    if "oneOf" in items:
+        kind_of = {ref: kind for kind, ref in items["discriminator"]["mapping"].items()}
+        return [leaf for one in items["oneOf"] for leaf in leaves(one, definitions, f"{path}[{kind_of[one['$ref']]}]")]
     return [path]
 
 
@@ -271,7 +314,7 @@ def test_the_reference_states_the_defaults_as_yaml() -> None:
     """What it says can be pasted into a file, and changes nothing there."""
     raw: dict[str, Any] = {}
     for path, default, _ in reference():
-        if "[]" not in path:
+        if "[" not in path:
             *groups, name = path.split(".")
             group = raw
             for part in groups:
@@ -279,7 +322,12 @@ def test_the_reference_states_the_defaults_as_yaml() -> None:
             group[name] = yaml.safe_load(default)
     assert parse(raw, source="") == Settings()
     required = [path for path, default, _ in reference() if default == "required"]
-    assert required == ["pools[].name", "pools[].endpoints[].address", "router.copies[].match", "stager.origins[].type"]
+    assert [path for path in required if "discovery" not in path] == [
+        "pools[].name",
+        "pools[].endpoints[].address",
+        "router.copies[].match",
+        "stager.origins[].type",
+    ]
 
 
 def test_the_table_has_one_row_per_setting() -> None:

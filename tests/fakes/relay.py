@@ -7,16 +7,16 @@ from typing import Self
 
 
 class Relay:
-    """`cut` breaks every connection and lets no new one through until `mend`. `hold` keeps what clients send, until `go_on`. `port` is where it leads, and
-    may change.
-    """
+    """`cut` breaks every connection and lets no new one through until `mend`. `freeze` lets nothing pass and breaks nothing, until `thaw`: of all
+    connections, or of those on which the bytes of `mark` have come. `port` is where it leads, and may change."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, mark: bytes = b"") -> None:
         self.port = port
+        self._mark = mark
+        self._flows = asyncio.Event()
+        self._flows.set()
         self.address = ""
         self._is_cut = False
-        self._goes_on = asyncio.Event()
-        self._goes_on.set()
         self._open: set[asyncio.WriteTransport] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -28,6 +28,7 @@ class Relay:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.cut()
+        self.thaw()
         assert self._server is not None
         self._server.close()
         await asyncio.gather(*self._tasks)
@@ -40,11 +41,11 @@ class Relay:
     def mend(self) -> None:
         self._is_cut = False
 
-    def hold(self) -> None:
-        self._goes_on.clear()
+    def freeze(self) -> None:
+        self._flows.clear()
 
-    def go_on(self) -> None:
-        self._goes_on.set()
+    def thaw(self) -> None:
+        self._flows.set()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -62,9 +63,8 @@ class Relay:
         onward, back = await asyncio.open_connection("127.0.0.1", self.port)
         both = {writer.transport, back.transport}
         self._open |= both
-        always = asyncio.Event()
-        always.set()
-        pumps = [asyncio.create_task(_pump(reader, back, self._goes_on)), asyncio.create_task(_pump(onward, writer, always))]
+        marked = asyncio.Event()
+        pumps = [asyncio.create_task(self._pump(reader, back, marked)), asyncio.create_task(self._pump(onward, writer, marked))]
         try:
             if self._is_cut:  # while it was being opened
                 return
@@ -77,9 +77,11 @@ class Relay:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, goes_on: asyncio.Event) -> None:
-    while data := await reader.read(2**16):
-        await goes_on.wait()
-        writer.write(data)
-        await writer.drain()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, marked: asyncio.Event) -> None:
+        while data := await reader.read(2**16):
+            if self._mark in data:
+                marked.set()
+            if marked.is_set():
+                await self._flows.wait()
+            writer.write(data)
+            await writer.drain()

@@ -1,0 +1,33 @@
+"""The endpoints of the settings: always there, until a start with other settings."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from ..config import EndpointSettings
+from ..core.endpoint import Endpoint
+from ..core.fleet import Found
+from .entries import BadEntry, canonical
+from .source import Seen, Shown
+
+
+class StaticSource:
+    """`pools[].endpoints`, which the settings have checked."""
+
+    name = "static"
+    is_final = True
+
+    def __init__(self, endpoints: Sequence[EndpointSettings]) -> None:
+        self._endpoints = tuple(Found(Endpoint(_spelled(e.address), e.node, e.stager)) for e in endpoints)
+
+    async def sets(self) -> AsyncGenerator[Seen, None]:
+        """The one set."""
+        yield Shown(self._endpoints)
+        await asyncio.get_running_loop().create_future()
+
+
+def _spelled(address: str) -> str:
+    """As other sources spell it. Settings may name a host, which gateways can that resolve it themselves."""
+    try:
+        return canonical(address)
+    except BadEntry:
+        return address
