@@ -122,7 +122,12 @@ def router(config: RequiredConfigFile) -> None:
 
     settings = load(config)
     set_up_logging(settings.log.level, settings.log.format)
-    run(lambda stop: serve(settings, stop))
+    clusters = None
+    if settings.envoy.endpoints == "xds":
+        from . import envoyconfig
+
+        clusters = envoyconfig.clusters(settings)
+    run(lambda stop: serve(settings, stop, clusters))
 
 
 @app.command()

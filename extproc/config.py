@@ -650,6 +650,10 @@ class EnvoySettings(Group):
     """Envoy's own administration. Empty: off."""
     router: Addresses = "127.0.0.1:9002"
     """The router, as Envoy reaches it; several replicas separated by commas, or a name that has all their addresses."""
+    endpoints: Literal["xds", "static"] = "xds"
+    """How Envoy learns of pools and their endpoints. `xds`: from the router, which serves CDS and EDS on `router.listen`; Envoy follows the fleet without a
+    restart, and goes on with what it has while no router answers. `static`: they are written into its configuration, and the router serves no xDS. The
+    default suits a fleet that moves, and one that does not loses nothing: without a router Envoy sends nothing anywhere in either case."""
     router_ca_file: str = ""
     """With `router.tls`: the certificates that Envoy verifies the router's by. Empty: it encrypts without verifying."""
     router_health_interval_s: Seconds = 1.0

@@ -6,6 +6,10 @@ What the configuration has to get right was measured on Envoy 1.36.4 and 1.40.0:
 - override_host does not skip endpoints that fail their health check; the router leaves them out.
 - With a retry policy on the route, a full-duplex request that ends in trailers reaches the engine with its body doubled. Such requests are
   marked by the router and take a route without retries.
+- Envoy acts on a change of health at once, and on those of the next second together at its end: of two routers that start together the one found later is
+  asked nothing meanwhile, and with the other killed then all requests fail. For routers nothing is put off.
+- With endpoints by xDS a host that was removed stays until its health check fails, unless the cluster says otherwise; and a route in the bootstrap that
+  names a cluster of CDS makes Envoy end at its start, unless the routes are not compared with the clusters.
 - `clear_route_cache` is not enough where the buffer limit is on the route: 1.36.4 answers 413 unless listener and cluster allow it too.
 
 Importing this module takes a second: import it where it is used.
@@ -14,7 +18,6 @@ Importing this module takes a second: import it where it is used.
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from ipaddress import ip_address
 
 import betterproto2
 import yaml
@@ -45,6 +48,7 @@ from envoy_data_plane.google.protobuf import Any, Struct
 
 from .config import PoolSettings, Settings
 from .core import cors
+from .core.endpoint import is_ip
 from .core.exchange import NO_RETRY_HEADER
 from .core.steering import DESTINATION_HEADER, LB_NAMESPACE, OWN_ANSWER, OWN_NAMESPACE
 from .errors import BY_NAME, ConfigError
@@ -52,6 +56,7 @@ from .errors import BY_NAME, ConfigError
 LOGGED_NOTES = ("model", "engine_model", "key", "owner", "outcome", "origin", "waited_ms", "reason")
 EXT_PROC_SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 ROUTER_CLUSTER = "lora_extproc_router"
+NODE = "lora-extproc"  # the id and the cluster by which Envoy calls itself, unless --service-node and --service-cluster do
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 UNLIMITED = 1_000_000  # for Envoy's circuit breakers; admission is the router's
 MAX_MESSAGE_TIMEOUT_S = 3600.0  # Envoy refuses more
@@ -61,6 +66,9 @@ HOLD_MARGIN_S = 60.0  # the router's own deadline must be first to fire
 CONNECT_FAILURES = "connect-failure,refused-stream,reset-before-request"  # never after the engine has read the request: it may have run
 RETRY_BACK_OFF_S = 0.005  # the next endpoint is another machine: nothing to wait for
 ROUTER_RETRIES = 3  # with one, the second choice was the dead router again for a dozen of 400 requests, until the health check missed it
+FIRST_CLUSTERS_S = 15.0  # Envoy's own default: so long it takes no clients while no router tells it where they would go
+FIRST_ENDPOINTS_S = 2.0  # a router says nothing of a pool of which it has not seen an endpoint: the other pools do not wait longer for that one
+XDS_BACK_OFF_S = 0.2, 2.0  # between attempts to follow a router, the first and the longest; Envoy's own default ends at 30 s
 PING_S, PING_ANSWER_S = 2.0, 1.0  # what a router that hangs holds goes to another within three seconds
 LOST_PACKETS_S = 2.0  # an engine's machine that acknowledges nothing for so long is gone; what it was sent fails, and may be sent again
 ROUTER_FAILURES = "connect-failure,refused-stream,reset"  # a router's answer is repeatable until one has come
@@ -74,27 +82,55 @@ def render(settings: Settings) -> str:
 def build(s: Settings) -> bootstrap.Bootstrap:
     """The bootstrap as a typed message."""
     _check(s)
+    by_xds = s.envoy.endpoints == "xds"
     return bootstrap.Bootstrap(
+        node=core.Node(id=NODE, cluster=NODE) if by_xds else None,
         admin=bootstrap.Admin(address=_socket(s.envoy.admin)) if s.envoy.admin else None,
         static_resources=bootstrap.BootstrapStaticResources(
             listeners=[_listener(s)],
-            clusters=[_router_cluster(s), *(_pool(s, pool) for pool in sorted(s.clusters(), key=lambda p: p.name))],
+            clusters=[_router_cluster(s), *([] if by_xds else [_pool(s, pool) for pool in sorted(s.clusters(), key=lambda p: p.name)])],
         ),
+        dynamic_resources=_from_the_router() if by_xds else None,
     )
 
 
+def clusters(s: Settings) -> dict[str, bytes]:
+    """The cluster of each pool as CDS has it, encoded, by the pool's name."""
+    return {pool.name: bytes(_pool(s, pool)) for pool in s.clusters()}
+
+
+def _from_the_router() -> bootstrap.BootstrapDynamicResources:
+    first_s, longest_s = XDS_BACK_OFF_S
+    again = core.RetryPolicy(retry_back_off=core.BackoffStrategy(base_interval=_seconds(first_s), max_interval=_seconds(longest_s)))
+    return bootstrap.BootstrapDynamicResources(
+        ads_config=core.ApiConfigSource(
+            api_type=core.ApiConfigSourceApiType.GRPC,
+            transport_api_version=core.ApiVersion.V3,
+            grpc_services=[core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=ROUTER_CLUSTER, retry_policy=again))],
+            set_node_on_first_message_only=True,
+        ),
+        cds_config=_by_ads(FIRST_CLUSTERS_S),
+    )
+
+
+def _by_ads(first_s: float) -> core.ConfigSource:
+    return core.ConfigSource(ads=core.AggregatedConfigSource(), initial_fetch_timeout=_seconds(first_s), resource_api_version=core.ApiVersion.V3)
+
+
 def _check(s: Settings) -> None:
-    clusters = s.clusters()
-    if not clusters:
+    served = s.clusters()
+    if not served:
         raise ConfigError("pools: Envoy needs at least one")
-    if s.router.steering == "endpoint" and len(clusters) != 1:
-        raise ConfigError(f"router.steering: 'endpoint' names one cluster in the route; with {len(clusters)} pools use 'cluster'")
+    if s.router.steering == "endpoint" and len(served) != 1:
+        raise ConfigError(f"router.steering: 'endpoint' names one cluster in the route; with {len(served)} pools use 'cluster'")
     if s.envoy.processing_mode != "FULL_DUPLEX_STREAMED" and s.envoy.hold_s > MAX_MESSAGE_TIMEOUT_S:
         raise ConfigError(f"envoy.hold_s: {s.envoy.hold_s:g} is over {MAX_MESSAGE_TIMEOUT_S:g}, Envoy's longest message_timeout")
-    for pool in clusters:
+    for pool in served:
+        if s.envoy.endpoints == "static" and not pool.endpoints:
+            raise ConfigError(f"envoy.endpoints: 'static' gives Envoy what the settings list, which is no endpoint for pool {pool.name!r}; use 'xds'")
         for endpoint_settings in pool.endpoints:
-            host = endpoint_settings.address.rpartition(":")[0].strip("[]")
-            if not _is_ip(host):
+            host = endpoint_settings.address.rpartition(":")[0]
+            if not is_ip(host):
                 raise ConfigError(f"pools: {endpoint_settings.address}: Envoy's override_host knows endpoints by IP address, not by name")
 
 
@@ -127,6 +163,7 @@ def _connection_manager(s: Settings) -> hcm.HttpConnectionManager:
         ],
         route_config=route.RouteConfiguration(
             name="lora_extproc",
+            validate_clusters=False if s.envoy.endpoints == "xds" else None,
             virtual_hosts=[
                 route.VirtualHost(
                     name="all",
@@ -293,16 +330,19 @@ def _router_cluster(s: Settings) -> cluster.Cluster:
     http2 = core.Http2ProtocolOptions(connection_keepalive=core.KeepaliveSettings(interval=_seconds(PING_S), timeout=_seconds(PING_ANSWER_S)))
     options = upstream_http.HttpProtocolOptions(explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
     addresses = [address.strip() for address in s.envoy.router.split(",")]
-    is_ip = all(_is_ip(address.rpartition(":")[0].strip("[]")) for address in addresses)
+    are_ips = all(is_ip(address.rpartition(":")[0]) for address in addresses)
     return cluster.Cluster(
         name=ROUTER_CLUSTER,
-        type=cluster.ClusterDiscoveryType.STATIC if is_ip else cluster.ClusterDiscoveryType.STRICT_DNS,
+        type=cluster.ClusterDiscoveryType.STATIC if are_ips else cluster.ClusterDiscoveryType.STRICT_DNS,
         connect_timeout=_seconds(s.envoy.connect_timeout_s),
         circuit_breakers=_no_limits(),
         load_assignment=_assignment(ROUTER_CLUSTER, addresses),
         lb_policy=cluster.ClusterLbPolicy.LEAST_REQUEST,  # a router's streams are what it holds
         health_checks=[_router_health(s)],
-        common_lb_config=cluster.ClusterCommonLbConfig(healthy_panic_threshold=envoy_type.Percent(value=10)),  # only when none is left
+        common_lb_config=cluster.ClusterCommonLbConfig(
+            healthy_panic_threshold=envoy_type.Percent(value=10),  # only when none is left
+            update_merge_window=timedelta(0),
+        ),
         typed_extension_protocol_options={HTTP_OPTIONS: Any.pack(options)},
         transport_socket=_router_tls(s) if s.router.tls.mode != "off" else None,
     )
@@ -333,9 +373,12 @@ def _pool(s: Settings, pool: PoolSettings) -> cluster.Cluster:
         common_http_protocol_options=core.HttpProtocolOptions(idle_timeout=_seconds(UPSTREAM_IDLE_S)),
         explicit_http_config=upstream_http.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions()),
     )
+    by_xds = s.envoy.endpoints == "xds"
     return cluster.Cluster(
         name=pool.name,
-        type=cluster.ClusterDiscoveryType.STATIC,
+        type=cluster.ClusterDiscoveryType.EDS if by_xds else cluster.ClusterDiscoveryType.STATIC,
+        eds_cluster_config=cluster.ClusterEdsClusterConfig(eds_config=_by_ads(FIRST_ENDPOINTS_S)) if by_xds else None,
+        ignore_health_on_host_removal=by_xds,
         connect_timeout=_seconds(s.envoy.connect_timeout_s),
         per_connection_buffer_limit_bytes=s.router.max_body_bytes,
         upstream_connection_options=cluster.UpstreamConnectionOptions(
@@ -344,7 +387,7 @@ def _pool(s: Settings, pool: PoolSettings) -> cluster.Cluster:
         upstream_bind_config=_noticing_lost_packets(),
         circuit_breakers=_no_limits(),
         health_checks=[_health_check(s)],
-        load_assignment=_assignment(pool.name, [e.address for e in pool.endpoints]),
+        load_assignment=None if by_xds else _assignment(pool.name, [e.address for e in pool.endpoints]),
         load_balancing_policy=_policy("envoy.load_balancing_policies.override_host", _override_host()),
         typed_extension_protocol_options={HTTP_OPTIONS: Any.pack(options)},
     )
@@ -409,11 +452,3 @@ def _socket(address: str) -> core.Address:
 
 def _seconds(value: float) -> timedelta:
     return timedelta(seconds=value)
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True

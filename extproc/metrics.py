@@ -94,6 +94,14 @@ class RouterMetrics(Metrics):
             source,
             registry=r,
         )
+        self.xds_streams = Gauge("lora_extproc_xds_streams", "xDS streams open now: one for each Envoy that follows this router by ADS.", registry=r)
+        self.xds_responses = Counter("lora_extproc_xds_responses", "Updates sent to Envoys, by type (clusters, endpoints).", ["type"], registry=r)
+        self.xds_answers = Counter(
+            "lora_extproc_xds_answers",
+            "Answers of Envoys to those, by type and result: ack, or nack where Envoy rejects the update and keeps what it has.",
+            ["type", "result"],
+            registry=r,
+        )
 
     def answered(self, outcome: str, reason: str) -> None:
         """Count one request."""

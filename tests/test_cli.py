@@ -72,7 +72,8 @@ def test_owner_shows_the_order_and_why(config: Path) -> None:
 def test_envoy_config_prints_a_bootstrap(config: Path) -> None:
     """YAML on standard output."""
     rendered = yaml.safe_load(cli("envoy-config", "--config", config).stdout)
-    assert [cluster["name"] for cluster in rendered["static_resources"]["clusters"]] == ["lora_extproc_router", "models"]
+    assert [cluster["name"] for cluster in rendered["static_resources"]["clusters"]] == ["lora_extproc_router"]
+    assert "ads_config" in rendered["dynamic_resources"]
 
 
 def test_unknown_options_are_one_sentence() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from envoy_data_plane.envoy.config.cluster import v3 as cluster
 
 from extproc.config import Settings, parse
-from extproc.envoyconfig import build, render
+from extproc.envoyconfig import build, clusters, render
 from extproc.errors import ConfigError
 
 KEPT = Path(__file__).parents[1] / "envoy"
@@ -26,13 +27,15 @@ _TWO_POOLS = [
     {**_ONE_POOL[0], "adapters": ["llama/*"]},
     {"name": "qwen", "base_models": ["Qwen/Qwen3-8B"], "endpoints": [{"address": "10.0.1.11:8000", "stager": "10.0.1.11:9102"}]},
 ]
+_STATIC = {"endpoints": "static"}
 RENDERED: dict[str, dict[str, object]] = {
-    "full-duplex": {"pools": _ONE_POOL},
-    "buffered": {"pools": _ONE_POOL, "envoy": {"processing_mode": "BUFFERED"}},
-    "none": {"pools": _ONE_POOL, "envoy": {"processing_mode": "NONE"}},
-    "full-duplex-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}},
-    "buffered-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}, "envoy": {"processing_mode": "BUFFERED"}},
-    "none-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}, "envoy": {"processing_mode": "NONE"}},
+    "full-duplex": {"pools": _ONE_POOL, "envoy": _STATIC},
+    "full-duplex-xds": {"pools": _ONE_POOL},
+    "buffered": {"pools": _ONE_POOL, "envoy": {"processing_mode": "BUFFERED", **_STATIC}},
+    "none": {"pools": _ONE_POOL, "envoy": {"processing_mode": "NONE", **_STATIC}},
+    "full-duplex-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}, "envoy": _STATIC},
+    "buffered-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}, "envoy": {"processing_mode": "BUFFERED", **_STATIC}},
+    "none-cluster": {"pools": _TWO_POOLS, "router": {"steering": "cluster"}, "envoy": {"processing_mode": "NONE", **_STATIC}},
 }
 
 
@@ -69,6 +72,21 @@ def test_the_typed_message_reads_back() -> None:
     assert again == message
 
 
+def test_clusters_of_xds_are_those_of_the_bootstrap() -> None:
+    """But for where their endpoints come from, and that an endpoint which has gone is not kept until its health check fails."""
+    by_xds = clusters(parse({"pools": _TWO_POOLS, "router": {"steering": "cluster"}}, source="test"))
+    static = build(_settings("full-duplex-cluster")).static_resources
+    assert static is not None
+    expected = {message.name: message for message in static.clusters if message.name in by_xds}
+    assert by_xds.keys() == {"models", "qwen"}
+    for name, encoded in by_xds.items():
+        message = cluster.Cluster.parse(encoded)
+        assert (message.type, message.ignore_health_on_host_removal, message.load_assignment) == (cluster.ClusterDiscoveryType.EDS, True, None)
+        message.type, message.ignore_health_on_host_removal, message.eds_cluster_config = cluster.ClusterDiscoveryType.STATIC, False, None
+        expected[name].load_assignment = None
+        assert message == expected[name]
+
+
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
@@ -76,6 +94,7 @@ def test_the_typed_message_reads_back() -> None:
         ({"pools": _TWO_POOLS}, "use 'cluster'"),
         ({"pools": _ONE_POOL, "envoy": {"processing_mode": "NONE", "hold_s": 4000}}, "over 3600"),
         ({"pools": [{"name": "p", "endpoints": [{"address": "vllm-1:8000"}]}]}, "by IP address"),
+        ({"pools": [{"name": "p"}], "envoy": _STATIC}, "use 'xds'"),
     ],
 )
 def test_what_envoy_could_not_serve_is_refused(raw: dict[str, object], complaint: str) -> None:

@@ -3,12 +3,20 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from envoy_data_plane.envoy.service.ext_proc import v3 as upstream
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.endpoint import v3 as endpoint
+from envoy_data_plane.envoy.service.discovery import v3 as discovery
+from envoy_data_plane.envoy.service.ext_proc import v3 as ext_proc
+from envoy_data_plane.envoy.type import v3 as envoy_type
+from envoy_data_plane.google import rpc
 
-from extproc.pb import ext_proc_pb2
+from extproc.pb import ext_proc_pb2, xds_pb2
 
+UPSTREAM = {ext_proc_pb2: (ext_proc, core, envoy_type), xds_pb2: (discovery, endpoint, core, rpc)}  # where the messages of each subset are
+OURS = [(pb, name) for pb in UPSTREAM for name in pb.DESCRIPTOR.message_types_by_name]
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,9 +37,10 @@ def _without_versions(text: str) -> list[str]:
     return lines[start:]
 
 
-@pytest.mark.parametrize("name", [m for m in dir(ext_proc_pb2) if hasattr(getattr(ext_proc_pb2, m), "DESCRIPTOR") and hasattr(upstream, m)])
-def test_field_numbers_are_upstreams(name: str) -> None:
-    """Every field of the subset has upstream's number under upstream's name."""
-    ours = getattr(ext_proc_pb2, name).DESCRIPTOR.fields_by_name
-    theirs = {field.name: field.metadata["betterproto"].number for field in getattr(upstream, name).__dataclass_fields__.values()}
+@pytest.mark.parametrize(("pb", "name"), [pytest.param(pb, name, id=name) for pb, name in OURS])
+def test_field_numbers_are_upstreams(pb: ModuleType, name: str) -> None:
+    """Every field of the subsets has upstream's number under upstream's name."""
+    ours = pb.DESCRIPTOR.message_types_by_name[name].fields_by_name
+    upstream = next(getattr(module, name) for module in UPSTREAM[pb] if hasattr(module, name))
+    theirs = {field.name: field.metadata["betterproto"].number for field in upstream.__dataclass_fields__.values()}
     assert {field: descriptor.number for field, descriptor in ours.items()}.items() <= theirs.items()

@@ -1,6 +1,7 @@
 """One model-server address Envoy can send to, and the pool it belongs to."""
 
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -16,3 +17,12 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host", self.address.encode())  # hashed once per key, encoded once
+
+
+def is_ip(host: str) -> bool:
+    """Whether `host` is an IP address, in brackets or not: Envoy's override_host knows endpoints by nothing else."""
+    try:
+        ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True

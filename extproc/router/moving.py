@@ -8,7 +8,7 @@ endpoint is worth more ready than perfect, and a draining one is left to the lea
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Protocol
 
 from ..core.endpoint import Endpoint
@@ -36,13 +36,25 @@ class Fleet(Protocol):
 
 
 class Moves:
-    """By endpoint, one move at a time. `join_s`: a joining endpoint is ready after so long at the latest; `leave_s` as much for one that drains."""
+    """By endpoint, one move at a time. `join_s`: a joining endpoint is ready after so long at the latest; `leave_s` as much for one that drains.
 
-    def __init__(self, residency: Residency, popularity: Popularity, *, join_s: float, leave_s: float) -> None:
+    `until_known` waits until whoever sends requests knows an endpoint; it ends by itself.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        popularity: Popularity,
+        *,
+        join_s: float,
+        leave_s: float,
+        until_known: Callable[[Iterable[str]], Awaitable[None]] | None = None,
+    ) -> None:
         self._residency = residency
         self._popularity = popularity
         self._join_s = join_s
         self._leave_s = leave_s
+        self._until_known = until_known
         self._moves: dict[str, asyncio.Task[None]] = {}  # by endpoint address
 
     def join(self, fleet: Fleet, pool: str, endpoint: Endpoint, then: Callable[[], None]) -> None:
@@ -89,6 +101,8 @@ class Moves:
         except TimeoutError:
             log.warning("endpoint %s has joined for %g s and is ready with what it has", endpoint.address, self._join_s)
         log.info("endpoint %s was given %d adapters, %d bytes, in %.1f s", endpoint.address, given, given_bytes, time.monotonic() - began)
+        if self._until_known is not None:
+            await self._until_known([endpoint.address])
         then()
 
     async def _owned(self, fleet: Fleet, name: str, endpoint: Endpoint) -> list[str]:

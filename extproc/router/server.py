@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import secrets
+from collections.abc import Mapping
 
 from ..client import StagerClient
 from ..config import Settings, build_pools
@@ -30,6 +31,7 @@ from .tls import Certificate
 from .tracing import Tracing
 from .transport import Listener
 from .watchdog import Watchdog
+from .xds import Xds
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,9 @@ PROCESS_METHOD = f"/{EXT_PROC_SERVICE}/Process"
 
 
 class Server:
-    """One router. `start` returns when it serves; `stop` drains."""
+    """One router. `start` returns when it serves; `stop` drains. `clusters`: those that Envoys are told by xDS, encoded, by pool; None: xDS is not served."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clusters: Mapping[str, bytes] | None = None) -> None:
         router = self._settings = settings.router
         self.metrics = RouterMetrics()
         pools = build_pools(settings)
@@ -52,13 +54,20 @@ class Server:
         self._models = Models(pools, self._clients, servable, shows_paths=router.shows_paths)
         popularity = Popularity()
         prefixes = Prefixes(router.prefix_blocks)
+        self.xds = Xds(clusters, self.metrics) if clusters is not None else None
         self.membership = Membership(
             pools,
             self._residency,
             self._models,
             self.metrics,
             Probe(),
-            Moves(self._residency, popularity, join_s=router.join_s, leave_s=router.leave_s),
+            Moves(
+                self._residency,
+                popularity,
+                join_s=router.join_s,
+                leave_s=router.leave_s,
+                until_known=self.xds.until_known if self.xds is not None else None,
+            ),
             popularity,
             prefixes,
             clients=self._clients,
@@ -116,6 +125,10 @@ class Server:
             app = router_app(self.services, self._why_not_ready)
             self._http = HttpServer(app, self._settings.http_listen)
         methods: Methods = {PROCESS_METHOD: lambda sender: Processor(self.services, sender), **self._health.methods()}
+        if self.xds is not None:
+            self.xds.update(self.membership.snapshot)
+            self.membership.on_change.append(self.xds.update)
+            methods |= self.xds.methods()
         certificate = None if self._settings.tls.mode == "off" else Certificate(self._settings.tls)
         max_message_bytes = self._settings.max_body_bytes + MESSAGE_OVERHEAD_BYTES
         tls = certificate.context if certificate is not None else None
@@ -146,6 +159,8 @@ class Server:
         if self._reloading is not None:
             self._reloading.cancel()
         self._health.drain()
+        if self.xds is not None:  # by now Envoys know which replica serves, and follow that one
+            self.xds.drain()
         await asyncio.gather(*(listener.stop(self._settings.drain_s) for listener in self._listeners))
         self._watchdog.stop()
         await self._admission.stop()
@@ -171,9 +186,9 @@ async def _keep_current(certificate: Certificate, listener: Listener) -> None:
             await listener.use(certificate.context)
 
 
-async def serve(settings: Settings, stop: asyncio.Event) -> None:
+async def serve(settings: Settings, stop: asyncio.Event, clusters: Mapping[str, bytes] | None = None) -> None:
     """Run a router until `stop` is set."""
-    server = Server(settings)
+    server = Server(settings, clusters)
     try:
         await server.start()
         await stop.wait()

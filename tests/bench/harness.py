@@ -95,7 +95,7 @@ async def arrangements(
             "origins": [{"type": "file", "path": str(directory / "origin")}],
             "engine": {"url": ""},
         }
-        raw["envoy"] = {**raw.get("envoy", {}), "listen": beside, "admin": "", "router": router}
+        raw["envoy"] = {**raw.get("envoy", {}), "listen": beside, "admin": "", "router": router, "endpoints": "static"}  # so that Envoy alone has them, too
         rendered = yaml.safe_load(render(parse(raw, source="bench")))
         files = {
             "settings": yaml.safe_dump(raw),

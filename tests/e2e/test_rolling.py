@@ -25,7 +25,7 @@ async def test_rolling_two_routers_loses_no_request(start: StackFactory) -> None
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
             await stack.restart(name)
-            await _until_envoy_sees(stack.admin, [router.listen for router in stack.routers])
+            await until_envoy_sees(stack.admin, [router.listen for router in stack.routers])
     assert len(answers) > 500
     assert Counter(answers).keys() == {(200, "")}
 
@@ -67,7 +67,7 @@ async def _load(stack: Stack) -> AsyncIterator[list[tuple[int, str]]]:
         await client.close()
 
 
-async def _until_envoy_sees(admin: str, routers: list[str]) -> None:
+async def until_envoy_sees(admin: str, routers: list[str]) -> None:
     """Wait until Envoy's health check has found every replica well: only then may the next one go."""
     wanted = [f"lora_extproc_router::{address}::health_flags::healthy" for address in routers]
     async with aiohttp.ClientSession() as session:
