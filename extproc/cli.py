@@ -116,18 +116,44 @@ def up(
 @app.command()
 def router(config: RequiredConfigFile) -> None:
     """Run the ext_proc service."""
+    from .process.cores import cores
     from .process.logs import set_up_logging
     from .process.loop import run
-    from .router.server import serve
 
     settings = load(config)
     set_up_logging(settings.log.level, settings.log.format)
-    clusters = None
-    if settings.envoy.endpoints == "xds":
-        from . import envoyconfig
+    clusters = _clusters(settings)
+    workers = settings.router.workers or cores()
+    if workers > 1:
+        from .router.workers.parent import serve as serve_with_workers
 
-        clusters = envoyconfig.clusters(settings)
-    run(lambda stop: serve(settings, stop, clusters))
+        run(lambda stop: serve_with_workers(settings, workers, stop))
+    else:
+        from .router.server import serve
+
+        run(lambda stop: serve(settings, stop, clusters))
+
+
+@app.command(hidden=True)
+def router_worker(number: int, parent: int, commands: int, board: int, settings: int, api: str) -> None:
+    """Run one of a router's workers. `lora-extproc router` starts it, and hands it three files by their numbers."""
+    from .process.logs import set_up_logging
+    from .process.loop import run
+    from .router.workers.worker import inherited, work
+
+    worker = inherited(number, parent, commands, board, settings, api)
+    set_up_logging(worker.settings.log.level, worker.settings.log.format, f"worker {number}")
+    clusters = _clusters(worker.settings)
+    run(lambda stop: work(worker, stop, clusters))
+
+
+def _clusters(settings: "Settings") -> dict[str, bytes] | None:
+    """What Envoys that follow this router by xDS are told of each pool's cluster; None where they do not."""
+    if settings.envoy.endpoints != "xds":
+        return None
+    from . import envoyconfig
+
+    return envoyconfig.clusters(settings)
 
 
 @app.command()

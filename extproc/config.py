@@ -280,6 +280,10 @@ class RouterSettings(Group):
     """gRPC health alone, for probes. Empty: off."""
     http_listen: OptionalAddress = "127.0.0.1:9090"
     """Control API, `/metrics`, `/healthz`, `/readyz`. Empty: off."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    """Processes that serve ext_proc behind `listen`. 0: one per core (of the CPU set and the container's limit). 1: one process, which does everything,
+    and is enough for about 10,000 requests per second; each further one takes a core, 120 MB, and a watch on every stager. Gateways' connections are
+    spread over them, and Envoy opens one per thread: more workers than the `--concurrency` of all Envoys together are idle."""
     hash_on: str = "model"
     """What is hashed: `model`, `tenant`, `tenant/model`, `header:NAME` or `header:NAME/model`. A missing header falls back to the model."""
     tenant_header: str = "x-tenant-id"
@@ -344,7 +348,8 @@ class RouterSettings(Group):
     body_deadline_s: Seconds = 30.0
     """A body of which nothing arrives for so long, or that arrives at less than 16 KiB per second after that time, is answered 408 `body_timeout`."""
     judges: Annotated[int, Field(ge=1, le=64)] = 2
-    """Processes that read bodies over 1 MiB, compressed ones and forms, so that the event loop need not."""
+    """Processes that read bodies over 1 MiB, compressed ones and forms, so that the event loop need not. Of the whole router: each of its `workers` has its
+    part of them, and at least one."""
     prefix_blocks: Annotated[int, Field(ge=0)] = 1_000_000
     """How many blocks of prompts, of 512 bytes and more, are remembered by their hashes, so that among warm copies the one is chosen that computed the
     longest beginning of a prompt before. 50 to 120 bytes each, and 85 MB for 1,000 endpoints; at most 9,600 of one endpoint, which is more than its KV cache

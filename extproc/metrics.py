@@ -111,6 +111,30 @@ class RouterMetrics(Metrics):
         counter.inc()
 
 
+class WorkersMetrics(Metrics):
+    """Instruments of the process above the workers of a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        r = self.registry
+        self.workers = Gauge(
+            "lora_extproc_workers", "Workers by what they do: serving, starting, leaving, or absent until they are started anew.", ["state"], registry=r
+        )
+        self.ended = Counter(
+            "lora_extproc_workers_ended", "Workers that ended unasked, by why: died, hung, or late (did not serve in time).", ["why"], registry=r
+        )
+        self.given = Counter("lora_extproc_workers_connections", "Connections that were given to workers.", registry=r)
+        self.moved = Counter(
+            "lora_extproc_workers_moved", "Connections whose client was asked to make a new one, because another worker has less to do.", registry=r
+        )
+
+
+# What a router's gauges are over all its workers. Counters and histograms are summed.
+SUMMED = frozenset({"lora_extproc_held_bytes", "lora_extproc_held_requests", "lora_extproc_streams", "lora_extproc_leases"})
+LARGEST = frozenset({"lora_extproc_loop_longest_stall_seconds"})
+ALIKE = frozenset({"lora_extproc_build_info", "lora_extproc_owner_share", "lora_extproc_endpoints"})  # each worker says the same: one speaks for all
+
+
 class StagerMetrics(Metrics):
     """Instruments of the stager."""
 

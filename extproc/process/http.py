@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI, Response
 
-from ..metrics import Metrics
 from .sockets import listen
 
 
@@ -35,9 +35,15 @@ class HttpServer:
         self._socket.close()
 
 
-def control_app(title: str, metrics: Metrics, why_not_ready: Callable[[], str | None]) -> FastAPI:
-    """The endpoints every process has. `why_not_ready` returns None when ready."""
-    app = FastAPI(title=title, docs_url="/docs", redoc_url=None)
+class Metrics(Protocol):
+    """What `/metrics` shows, in the Prometheus text format."""
+
+    def render(self) -> bytes | Awaitable[bytes]: ...
+
+
+def control_app(title: str, metrics: Metrics, why_not_ready: Callable[[], str | None], *, openapi_url: str | None = "/openapi.json") -> FastAPI:
+    """The endpoints every process has. `why_not_ready` returns None when ready. Without an `openapi_url` there is no page that documents them either."""
+    app = FastAPI(title=title, docs_url="/docs", redoc_url=None, openapi_url=openapi_url)
 
     @app.get("/healthz", summary="The process lives.")
     async def healthz() -> dict[str, str]:
@@ -53,6 +59,8 @@ def control_app(title: str, metrics: Metrics, why_not_ready: Callable[[], str | 
 
     @app.get("/metrics", summary="Prometheus text format.")
     async def render() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        rendered = metrics.render()
+        text = rendered if isinstance(rendered, bytes) else await rendered
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app

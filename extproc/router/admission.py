@@ -1,4 +1,7 @@
-"""How much may be held: requests that wait, in all and per adapter; bytes of bodies; and for how long a body may take to arrive."""
+"""How much may be held: requests that wait, in all and per adapter; bytes of bodies; and for how long a body may take to arrive.
+
+Where the router has several workers, its limits are of all of them together: `row` is this worker's place among them.
+"""
 
 import asyncio
 import logging
@@ -10,6 +13,7 @@ from typing import Protocol
 
 from ..errors import BodyTimeout, LoraExtprocError, Overloaded
 from ..metrics import RouterMetrics
+from .board import Row
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class Admission:
         max_bytes: int,
         body_deadline_s: float,
         clock: Callable[[], float] = time.monotonic,
+        row: Row | None = None,
     ) -> None:
         self._metrics = metrics
         self._max_waiting = max_waiting
@@ -47,6 +52,7 @@ class Admission:
         self._max_bytes = max_bytes
         self._body_deadline_s = body_deadline_s
         self._clock = clock
+        self._row = row
         self._waiting: Counter[str] = Counter()
         self._total = 0
         self._bytes = 0
@@ -58,32 +64,42 @@ class Admission:
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
         """Take a place among those that wait for the adapter `name` ("": for any endpoint). Raises Overloaded if there is none."""
-        if self._total >= self._max_waiting:
-            raise Overloaded(f"{self._total} requests wait; the limit is {self._max_waiting}")
-        before = self._waiting[name]
+        in_all = self._total if self._row is None else self._row.all_waiting()
+        if in_all >= self._max_waiting:
+            raise Overloaded(f"{in_all} requests wait; the limit is {self._max_waiting}")
+        before = self._waiting[name] if self._row is None else self._row.all_waiting_for(name)
         if name and before >= self._max_waiting_per_adapter:
             raise Overloaded(f"{before} requests wait for {name}; the limit is {self._max_waiting_per_adapter}")
         self._metrics.queue_position.observe(before)
-        self._waiting[name] += 1
-        self._total += 1
+        self._change_waiting(name, 1)
         try:
             yield
         finally:
-            self._total -= 1
-            self._waiting[name] -= 1
-            if not self._waiting[name]:
-                del self._waiting[name]
+            self._change_waiting(name, -1)
+
+    def _change_waiting(self, name: str, by: int) -> None:
+        self._total += by
+        self._waiting[name] += by
+        if not self._waiting[name]:
+            del self._waiting[name]
+        if self._row is not None:
+            self._row.wait(name, by)
 
     def change_bytes(self, holder: Holder, by: int) -> None:
         """Count bytes that `holder`'s body takes. Above the limit the oldest bodies that have not ended are refused, and the newcomer only if none is left."""
         holder.held_bytes += by
         self._bytes += by
-        while by > 0 and self._bytes > self._max_bytes:
+        in_all = self._bytes_in_all()
+        while by > 0 and in_all > self._max_bytes:
             oldest = next(iter(self._arriving), holder)
             self._arriving.pop(oldest, None)
             oldest.refuse(Overloaded(f"request bodies take over {self._max_bytes} bytes together"))
             if oldest is holder:
                 return
+            in_all = self._bytes_in_all()
+
+    def _bytes_in_all(self) -> int:
+        return self._bytes if self._row is None else self._row.hold(self._bytes)
 
     # -- bodies that arrive
 

@@ -1,9 +1,13 @@
-"""The router process: ext_proc and health over gRPC, the control API over HTTP, and the order in which they start and stop."""
+"""A router in one process: ext_proc and health over gRPC, the control API over HTTP, and the order in which they start and stop.
+
+It is the whole router, or one of its workers (workers/): then it takes connections from its parent, and has a row on the board.
+"""
 
 import asyncio
 import logging
 import random
 import secrets
+import socket
 from collections.abc import Mapping
 
 from ..client import StagerClient
@@ -12,9 +16,12 @@ from ..core.paths import Paths
 from ..core.popularity import Popularity
 from ..core.prefix import Prefixes
 from ..core.steering import Steering
+from ..discovery.discovery import Discovery
+from ..discovery.sources import build_sources
 from ..metrics import RouterMetrics
 from ..process.http import HttpServer
 from .admission import Admission
+from .board import Row
 from .control import router_app
 from .health import EXT_PROC_SERVICE, Health
 from .http2.calls import Methods
@@ -41,9 +48,11 @@ PROCESS_METHOD = f"/{EXT_PROC_SERVICE}/Process"
 
 
 class Server:
-    """One router. `start` returns when it serves; `stop` drains. `clusters`: those that Envoys are told by xDS, encoded, by pool; None: xDS is not served."""
+    """One router. `start` returns when it serves; `stop` drains. `clusters`: those that Envoys are told by xDS, encoded, by pool; None: xDS is not served.
+    With a `row` it is a worker, and listens on no ext_proc port of its own."""
 
-    def __init__(self, settings: Settings, clusters: Mapping[str, bytes] | None = None) -> None:
+    def __init__(self, settings: Settings, clusters: Mapping[str, bytes] | None = None, row: Row | None = None) -> None:
+        self._row = row
         router = self._settings = settings.router
         self.metrics = RouterMetrics()
         pools = build_pools(settings)
@@ -81,6 +90,7 @@ class Server:
             max_waiting_per_adapter=router.max_waiting_per_adapter,
             max_bytes=router.max_held_bytes,
             body_deadline_s=router.body_deadline_s,
+            row=row,
         )
         self._judges = Judges(router.judges, router.max_body_bytes, with_blocks=router.prefix_blocks > 0)
         self._watchdog = Watchdog(self.metrics)
@@ -112,6 +122,8 @@ class Server:
             cors_allow_origins=router.cors_allow_origins,
             tracing=Tracing() if router.tracing else None,
         )
+        found = any(pool.discovery for pool in settings.pools)
+        self._discovery = Discovery(build_sources(settings.pools), settings.discovery, self.metrics) if found else None
         self._health = Health()
         self._listeners: list[Listener] = []
         self._http: HttpServer | None = None
@@ -132,7 +144,8 @@ class Server:
         certificate = None if self._settings.tls.mode == "off" else Certificate(self._settings.tls)
         max_message_bytes = self._settings.max_body_bytes + MESSAGE_OVERHEAD_BYTES
         tls = certificate.context if certificate is not None else None
-        self._listeners.append(Listener(self._settings.listen, methods, self._settings.max_streams, tls, max_message_bytes=max_message_bytes))
+        address = self._settings.listen if self._row is None else None
+        self._listeners.append(Listener(address, methods, self._settings.max_streams, tls, max_message_bytes=max_message_bytes))
         if self._settings.health_listen:
             health = self._health.methods()
             self._listeners.append(Listener(self._settings.health_listen, health, self._settings.max_streams, max_message_bytes=MESSAGE_OVERHEAD_BYTES))
@@ -142,6 +155,9 @@ class Server:
             self._reloading = asyncio.create_task(_keep_current(certificate, self._listeners[0]), name="certificate")
         if self._http is not None:
             self._http.start()
+        if self._discovery is not None:
+            await self.membership.apply(await self._discovery.first())
+            self._discovery.follow(self.membership.apply)
         self.membership.start()
         self._admission.start()
         self._judges.start()
@@ -165,6 +181,8 @@ class Server:
         self._watchdog.stop()
         await self._admission.stop()
         await self._judges.stop()
+        if self._discovery is not None:
+            await self._discovery.stop()
         await self.membership.stop()
         await self._models.close()
         await self._residency.close()
@@ -174,6 +192,25 @@ class Server:
             await self._http.stop()
         if self.services.tracing is not None:
             await asyncio.to_thread(self.services.tracing.close)
+
+    # -- what a worker's parent asks for
+
+    def take(self, accepted: socket.socket) -> None:
+        """Serve a connection that the parent has accepted."""
+        self._listeners[0].take(accepted)
+
+    def give_one_away(self) -> None:
+        """Have one client's next calls come on a new connection, for another worker."""
+        self._listeners[0].give_one_away()
+
+    def count_connections(self) -> tuple[int, int]:
+        """Connections, and those that carried requests since this was asked last."""
+        return self._listeners[0].count() if self._listeners else (0, 0)
+
+    def follow_readiness(self, ready: bool) -> None:
+        """Say of the whole router on the ext_proc port whether it is ready. A drain is not called off."""
+        if not self._draining:
+            self._health.set_serving(ready)
 
     def _why_not_ready(self) -> str | None:
         return "draining" if self._draining else None

@@ -1,10 +1,12 @@
-"""Replacing router replicas under load."""
+"""Replacing router replicas, and a router's workers, under load."""
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import aiohttp
 
@@ -38,6 +40,25 @@ async def test_a_killed_router_costs_at_most_what_it_was_answering(start: StackF
         await _until(lambda: len(answers) > 500)
     failed = [answer for answer in answers if answer[0] != 200]
     assert len(failed) <= 5, Counter(failed)  # some 200 requests would meet the dead one
+
+
+async def test_a_killed_worker_costs_at_most_what_it_was_answering(start: StackFactory) -> None:
+    """Envoy makes a new connection and repeats there what the dead one had not begun to answer. Each in turn, since Envoy's one thread asks one of them."""
+    async with start({"router": {"workers": 2}}) as stack, _load(stack) as answers, aiohttp.ClientSession(f"http://{stack.router_http}") as session:
+        router = stack.process("router-1").process.pid
+        first = _children(router)
+        for worker in first:
+            os.kill(worker, signal.SIGKILL)
+            await _until_more(answers, 300)
+            while 'lora_extproc_workers{state="serving"} 2.0' not in await (await session.get("/metrics")).text():
+                await asyncio.sleep(0.05)
+        assert not set(first) & set(_children(router))
+    failed = [answer for answer in answers if answer[0] != 200]
+    assert len(failed) <= 10, Counter(failed)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @contextlib.asynccontextmanager
@@ -76,6 +97,11 @@ async def until_envoy_sees(admin: str, routers: list[str]) -> None:
                 if set(wanted) <= set((await response.text()).splitlines()):
                     return
             await asyncio.sleep(0.05)
+
+
+async def _until_more(answers: list[tuple[int, str]], count: int) -> None:
+    enough = len(answers) + count
+    await _until(lambda: len(answers) >= enough)
 
 
 async def _until(happened: Callable[[], bool]) -> None:

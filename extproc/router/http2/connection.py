@@ -141,6 +141,7 @@ class Connection(asyncio.BufferedProtocol):
         self._patience = Patience()
         self._now = 0.0  # when the last read was
         self._has_failed = False  # a call
+        self._counted_to = 0  # the last stream when they were counted last
 
     def __repr__(self) -> str:
         return f"<Connection [{len(self._streams)} streams, last {self._last_id}]>"
@@ -154,6 +155,11 @@ class Connection(asyncio.BufferedProtocol):
     def is_drained(self) -> bool:
         """Whether no call is open, and none will be."""
         return self._over or self._transport is None or (self._refuses and not self._streams)
+
+    def count_opened(self) -> int:
+        """Calls that were opened since this was asked last."""
+        before, self._counted_to = self._counted_to, self._last_id
+        return (self._last_id - before + 1) // 2
 
     # -- asyncio's side
 
