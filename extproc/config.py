@@ -282,8 +282,9 @@ class RouterSettings(Group):
     """Control API, `/metrics`, `/healthz`, `/readyz`. Empty: off."""
     workers: Annotated[int, Field(ge=0, le=64)] = 1
     """Processes that serve ext_proc behind `listen`. 0: one per core (of the CPU set and the container's limit). 1: one process, which does everything,
-    and is enough for about 10,000 requests per second; each further one takes a core, 120 MB, and a watch on every stager. Gateways' connections are
-    spread over them, and Envoy opens one per thread: more workers than the `--concurrency` of all Envoys together are idle."""
+    and is enough for about 10,000 requests per second; each further one takes a core, 120 MB and its own copy of what is known of the fleet, and a watch on
+    every stager. Gateways' connections are spread over them, and Envoy opens one per thread: of more workers than all Envoys together have threads
+    (`--concurrency`) some are idle."""
     hash_on: str = "model"
     """What is hashed: `model`, `tenant`, `tenant/model`, `header:NAME` or `header:NAME/model`. A missing header falls back to the model."""
     tenant_header: str = "x-tenant-id"

@@ -105,12 +105,12 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
         return _without_lease(copies, order, loads, bound)
     least = leased[0] if len(leased) == 1 else _least(leased, loads, order)
     in_flight = loads[least.address].in_flight
+    serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].in_flight < bound else least
     if in_flight < EARLY * bound:
-        serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].in_flight < bound else least
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(copies, order, loads, bound, rule)
     if following is None or in_flight < bound:
-        return Choice(least, prepare=following)
+        return Choice(serve, prepare=following)
     has_files = any(copy.endpoint == following for copy in copies)
     return Choice(None, (following, least)) if has_files or loads[least.address].is_queueing else Choice(least, prepare=following)
 

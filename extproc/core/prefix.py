@@ -6,7 +6,11 @@ of no use to another, and the request's `cache_salt`.
 
 The blocks are bytes of the body as the client wrote it, not tokens, so that nothing is parsed twice and no tokenizer is needed. What that leaves out:
 the same text written in another way (keys of a message in another order, other escapes, spaces) is another prompt here, while the engine would have
-it in its cache. Such a request goes to the least loaded copy, as if nothing were known. One client writes one conversation in one way.
+it in its cache. Such a request is sent as if nothing were known of it. One client writes one conversation in one way.
+
+Known is what this router has sent, not what the engine has kept of it. vLLM publishes the blocks that it has, but by hashes of tokens: to look a prompt up
+among them takes the model's tokenizer and chat template, and to follow them 50 to 140 us for every 2,000 tokens that any engine of the fleet computes, in
+every router, which is as much as a whole warm request costs.
 """
 
 from collections.abc import Sequence

@@ -62,8 +62,8 @@ class Subscription:
         self.state = State.SILENT
         self.accepted: Mapping[str, Resource] = {}  # what the client acknowledged last
         self._is_complete = is_complete
+        self.names: frozenset[str] = frozenset()  # that it asks for
         self._nonce = ""
-        self._names: frozenset[str] = frozenset()
         self._asks_for_everything = False
         self._has_named = False  # anything, ever
         self._sent: Mapping[str, Resource] = {}  # last, without what the client has stopped asking for
@@ -72,7 +72,7 @@ class Subscription:
 
     def asks_for(self, name: str) -> bool:
         """Whether the client wants to know of the resource of that name."""
-        return self._asks_for_everything or name in self._names
+        return self._asks_for_everything or name in self.names
 
     def request(self, nonce: str, names: Sequence[str], *, is_rejected: bool = False) -> Heard:
         """The client said something. `names` are all it asks for from now on."""
@@ -96,7 +96,7 @@ class Subscription:
         """ "For historical reasons", of a complete type no names mean everything, but only to a client that has never named any."""
         self._has_named |= bool(names)
         self._asks_for_everything = self._is_complete and (EVERYTHING in names or not self._has_named)
-        self._names = frozenset(names)
+        self.names = frozenset(names)
         # "the server must resend any newly requested resources, even if it previously sent those": what is not asked for was not sent
         self._sent = {name: resource for name, resource in self._sent.items() if self.asks_for(name)}
 

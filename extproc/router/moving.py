@@ -114,6 +114,8 @@ class Moves:
                 await asyncio.sleep(0)
             snapshot = fleet.snapshot
             pool = snapshot.adapter_pool(adapter)
+            if pool is not None and pool.prefill == name:
+                pool = snapshot.pool(name)
             if pool is not None and pool.name == name and pool.candidates(self._popularity.key(adapter), 1) == (endpoint,):
                 owned.append(adapter)
                 if len(owned) >= MOST:

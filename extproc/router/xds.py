@@ -31,13 +31,14 @@ from .http2.calls import RESOURCE_EXHAUSTED, UNAVAILABLE, Call, Message, Methods
 log = logging.getLogger(__name__)
 
 MAX_STREAMS = 256  # an Envoy has one with ADS
-MAX_REQUEST_BYTES = 256 * 1024  # Envoy 1.40's first, which names all its extensions, has 70 KB
+MAX_REQUEST_BYTES = 256 * 1024  # an Envoy's first, which names all its extensions, has 49 KB with 1.36.4 and 61 KB with 1.40.0
 MAX_NAMES, MAX_NAMES_CHARS = 1000, 64 * 1024  # of one request: they are kept for as long as the stream lasts
-MAX_SHOWN = 300  # characters of what a client says, in a log line
+MAX_SHOWN = 200  # characters of what a client says, in a log line
 STREAMS_PER_TURN = 16  # that are sent an update before the loop gets its turn: 1,000 endpoints are 25 KB for each
 # How long a new endpoint may be held back. Envoys that follow this router answer within milliseconds, or hang. Where none does, perhaps one follows another
 # replica or worker, which learns of the endpoint about now.
 MAX_HOLD_S, ELSEWHERE_S = 5.0, 1.0
+LOOK_AGAIN_S = 0.01  # at what is known, after something was said: at most so often, however much clients say
 _INVALID_ARGUMENT = 3
 
 
@@ -131,6 +132,7 @@ class Xds:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, soonest - self._clock())):
                     await self._answered.wait()
+                    await asyncio.sleep(LOOK_AGAIN_S)
 
     def drain(self) -> None:
         """End all streams, and those that come: Envoys go to another replica, and keep what they have until then."""
@@ -170,11 +172,11 @@ class Xds:
 
     def _hold_back(self, resources: Iterable[Resource], before: Iterable[Resource]) -> None:
         """Those of `resources` that were not in those of `before` are new. What a router finds when it starts is not: nobody would wait for anything else."""
-        known = frozenset[str]().union(*(resource.members for resource in before))
-        now, since = {address: resource.name for resource in resources for address in resource.members}, self._clock()
-        self._new = {address: new for address, new in self._new.items() if address in now}
-        self._new |= {address: _New(pool, since) for address, pool in now.items() if address not in known}
-        self._known.clear()
+        now, since = {resource.name: resource.members for resource in resources}, self._clock()
+        known = {resource.name: resource.members for resource in before}
+        self._new = {address: new for address, new in self._new.items() if address in now.get(new.pool, ())}
+        for pool, members in now.items():
+            self._new |= {address: _New(pool, since) for address in members - known.get(pool, frozenset())}
 
     # -- who follows
 
@@ -198,9 +200,8 @@ class Xds:
         answered, self._answered = self._answered, asyncio.Event()
         answered.set()
 
-    def rejected(self, kind: Kind, who: str, why: str) -> None:
-        """A client does not take the current version of `kind`. Every Envoy of a kind rejects the same: one line for each version."""
-        version = self.worlds[kind].version
+    def rejected(self, kind: Kind, version: str, who: str, why: str) -> None:
+        """A client does not take that version. All Envoys of a release reject the same: there is one line for each version."""
         if self._rejected.get(kind) != version:
             self._rejected[kind] = version
             log.warning("%s rejects %s of version %s and keeps those it has: %s", who, kind.value, version, why)
@@ -236,6 +237,7 @@ class _Stream(Call):
         self._only = only
         self._who = ""  # the client, once it has said so
         self._is_late = False  # and that was logged
+        self._versions: dict[Kind, str] = {}  # that it was sent last
         self._subscriptions = {kind: Subscription(is_complete=kind is Kind.CLUSTERS) for kind in Kind}
 
     def follows(self, pool: str) -> bool:
@@ -281,17 +283,19 @@ class _Stream(Call):
             return
         kind = _KINDS.get(url)
         if kind is None:  # as good as one of which nothing exists, which a client gives up after its initial_fetch_timeout
-            log.debug("%s asks for %.*s, which is not served", self._who, MAX_SHOWN, url)
+            log.debug("%s asks for %r, which is not served", self._who, url[:MAX_SHOWN])
             return
-        heard = self._subscriptions[kind].request(request.response_nonce, request.resource_names, is_rejected=request.HasField("error_detail"))
+        subscription = self._subscriptions[kind]
+        names = subscription.names
+        heard = subscription.request(request.response_nonce, request.resource_names, is_rejected=request.HasField("error_detail"))
         if heard in (Heard.ACK, Heard.NACK):
             self._is_late = False
             self._xds.metrics.xds_answers.labels(kind.value, heard.value).inc()
         if heard is Heard.ACK:
-            log.info("%s has taken %s of version %.*s", self._who, kind.value, MAX_SHOWN, request.version_info)
+            log.info("%s has taken %s of version %s", self._who, kind.value, self._versions[kind])
         elif heard is Heard.NACK:
-            self._xds.rejected(kind, self._who, repr(request.error_detail.message[:MAX_SHOWN]))
-        if heard is not Heard.STALE:
+            self._xds.rejected(kind, self._versions[kind], self._who, repr(request.error_detail.message[:MAX_SHOWN]))
+        if kind is Kind.ENDPOINTS and (heard is Heard.ACK or subscription.names != names):
             self._xds.answered()
         self.tell()
 
@@ -327,6 +331,7 @@ class _Stream(Call):
             # "parsing the concatenation of two encoded messages is the same as parsing them and merging": resources are encoded once for all streams
             self._sender.send((head, *(resource.entry for resource in resources)))
             subscription.sent(nonce, resources)
+            self._versions[kind] = world.version
             self._xds.metrics.xds_responses.labels(kind.value).inc()
             if kind is Kind.CLUSTERS:
                 self._subscriptions[Kind.ENDPOINTS].answer_next_request()

@@ -46,11 +46,6 @@ class Threads:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-async def in_thread(threads: Threads | None, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Do blocking work in `threads`; None: in those of the event loop, which name look-ups and everything else share."""
-    return await (asyncio.to_thread(work, *args, **kwargs) if threads is None else threads.run(work, *args, **kwargs))
-
-
 def _step(steps: Steps[T]) -> tuple[bool, T]:
     """One step; whether it was the last, with the result."""
     try:

@@ -44,6 +44,8 @@ def test_the_copy_with_the_longest_prefix_serves_while_it_is_below_the_bound() -
     assert choose(leased(A, B), ENDPOINTS, loads_of(11, 9, 10, 10), RULE, preferred=A).serve == A
     assert choose(leased(A, B), ENDPOINTS, loads_of(20, 9, 10, 10), RULE, preferred=A).serve == B
     assert choose(leased(A, B), ENDPOINTS, loads_of(11, 9), RULE, preferred=C).serve == B
+    near = loads_of(12.8, 12.6, 9.2, 9.2, 9.2, 9.2)  # 12.96 is the bound: the next copy is prepared
+    assert choose(leased(A, B), ENDPOINTS, near, RULE, preferred=A) == Choice(A, prepare=C)
 
 
 def test_near_the_bound_the_next_copy_is_prepared_while_this_one_serves() -> None:

@@ -8,7 +8,7 @@ import pytest
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
-from extproc.core.standing import Stager
+from extproc.core.standing import Stager, Standing
 from extproc.errors import NoSpace, OriginFailed
 from extproc.pb import ext_proc_pb2 as pb
 from tests.fakes.wait import turns, until
@@ -157,6 +157,21 @@ async def test_what_computes_prompts_counts_as_busy_with_them() -> None:
         await router.residency.ensure(endpoint, "demo/sql")
     prefillers = {told(await serve(router, chat("demo/sql")))[1] for _ in range(2)}
     assert prefillers == {"10.0.0.3:8000", "10.0.0.4:8000"}
+
+
+async def test_an_engine_that_joins_is_given_what_it_will_compute_prompts_for() -> None:
+    """Its pool has no adapters of its own: they are those of the decoding pool."""
+    router = split()
+    names = [f"a{number}" for number in range(8)]
+    for name in names:
+        await serve(router, chat(name))
+    joining = router.pools[1].table.endpoints[0]
+    stager = router.stager_of(joining)
+    before = len(stager.asked)
+    router.membership.engine_is_new(joining)
+    assert router.membership.snapshot.standing(joining) is Standing.JOINING
+    await until(lambda: router.membership.snapshot.standing(joining) is Standing.READY)
+    assert set(stager.asked[before:]) == {name for name in names if owner(router, 1, name) == joining} != set()
 
 
 async def test_no_request_is_for_a_pool_that_computes_prompts() -> None:

@@ -354,6 +354,16 @@ async def test_without_an_envoy_here_one_elsewhere_is_given_time() -> None:
     assert fleet.xds.is_known(B)
 
 
+async def test_an_endpoint_of_another_pool_now_is_new_there() -> None:
+    """Its clusters are told apart by Envoy."""
+    fleet = Fleet(A, other=[B])
+    client = follower(fleet, "models", "other")
+    await fleet.becomes(A, B, other=[])
+    assert not fleet.xds.is_known(B)
+    client.answer("models", "other")
+    assert fleet.xds.is_known(B)
+
+
 async def test_an_endpoint_that_has_gone_is_not_waited_for() -> None:
     """Nobody will acknowledge it."""
     fleet = Fleet(A)

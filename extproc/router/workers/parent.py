@@ -257,7 +257,8 @@ class Workers:
             self.metrics.moved.inc()
 
     def _answering(self) -> list[WorkerApi]:
-        return [self._apis[slot.number] for slot in self.slots if slot.answers and slot.number in self._apis]
+        """The longest-lived first: one that has only just begun has not heard of all stagers yet."""
+        return [self._apis[slot.number] for slot in sorted(self.slots, key=lambda slot: slot.began) if slot.answers and slot.number in self._apis]
 
 
 async def serve(settings: Settings, count: int, stop: asyncio.Event) -> None:

@@ -49,6 +49,7 @@ class Slot:
         self.number = number
         self.row = board.row(number)
         self.lives = 0  # processes that were started here
+        self.began = 0.0  # when the one that is here now was started, on the monotonic clock
         self.given = 0  # connections, to the one that is here now
         self._board = board
         self._files = files
@@ -58,7 +59,6 @@ class Slot:
         self._untaken: deque[socket.socket] = deque()  # copies of what was given, as many as the socket of orders holds, some hundred
         self._keeping: asyncio.Task[None] | None = None
         self._draining = False
-        self._began = 0.0
         self._absent_since: float | None = time.monotonic()
         self.short_lives = 0  # in a row
         self.end = "was not started"  # how the one before ended, in words
@@ -107,11 +107,11 @@ class Slot:
 
     async def _keep(self) -> None:
         while True:
-            self._began = time.monotonic()
+            self.began = time.monotonic()
             served = await self._live()
             if self._draining:
                 return
-            lived_s = time.monotonic() - self._began
+            lived_s = time.monotonic() - self.began
             self.short_lives = 0 if served and lived_s >= STEADY_S else self.short_lives + 1
             wait_s = pause_s(self.short_lives)
             log.error("worker %d %s after %.1f s; another is started %s", self.number, self.end, lived_s, f"in {wait_s:g} s" if wait_s else "at once")
@@ -157,7 +157,7 @@ class Slot:
             self._silent_s += passed_s
         self._beats = beats
         if self.row.state is State.STARTING:
-            if time.monotonic() - self._began > START_S:
+            if time.monotonic() - self.began > START_S:
                 self._kill(f"did not serve within {START_S:g} s and was killed")
             return
         self._absent_since = None

@@ -23,7 +23,7 @@ from ...core.artifact import File
 from ...errors import AdapterDamaged, AdapterTooLarge, OriginFailed, OriginSlow
 from ...flight import to_the_end
 from ..syscalls import disk_errors
-from ..threads import Threads, in_thread
+from ..threads import Threads
 from .follower import Follower
 from .job import Job
 from .listing import RemoteFile
@@ -62,12 +62,12 @@ class Download:
         file: RemoteFile,
         target: Path,
         *,
+        disk: Threads,
         pace: Pace | None = None,
         job: Job | None = None,
-        disk: Threads | None = None,
         least_bytes_per_s: int = 0,
     ) -> None:
-        """`disk`: the threads in which the file is written; None: those of the event loop, which name look-ups and everything else share."""
+        """`disk`: the threads in which the file is written."""
         self.file = file
         self.target = target
         self.received = 0  # bytes from the start on without a gap: all of them are on disk
@@ -92,7 +92,7 @@ class Download:
         return self.received + sum(end - begin for begin, end in self._ahead)
 
     def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        return in_thread(self._disk, work, *args, **kwargs)
+        return self._disk.run(work, *args, **kwargs)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -208,7 +208,7 @@ class Download:
         if end is not None and at != end:
             raise OriginFailed(f"{self.file.path}: the origin sent {at - begin} of {end - begin} bytes")
 
-    async def copy(self, source: Any, first: bytes, threads: Threads | None = None) -> None:
+    async def copy(self, source: Any, first: bytes, threads: Threads) -> None:
         """The same from an open binary file; `first` are the WRITE_BYTES that were read of it already, or fewer, if there are no more.
 
         It is read in `threads`: a file server that hangs holds those, and none of the node's disk.
@@ -217,24 +217,24 @@ class Download:
         async def chunks(chunk: bytes) -> AsyncIterator[bytes]:
             yield chunk
             while len(chunk) == WRITE_BYTES:
-                chunk = await in_thread(threads, source.read, WRITE_BYTES)
+                chunk = await threads.run(source.read, WRITE_BYTES)
                 yield chunk
 
         if not self.received:
             await self.show(first)
         if len(first) == WRITE_BYTES and self.file.size is not None and self.is_judged and await self._copy_in_kernel(source.fileno(), self.file.size, threads):
-            await in_thread(threads, source.seek, self.received)
-            first = await in_thread(threads, source.read, WRITE_BYTES)
+            await threads.run(source.seek, self.received)
+            first = await threads.run(source.read, WRITE_BYTES)
         await self.write(chunks(first))
 
-    async def _copy_in_kernel(self, source: int, size: int, threads: Threads | None) -> int:
+    async def _copy_in_kernel(self, source: int, size: int, threads: Threads) -> int:
         """As much of the rest as copy_file_range(2) takes, in bytes, with hashing behind it. Where it fails, reading and writing tell whose fault that is."""
         began = self.received
         at_once = COPY_BYTES if self._pace is None else self._pace.portion(COPY_BYTES)
         hashing: asyncio.Task[None] | None = None
         try:
             while self.received < size:
-                count = await to_the_end(in_thread(threads, self._copy_range, source, self.received, min(at_once, size - self.received)))
+                count = await to_the_end(threads.run(self._copy_range, source, self.received, min(at_once, size - self.received)))
                 if not count:
                     break
                 self._job.done_bytes += count
@@ -396,9 +396,9 @@ async def in_parallel(download: Download, count: int, fetch_part: Callable[[int,
 
 
 @asynccontextmanager
-async def opened(open_: Callable[[], BinaryIO], disk: Threads | None = None) -> AsyncIterator[BinaryIO]:
+async def opened(open_: Callable[[], BinaryIO], threads: Threads) -> AsyncIterator[BinaryIO]:
     """What `open_` opens in a thread; closed at the end, also where the caller was cancelled while the thread was at it."""
-    opening = asyncio.ensure_future(in_thread(disk, open_))
+    opening = asyncio.ensure_future(threads.run(open_))
     try:
         yield await asyncio.shield(opening)
     finally:

@@ -70,14 +70,14 @@ class Supplier(Generic[O_co]):
         self._down_since: float | None = None
         self._probing: asyncio.Task[None] | None = None
 
-    async def fetch(self, listing: Listing, file: RemoteFile, target: Path, job: Job, disk: Threads | None = None) -> File:
+    async def fetch(self, listing: Listing, file: RemoteFile, target: Path, job: Job, disk: Threads) -> File:
         """Bring one file to `target`; `disk`: the threads in which the node's directory is written."""
         async with self.download(file, target, job, disk) as download:
             await self.go_on(listing, download, job)
             return await download.finish()
 
     @asynccontextmanager
-    async def download(self, file: RemoteFile, target: Path, job: Job, disk: Threads | None = None) -> AsyncIterator[Download]:
+    async def download(self, file: RemoteFile, target: Path, job: Job, disk: Threads) -> AsyncIterator[Download]:
         """A transfer that `go_on` carries on."""
         download = Download(file, target, pace=self._pace, job=job, disk=disk, least_bytes_per_s=self._least_bytes_per_s)
         try:

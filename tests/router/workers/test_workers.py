@@ -46,15 +46,15 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-def settings_of(**router: object) -> dict[str, Any]:
+def settings_of(pools: Sequence[object] = POOLS, **router: object) -> dict[str, Any]:
     names = ("listen", "health_listen", "http_listen")
     addresses = {name: f"127.0.0.1:{port}" for name, port in zip(names, free_ports(3), strict=True)}
-    return {"pools": POOLS, "router": {"lameduck_s": 0, "drain_s": 10, "workers": 2, **addresses, **router}}
+    return {"pools": pools, "router": {"lameduck_s": 0, "drain_s": 10, "workers": 2, **addresses, **router}}
 
 
 @contextlib.asynccontextmanager
-async def running(**router: object) -> AsyncIterator[Workers]:
-    workers = Workers(parse(settings_of(**router), source="test"), 2)
+async def running(pools: Sequence[object] = POOLS, **router: object) -> AsyncIterator[Workers]:
+    workers = Workers(parse(settings_of(pools, **router), source="test"), 2)
     try:
         await workers.start()
         yield workers
@@ -83,22 +83,25 @@ class Client:
         self._address = address
         self._peer: Peer | None = None
 
-    async def ask(self) -> None:
-        """One request for the base model, which any endpoint has. Raises OSError if the connection ends before the answer has come."""
-        await asyncio.to_thread(self._ask)
+    async def ask(self) -> bytes:
+        """One request for the base model, which any endpoint has; the messages of the answer. Raises OSError if the connection ends before it has come."""
+        return await asyncio.to_thread(self._ask)
 
-    def _ask(self) -> None:
+    def _ask(self) -> bytes:
         if self._peer is None:
             self._peer = Peer(self._address)
         peer = self._peer
+        answer = b""
         try:
             stream = peer.open()
             peer.send(frame(DATA, END_STREAM, stream, request("base")))
-            for kind, flags, number, _ in peer.frames(PATIENCE_S):
+            for kind, flags, number, payload in peer.frames(PATIENCE_S):
                 if kind == -1:
                     raise ConnectionResetError("the router ended the connection")
                 if kind == GOAWAY:
                     self._peer = None  # for the next
+                if number == stream and kind == DATA:
+                    answer += payload
                 if number == stream and kind in (HEADERS, DATA) and flags & END_STREAM:
                     break
         except OSError:
@@ -107,6 +110,7 @@ class Client:
         finally:
             if self._peer is None:
                 peer.close()
+        return answer
 
     def close(self) -> None:
         if self._peer is not None:
@@ -412,6 +416,25 @@ async def test_a_worker_that_does_not_start_at_first_is_a_start_error(monkeypatc
     with pytest.raises(StartError, match="worker 1 of the router ended with code 2 before it served"):
         async with running():
             pass
+
+
+async def test_a_limit_on_waiting_requests_is_of_all_workers() -> None:
+    """One waits for any endpoint in one worker; that was the only place, and in the other the next is refused."""
+    nobody = [{"name": "models", "base_models": ["base"], "endpoints": [{"address": "127.0.0.1:1", "stager": f"127.0.0.1:{free_ports(1)[0]}"}]}]
+    async with running(nobody, max_waiting=1, no_endpoint_wait_s=60, drain_s=0) as workers:
+        for api in workers._answering():
+            while b'"standing":"down"' not in await (await api.ask("GET", "/v1/endpoints", {}, b"")).read():
+                await asyncio.sleep(0.01)
+        clients = [Client(workers.address) for _ in range(2)]
+        waiting = asyncio.create_task(clients[0].ask())
+        await until(lambda: workers.slots[0].row.all_waiting() == 1)
+        assert b"1 requests wait; the limit is 1" in await clients[1].ask()
+        assert [slot.given for slot in workers.slots] == [1, 1]
+        assert (await scrape(workers))["lora_extproc_held_requests"] == 1
+        await workers.stop()
+        assert await waiting  # a drain answers it
+        for client in clients:
+            client.close()
 
 
 async def test_a_busy_port_is_a_start_error(router: Workers) -> None:

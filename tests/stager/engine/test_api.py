@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from extproc.config import EngineSettings
 from extproc.core.artifact import adapter_name, versioned_name
 from extproc.errors import EngineUnreachable
 from extproc.process.sockets import listen
-from extproc.stager.engine.api import Engine
+from extproc.stager.engine.api import RUNNING, Engine, Work
 from tests.fakes.adapters import write_small
 from tests.fakes.engine import running_engine
 
@@ -24,12 +25,17 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.answers: dict[str, web.Response] = {}
+        self.exact: dict[str, Callable[[], web.Response]] = {}  # the same, made anew for each call; a slash at the path's end counts
+        self.paths: list[str] = []
         self.headers: list[str | None] = []
         self.bodies: list[str] = []
 
     async def answer(self, request: web.Request) -> web.Response:
         self.headers.append(request.headers.get("authorization"))
         self.bodies.append(await request.text())
+        self.paths.append(request.path)
+        if (make := self.exact.get(f"{request.method} {request.path}")) is not None:
+            return make()
         response = self.answers.get(f"{request.method} {request.path.rstrip('/')}")
         if response is None:
             await asyncio.Event().wait()
@@ -114,6 +120,68 @@ async def test_no_series_means_nothing_ran_yet(scripted: tuple[ScriptedEngine, s
     """A vLLM that has just started."""
     scripted[0].answers["GET /metrics"] = metrics("vllm:num_requests_waiting 0.0")
     assert (await engine.requests()).running == set()
+
+
+LOAD = """vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5"""
+
+
+async def test_the_load_of_all_ranks_is_one(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """Requests are added up; each rank has a cache of its own, so of those the mean counts."""
+    second = LOAD.replace('engine="0"', 'engine="1"').replace(" 3.0", " 4.0").replace(" 0.5", " 0.0")
+    scripted[0].answers["GET /metrics"] = metrics(LOAD, second, INFO.format(names="a", time="1.0"))
+    work = await engine.work(adapters=True)
+    assert work == Work(7.0, 2.0, 0.25, frozenset({"a"}))
+    assert work.requests == 9
+
+
+async def test_an_older_name_of_the_cache_s_use_is_understood(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """Until vLLM 0.10."""
+    scripted[0].answers["GET /metrics"] = metrics(LOAD.replace("vllm:kv_cache", "vllm:gpu_cache"))
+    assert (await engine.work()).kv_usage == 0.5
+
+
+async def test_metrics_that_say_nothing_of_requests_are_no_load_of_nought(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """A page of something else, or a value that is none."""
+    for text in ("python_info 1.0", LOAD.replace(" 3.0", " x")):
+        scripted[0].exact = dict.fromkeys(("GET /metrics", "GET /metrics/"), partial(metrics, text))
+        with pytest.raises(EngineUnreachable, match="metrics are none"):
+            await engine.work()
+
+
+async def test_only_the_series_that_tell_are_asked_for_where_the_server_can_choose(tmp_path: Path) -> None:
+    """As a vLLM can, below a path of its own. The adapters' names are asked for only when they are wanted."""
+    write_small(tmp_path / "a")
+    async with running_engine(tmp_path) as sim:
+        engine = Engine(EngineSettings(url=sim.url))
+        await sim.ask("a")
+        async with sim.adapters.use("a"):
+            assert (await engine.work()).adapters == frozenset()
+            assert (await engine.work(adapters=True)).adapters == {"a"}
+            text = await engine._metrics(RUNNING)
+        assert [line.partition("{")[0] for line in text.splitlines()] == [RUNNING]
+        await engine.close()
+
+
+@pytest.mark.parametrize("refusal", [404, 405, 200])
+async def test_a_server_that_cannot_choose_is_asked_for_all(scripted: tuple[ScriptedEngine, str], engine: Engine, refusal: int) -> None:
+    """It knows no such path, or answers with nothing of what was named. It is not tried again until the engine has been away."""
+    scripted[0].exact["GET /metrics/"] = lambda: web.Response(status=refusal)
+    scripted[0].exact["GET /metrics"] = lambda: metrics(LOAD)
+    for _ in range(2):
+        assert (await engine.work()).running == 3
+    assert scripted[0].paths == ["/metrics/", "/metrics", "/metrics"]
+
+
+async def test_names_with_commas_are_looked_for_within_bounds(scripted: tuple[ScriptedEngine, str], engine: Engine) -> None:
+    """Of a thousand names that run, each run of parts could be one: half a million texts for each reading."""
+    names = ",".join(f"acme/{number}" for number in range(1000))
+    scripted[0].answers["GET /metrics"] = metrics(LOAD, INFO.format(names=f"one,with,commas,{names}", time="1.0"))
+    adapters = (await engine.work(adapters=True)).adapters
+    assert {"one,with,commas", "acme/999"} <= adapters
+    assert len(adapters) < 3 * 1003
 
 
 BODIES = {

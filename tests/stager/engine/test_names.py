@@ -580,3 +580,60 @@ async def test_the_engine_tells_how_many_run_at_once(open_stager: OpenStager, en
     stager = await open_stager(origin, engine_url=engine.url)
     await stager._keeper.compare()
     assert stager.node.engine.limits.max_loras == 1
+
+
+# -- what is in its memory
+
+
+def in_memory(stager: Stager, *names: str) -> list[bool]:
+    """Of each adapter's version that is here."""
+    return [(named := stager.node.holdings.get(adapter_name(name))) is not None and stager.node.loads.in_memory(adapter_name(name), named.id) for name in names]
+
+
+async def test_only_as_many_are_in_memory_as_the_engine_keeps(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
+    """It knows both names; the settings say that it keeps one. Who asks again for the other has it read again."""
+    origin.add("acme/b", small_files(seed=7))
+    settings = EngineSettings(url=engine.url, base_model=BASE_MODEL, max_lora_rank=8, quiet_s=0.0, max_cpu_loras=1)
+    stager = await open_stager(origin, engine=settings)
+    await held(stager)
+    await held(stager, "acme/b")
+    assert in_memory(stager, NAME, "acme/b") == [False, True]
+    await held(stager)
+    assert in_memory(stager, NAME, "acme/b") == [True, False]
+    assert engine.calls.count("/v1/load_lora_adapter") == 2
+
+
+async def test_an_unloaded_name_keeps_its_place_in_memory_until_that_is_needed(
+    open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, clock: Clock
+) -> None:
+    """A vLLM forgets the name, not the adapter: what is loaded next pushes out the oldest, not the forgotten one."""
+    for seed, name in enumerate(("acme/b", "acme/c"), 7):
+        origin.add(name, small_files(seed=seed))
+    settings = EngineSettings(url=engine.url, base_model=BASE_MODEL, max_lora_rank=8, quiet_s=0.0, max_cpu_loras=2)
+    stager = await open_stager(origin, engine=settings)
+    await held(stager)
+    await held(stager, "acme/b")
+    clock.now += 1000
+    await stager.evict("acme/b")
+    await held(stager, "acme/c")
+    assert in_memory(stager, NAME, "acme/b", "acme/c") == [False, False, True]
+
+
+async def test_what_an_engine_has_lost_is_not_in_its_memory(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin, clock: Clock) -> None:
+    """Only what it was told again is."""
+    origin.add("acme/b", small_files(seed=7))
+    stager = await open_stager(origin, engine_url=engine.url)
+    await held(stager, "acme/b")
+    clock.now += 1000  # nobody needs it
+    await held(stager)
+    engine.adapters.registry.clear()
+    await stager._keeper.compare()
+    assert in_memory(stager, NAME, "acme/b") == [True, False]
+
+
+async def test_names_at_work_that_are_not_ours_are_left_alone(open_stager: OpenStager, engine: RunningEngine, origin: FakeOrigin) -> None:
+    """Somebody else's take places too, but of which adapters only the engine knows."""
+    stager = await open_stager(origin, engine_url=engine.url)
+    await held(stager)
+    stager.node.loads.used(("somebody", "else"))
+    assert in_memory(stager, NAME) == [True]

@@ -10,7 +10,7 @@ from aiohttp import web
 from extproc.config import EngineSettings
 from extproc.errors import EngineUnreachable, InvalidAdapter
 from extproc.stager.engine import build_engine
-from extproc.stager.engine.api import Limits
+from extproc.stager.engine.api import Limits, Work
 from extproc.stager.engine.sglang import SglangEngine
 
 
@@ -20,6 +20,7 @@ class ScriptedSglang:
     def __init__(self) -> None:
         self.loaded: dict[str, str] = {}
         self.refuses = ""
+        self.metrics = ""  # as without --enable-metrics
         self.url = ""
 
     def app(self) -> web.Application:
@@ -27,6 +28,7 @@ class ScriptedSglang:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/server_info", self._info)
+        app.router.add_get("/metrics{slash:/?}", self._metrics)
         app.router.add_post("/load_lora_adapter", self._load)
         app.router.add_post("/unload_lora_adapter", self._unload)
         return app
@@ -40,6 +42,9 @@ class ScriptedSglang:
 
     async def _info(self, _: web.Request) -> web.Response:
         return web.json_response({"max_loras_per_batch": 8, "max_loaded_loras": 32, "max_lora_rank": None})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.metrics) if self.metrics else web.Response(status=404)
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -120,3 +125,20 @@ async def test_one_that_answers_something_else_concludes_nothing(sglang: Scripte
         with pytest.raises(EngineUnreachable):
             await call
     await engine.close()
+
+
+async def test_its_load_is_that_of_its_data_parallel_ranks(sglang: ScriptedSglang, engine: SglangEngine) -> None:
+    """Added up; of ranks that compute one batch together, one counts."""
+    sglang.metrics = "\n".join(
+        f'sglang:{name}{{dp_rank="{dp}",model_name="qwen",tp_rank="{tp}"}} {value}'
+        for dp, running, queued, usage in ((0, 3.0, 0.0, 0.25), (1, 4.0, 2.0, 0.75))
+        for tp in (0, 1)
+        for name, value in (("num_running_reqs", running), ("num_queue_reqs", queued), ("token_usage", usage))
+    )
+    assert await engine.work(adapters=True) == Work(7.0, 2.0, 0.5)
+
+
+async def test_without_metrics_its_load_is_not_known(engine: SglangEngine) -> None:
+    """It serves them with --enable-metrics only."""
+    with pytest.raises(EngineUnreachable, match="404 to /metrics"):
+        await engine.work()

@@ -21,6 +21,7 @@ from extproc.stager.supply.job import Job
 from extproc.stager.supply.listing import RemoteFile
 from extproc.stager.supply.pace import Pace, Slots
 from tests.fakes.adapters import WEIGHTS, sha256
+from tests.fakes.threads import LoopThreads
 from tests.fakes.wait import PATIENCE_S, VirtualLoop, turns, until
 
 
@@ -41,7 +42,7 @@ def pieces(data: bytes, size: int = 999_983) -> list[bytes]:
 
 
 def download_of(target: Path, size: int | None = None, *, limit: int | None = None, job: Job | None = None) -> Download:
-    return Download(RemoteFile(WEIGHTS, size, limit=limit), target, job=job)
+    return Download(RemoteFile(WEIGHTS, size, limit=limit), target, job=job, disk=LoopThreads())
 
 
 # -- one attempt
@@ -82,7 +83,7 @@ async def test_an_open_file_is_copied(tmp_path: Path, monkeypatch: pytest.Monkey
         await download.write(stream(data[:had], fails=OriginFailed("broke")))
     with (tmp_path / "original").open("rb") as original:
         original.seek(had)
-        await download.copy(original, original.read(WRITE_BYTES))
+        await download.copy(original, original.read(WRITE_BYTES), LoopThreads())
     assert (await download.finish()).sha256 == sha256(data)
     download.close()
     assert (tmp_path / "file").read_bytes() == data
@@ -95,7 +96,7 @@ async def test_a_copy_that_is_cancelled_leaves_no_thread_at_its_file(tmp_path: P
     (tmp_path / "original").write_bytes(data)
     download = download_of(tmp_path / "file", len(data))
     with (tmp_path / "original").open("rb") as original:
-        copying = asyncio.create_task(download.copy(original, original.read(WRITE_BYTES)))
+        copying = asyncio.create_task(download.copy(original, original.read(WRITE_BYTES), LoopThreads()))
         await until(lambda: download.received > 0)
         copying.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -412,7 +413,7 @@ async def test_a_file_that_is_opened_for_nobody_any_more_is_closed(tmp_path: Pat
         return kept[0]
 
     async def use() -> None:
-        async with opened(open_):
+        async with opened(open_, LoopThreads()):
             raise AssertionError
 
     task = asyncio.create_task(use())
@@ -432,7 +433,7 @@ async def test_a_file_is_closed_by_who_used_it(tmp_path: Path) -> None:
     kept: list[BinaryIO] = []
 
     async def use() -> None:
-        async with opened(lambda: (tmp_path / "file").open("rb")) as file:
+        async with opened(lambda: (tmp_path / "file").open("rb"), LoopThreads()) as file:
             kept.append(file)
             assert file.read() == b"x"
             raise OriginFailed("broke")
@@ -639,7 +640,7 @@ def test_a_download_keeps_the_pace(tmp_path: Path) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         began = loop.time()
         size = 4 * WRITE_BYTES + 10
-        download = Download(RemoteFile(WEIGHTS, size), tmp_path / "file", pace=Pace(WRITE_BYTES // 2, loop.time))
+        download = Download(RemoteFile(WEIGHTS, size), tmp_path / "file", pace=Pace(WRITE_BYTES // 2, loop.time), disk=LoopThreads())
         await download.write(stream(*(bytes(WRITE_BYTES) for _ in range(4)), bytes(10)))
         download.close()
         assert loop.time() - began == pytest.approx(8)

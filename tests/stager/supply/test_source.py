@@ -27,6 +27,7 @@ from tests.fakes.adapters import WEIGHTS, sha256, small_files
 from tests.fakes.faulty import FaultyServer, running
 from tests.fakes.nodes import hub_origin, s3_origin, web_origin
 from tests.fakes.origin import FakeOrigin
+from tests.fakes.threads import LoopThreads
 from tests.fakes.wait import Clock, VirtualLoop, turns
 
 NAME = adapter_name("acme/sql")
@@ -66,7 +67,7 @@ async def test_a_transfer_goes_on_as_long_as_it_gets_further(tmp_path: Path, clo
     """However often the line breaks: each attempt brings something. Nor does that count as an origin that is down, for nobody else may ask it then."""
     origin = FragileOrigin(step=8)
     source = Source(origin, clock=clock)
-    got = await source.fetch(*file_of(origin), tmp_path / "file", Job())
+    got = await source.fetch(*file_of(origin), tmp_path / "file", Job(), LoopThreads())
     assert (got.size, got.sha256) == (len(DATA), sha256(DATA))
     assert origin.attempts == len(DATA) / 8
     assert (source.breaker.state, source.breaker.failures, source.breaker._failed) == ("closed", 0, {})
@@ -77,7 +78,7 @@ async def test_a_transfer_that_gets_no_further_is_given_up(tmp_path: Path, clock
     """Nothing at all, or the same half each time."""
     origin = FragileOrigin(step=0 if goes_on else 128, goes_on=goes_on)
     with pytest.raises(OriginFailed, match=f"of {len(DATA)} bytes"):
-        await Source(origin, clock=clock).fetch(*file_of(origin), tmp_path / "file", Job())
+        await Source(origin, clock=clock).fetch(*file_of(origin), tmp_path / "file", Job(), LoopThreads())
     assert origin.attempts <= 2 * ATTEMPTS
 
 
@@ -90,7 +91,7 @@ async def test_what_a_repetition_cannot_mend_is_not_repeated(tmp_path: Path, clo
     for _ in range(10):
         origin.fetch_failures = [error]
         with pytest.raises(type(error)):
-            await source.fetch(listing, file, tmp_path / "file", Job())
+            await source.fetch(listing, file, tmp_path / "file", Job(), LoopThreads())
     assert origin.fetched.total() == 10
     assert source.breaker.state == "closed"
 
@@ -145,7 +146,7 @@ def test_a_transfer_waits_for_an_origin_that_is_left_alone(tmp_path: Path) -> No
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         source, began = Source(origin, clock=loop.time), loop.time()
         source.breaker.open_for(loop.time(), 5)
-        assert (await source.fetch(listing, file, tmp_path / "file", Job())).size == len(DATA)
+        assert (await source.fetch(listing, file, tmp_path / "file", Job(), LoopThreads())).size == len(DATA)
         assert loop.time() - began == pytest.approx(5)
 
     with stamina.set_testing(False), asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -176,7 +177,7 @@ async def test_a_transfer_that_is_told_to_come_back_at_once_goes_on(tmp_path: Pa
                 raise OriginFailed(error.message, 0.0) from error
 
     origin = Hasty(step=16)
-    got = await Source(origin, clock=clock).fetch(*file_of(origin), tmp_path / "file", Job())
+    got = await Source(origin, clock=clock).fetch(*file_of(origin), tmp_path / "file", Job(), LoopThreads())
     assert got.sha256 == sha256(DATA)
 
 
@@ -220,7 +221,7 @@ def test_all_files_of_an_origin_share_its_pace(tmp_path: Path) -> None:
 
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         async def fetch(source: Source, number: int) -> None:
-            await source.fetch(Listing(NAME, "1", ()), RemoteFile(WEIGHTS, size), tmp_path / str(number), Job())
+            await source.fetch(Listing(NAME, "1", ()), RemoteFile(WEIGHTS, size), tmp_path / str(number), Job(), LoopThreads())
 
         origin = FragileOrigin(step=size)
         origin.data = bytes(size)
@@ -243,7 +244,7 @@ async def test_so_many_files_are_fetched_at_once_and_requests_go_first(tmp_path:
     landed: list[int] = []
 
     async def fetch(number: int, job: Job) -> None:
-        await source.fetch(listing, file, tmp_path / str(number), job)
+        await source.fetch(listing, file, tmp_path / str(number), job, LoopThreads())
         landed.append(number)
 
     tasks = [asyncio.create_task(fetch(number, Job(priority))) for number, priority in enumerate((Job.REQUEST, Job.PREFETCH, Job.REQUEST))]
@@ -296,7 +297,7 @@ async def test_one_broken_object_is_nobody_elses_trouble(clock: Clock, tmp_path:
     source = Source(origin, clock=clock)
     for _ in range(20):
         with pytest.raises(OriginFailed):
-            await source.fetch(listing, file, tmp_path / "file", Job())
+            await source.fetch(listing, file, tmp_path / "file", Job(), LoopThreads())
         origin.resolve_failures = [OriginFailed("status 500")] * ATTEMPTS
         with pytest.raises(OriginFailed):
             await source.resolve(NAME)
@@ -368,7 +369,7 @@ def test_what_an_origin_asks_for_is_kept_by_probes_too() -> None:
         assert isinstance(listing, Listing)
         file = next(file for file in listing.files if file.path == WEIGHTS)
         with tempfile.TemporaryDirectory() as directory:
-            fetching = asyncio.create_task(source.fetch(listing, file, Path(directory) / "file", Job()))
+            fetching = asyncio.create_task(source.fetch(listing, file, Path(directory) / "file", Job(), LoopThreads()))
             await stall.reached.wait()
             origin.fall(OriginFailed("429", 60.0))
             with pytest.raises(OriginFailed):
@@ -484,7 +485,7 @@ def test_a_transfer_that_trickles_is_given_up(tmp_path: Path) -> None:
         source = Source(origin, OriginSettings(type="http", url="http://nowhere", min_bytes_per_s=10), loop.time)
         file = RemoteFile(WEIGHTS, 2**20)
         with pytest.raises(OriginSlow, match="min_bytes_per_s is 10"):
-            await source.fetch(Listing(NAME, "1", (file,)), file, tmp_path / "file", Job())
+            await source.fetch(Listing(NAME, "1", (file,)), file, tmp_path / "file", Job(), LoopThreads())
         assert origin.fetched.total() == ATTEMPTS
         assert loop.time() - began < 100
         assert source.breaker.state == "closed"
@@ -501,7 +502,7 @@ def test_a_transfer_that_waits_for_our_own_limit_is_not_slow(tmp_path: Path) -> 
         origin.data = bytes(size)
         settings = OriginSettings(type="http", url="http://nowhere", min_bytes_per_s=200_000, max_bytes_per_s=100_000)
         file, began = RemoteFile(WEIGHTS, size), loop.time()
-        await Source(origin, settings, loop.time).fetch(Listing(NAME, "1", (file,)), file, tmp_path / "file", Job())
+        await Source(origin, settings, loop.time).fetch(Listing(NAME, "1", (file,)), file, tmp_path / "file", Job(), LoopThreads())
         assert loop.time() - began > 50
 
     on_a_virtual_loop(main)

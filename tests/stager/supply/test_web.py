@@ -18,6 +18,7 @@ from tests.fakes.adapters import CONFIG, WEIGHTS, small_files
 from tests.fakes.archives import packed
 from tests.fakes.faulty import FaultyS3, FaultyServer, running
 from tests.fakes.nodes import hub_origin, node, nothing_there, s3_origin, visible, web_origin
+from tests.fakes.threads import LoopThreads
 
 NAME = "acme/sql"
 FILES = small_files()
@@ -182,7 +183,7 @@ async def test_the_beginning_of_a_file_can_be_had_alone(tmp_path: Path, server: 
         return {20: 1000, 1000: 0}[len(head)]
 
     file = RemoteFile(WEIGHTS, 20)
-    download = Download(file, tmp_path / "file")
+    download = Download(file, tmp_path / "file", disk=LoopThreads())
     download.hold_for(judge, 8)
     await client.show_beginning(f"{server.url}/{NAME}/{WEIGHTS}", file, download)
     assert seen == [20, 1000]

@@ -9,6 +9,7 @@ from extproc.stager.supply.download import Download
 from extproc.stager.supply.listing import Listing, RemoteFile
 from extproc.stager.supply.origins import Origin
 from tests.fakes.adapters import Files
+from tests.fakes.threads import LoopThreads
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def target(tmp_path: Path) -> Path:
 
 async def fetch(origin: Origin, listing: Listing, file: RemoteFile, target: Path) -> File:
     """One attempt at one file of a listing."""
-    download = Download(file, target)
+    download = Download(file, target, disk=LoopThreads())
     try:
         await origin.fetch(listing, file, download)
         return await download.finish()

@@ -13,6 +13,7 @@ from extproc.stager.supply.download import Download
 from extproc.stager.supply.listing import Absent, Listing
 from extproc.stager.supply.origins.file import FileOrigin
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, small_files, write_small
+from tests.fakes.threads import LoopThreads
 
 from .conftest import fetch_all
 
@@ -234,7 +235,7 @@ async def test_a_header_of_another_file_than_was_listed_is_a_change_and_no_fault
     async def judge(_head: bytes) -> int:
         raise InvalidAdapter("its header is of another length")
 
-    download = Download(weights, target / WEIGHTS)
+    download = Download(weights, target / WEIGHTS, disk=LoopThreads())
     download.hold_for(judge, 8)
     with pytest.raises(OriginChanged, match="changed after it was listed"):
         await origin.fetch(listing, weights, download)

@@ -18,6 +18,7 @@ from extproc.stager.supply.listing import Listing
 from extproc.stager.supply.origins.http import HttpOrigin
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, sha256, small_files
 from tests.fakes.http import FileServer, file_server
+from tests.fakes.threads import LoopThreads
 
 from .conftest import fetch, fetch_all
 
@@ -146,7 +147,7 @@ async def broken(origin: HttpOrigin, http_server: FileServer, target: Path) -> t
     http_server.add(NAME, {WEIGHTS: os.urandom(LARGE)})
     listing = await origin.resolve(NAME)
     assert listing is not None
-    download = Download(listing.files[1], target / WEIGHTS)
+    download = Download(listing.files[1], target / WEIGHTS, disk=LoopThreads())
     http_server.cut_at = 8 * 2**20
     with pytest.raises(OriginFailed, match=WEIGHTS):
         await origin.fetch(listing, listing.files[1], download)
@@ -202,7 +203,7 @@ async def in_parts(http_server: FileServer, target: Path, *there: int) -> tuple[
     listing = await origin.resolve(NAME)
     assert listing is not None
     job = Job()
-    download = Download(listing.files[1], target / WEIGHTS, job=job)
+    download = Download(listing.files[1], target / WEIGHTS, job=job, disk=LoopThreads())
     for number in there:
         await download.write(once(data[number * PART : (number + 1) * PART]), number * PART, (number + 1) * PART)
     return origin, listing, download, job

@@ -14,6 +14,7 @@ from extproc.stager.supply.download import Download
 from extproc.stager.supply.listing import Listing, RemoteFile
 from extproc.stager.supply.origins.huggingface import HuggingFaceOrigin
 from tests.fakes.adapters import WEIGHTS
+from tests.fakes.threads import LoopThreads
 
 NAME = adapter_name("acme/sql")
 LISTING = Listing(NAME, "a" * 40, (RemoteFile(WEIGHTS, 10, key=WEIGHTS),))
@@ -42,7 +43,7 @@ class Hanging(HuggingFaceOrigin):
 async def test_transfers_that_hang_hold_no_other_thread(tmp_path: Path) -> None:
     """Any number of them, also of flights that were given up: calls of the hub, and whatever else uses the loop's threads, go on."""
     origin = Hanging(OriginSettings(type="huggingface", url="http://hub.test", max_fetches=2))
-    downloads = [Download(LISTING.files[0], tmp_path / str(number)) for number in range(40)]
+    downloads = [Download(LISTING.files[0], tmp_path / str(number), disk=LoopThreads()) for number in range(40)]
     fetches = [asyncio.create_task(origin.fetch(LISTING, LISTING.files[0], download)) for download in downloads]
     async with asyncio.timeout(10):
         while origin.running < 2:
@@ -82,7 +83,7 @@ async def test_the_token_goes_to_the_hub_s_own_origin_alone(tmp_path: Path, monk
 
     monkeypatch.setattr(origin._web, "show_beginning", look)
     origin.go_on.set()
-    download = Download(LISTING.files[0], tmp_path / "file")
+    download = Download(LISTING.files[0], tmp_path / "file", disk=LoopThreads())
     await origin.fetch(LISTING, LISTING.files[0], download)
     download.close()
     assert shown == [{"authorization": "Bearer hf_secret"} if is_shown else {}]

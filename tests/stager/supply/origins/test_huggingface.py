@@ -25,6 +25,7 @@ from extproc.stager.supply.origins.huggingface import HuggingFaceOrigin
 from extproc.stager.supply.source import Source
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, Files, read_files, sha256, small_files
 from tests.fakes.hub import Hub
+from tests.fakes.threads import LoopThreads
 from tests.fakes.wait import Clock, turns, until
 from tests.stager.conftest import OpenStager
 
@@ -311,7 +312,7 @@ async def test_a_body_that_breaks_once_arrives(hub: Hub, open_origin: OpenOrigin
     origin = open_origin()
     listing = await resolved(origin)
     hub.fault("truncate", f"*{WEIGHTS}", at=12 * 2**20)
-    got = await Source(origin).fetch(listing, listing.files[1], target / WEIGHTS, Job())
+    got = await Source(origin).fetch(listing, listing.files[1], target / WEIGHTS, Job(), LoopThreads())
     assert (got.size, got.sha256) == (len(weights), sha256(weights))
     assert [status for method, path, status in hub.requests if method == "GET" and path.endswith(WEIGHTS)] == [200, 206]
 

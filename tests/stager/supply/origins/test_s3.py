@@ -25,6 +25,7 @@ from extproc.stager.supply.listing import Absent, Listing, RemoteFile
 from extproc.stager.supply.origins.s3 import S3Origin
 from tests.fakes.adapters import CONFIG, PICKLE, WEIGHTS, sha256, small_files, write_small
 from tests.fakes.rclone import ACCESS_KEY, SECRET_KEY, rclone
+from tests.fakes.threads import LoopThreads
 
 from .conftest import fetch, fetch_all
 
@@ -293,7 +294,7 @@ async def test_a_part_of_a_large_object_goes_on_where_it_broke_off(open_origin: 
     (bucket / "lora" / NAME / WEIGHTS).write_bytes(data)
     origin = open_origin(parallel_above_bytes=2**20)
     listing = await resolved(origin)
-    download = Download(listing.files[1], target / WEIGHTS)
+    download = Download(listing.files[1], target / WEIGHTS, disk=LoopThreads())
 
     async def part(begin: int, end: int) -> AsyncIterator[bytes]:
         yield data[begin:end]
