@@ -250,7 +250,7 @@ def _headers_that_are_read(s: Settings) -> matcher.ListStringMatcher:
     names = [":method", ":path", "content-type", "content-encoding", "content-length", "origin", "x-request-id"]
     names += [s.router.timeout_header, s.router.model_header, s.router.pool_header]
     hashed = s.router.policy().hash_on.header
-    names += [hashed] if hashed else []
+    names += [name for name in (hashed, s.router.session_header) if name]
     names += ["traceparent", "tracestate"] if s.router.tracing else []
     return matcher.ListStringMatcher(patterns=[matcher.StringMatcher(exact=name.lower()) for name in dict.fromkeys(names)])
 

@@ -127,6 +127,7 @@ def fuzz_body(rng: random.Random, body: bytes) -> None:
     assert found.model == expected, f"scanner {found.model!r}, verdict {expected!r}"
     padded = body + b" " * 1100  # beyond the size at which the value is looked for by its text
     assert verdict.judge(memoryview(padded)) == reading
+    assert verdict.judge(padded, with_blocks=True)._replace(blocks=()) == reading
     renamed = body[: reading.begin] + b'"acme/a@sha256:0123456789ab"' + body[reading.end :]
     assert strict(renamed) == "acme/a@sha256:0123456789ab", f"renamed it reads {strict(renamed)!r}"
 

@@ -107,5 +107,7 @@ def test_a_pool_that_computes_prompts_is_no_cluster() -> None:
     """Its engines are asked by the sidecars of those that decode; with them alone one cluster is enough for steering by endpoint."""
     decode = {**_ONE_POOL[0], "role": "decode"}
     prefill = {**_TWO_POOLS[1], "role": "prefill", "base_models": decode["base_models"]}
-    raw = yaml.safe_load(render(parse({"pools": [prefill, decode]}, source="it.yaml")))
+    settings = parse({"pools": [prefill, decode], "envoy": _STATIC}, source="it.yaml")
+    raw = yaml.safe_load(render(settings))
     assert [cluster["name"] for cluster in raw["static_resources"]["clusters"] if cluster["name"] in ("models", "qwen")] == ["models"]
+    assert clusters(settings).keys() == {"models"}

@@ -4,7 +4,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 
 | where the adapter is | the request | in the background |
 | --- | --- | --- |
-| leased here, some copies below the bound | the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; the next one, if all are within EARLY of the bound |
+| leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; the next one, if all are within EARLY of the bound |
 | leased here, none below the bound | waits for the next one; without one, goes to the one with the least in flight | |
 | leased here only where an endpoint drains | that one | the best place |
 | not leased here, but in some engine's memory, below the bound | waits for the one of those with the least in flight, which costs one call | |

@@ -1,6 +1,6 @@
 """What to do with one request: forward to an adapter's candidates, pass through, answer here, or reject. One function, no side effects."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import LoraExtprocError, ModelNotFound, NoEndpoint
@@ -184,31 +184,27 @@ def _pool_without_model(facts: Facts, snapshot: Snapshot, policy: Policy) -> tup
 
 
 def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, session: str, wait: float) -> Decision:
-    usable = snapshot.candidates(pool, key, facts.subset) if key else snapshot.usable(pool.table.endpoints, facts.subset)
-    if not usable:
+    through = _through(facts, snapshot, pool, key, session, facts.subset)
+    if through is None:
         return _nobody(facts, pool, wait)
-    through = _among(facts, snapshot, pool, key, session, usable)
     prefill = snapshot.pool(pool.prefill) if pool.prefill and facts.model is not None else None
     if prefill is not None:
-        usable = snapshot.candidates(prefill, key) if key else snapshot.usable(prefill.table.endpoints)
-        through.prefill = _among(facts, snapshot, prefill, key, session, usable) if usable else None
+        through.prefill = _through(facts, snapshot, prefill, key, session, None)
     return through
 
 
-def _among(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, session: str, usable: tuple[Endpoint, ...]) -> PassThrough:
-    if key:
-        return PassThrough(pool, key, usable)
+def _through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, session: str, subset: Sequence[str] | None) -> PassThrough | None:
+    """To this pool; None if nobody in it can serve. The places are all of few candidates, and of many always the same for what begins alike."""
+    usable = snapshot.candidates(pool, key, subset) if key else snapshot.usable(pool.table.endpoints, subset)
+    if key or not usable:
+        return PassThrough(pool, key, usable) if usable else None
     candidates = snapshot.stageable(usable) or usable
-    return PassThrough(pool, key, candidates, _places(facts, snapshot, pool, session, candidates), session, facts.blocks)
-
-
-def _places(facts: Facts, snapshot: Snapshot, pool: Pool, session: str, candidates: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
-    """All of few candidates; of many always the same for a session, and for prompts that begin alike."""
     if not session and len(facts.blocks) < MIN_BLOCKS:
-        return ()
-    if len(candidates) <= PLACES:
-        return candidates
-    return snapshot.stageable(snapshot.usable(pool.table.first(session or f"{facts.blocks[MIN_BLOCKS - 1]:x}", PLACES), facts.subset))
+        return PassThrough(pool, key, candidates)
+    places = candidates
+    if len(candidates) > PLACES:
+        places = snapshot.stageable(snapshot.usable(pool.table.first(session or f"{facts.blocks[MIN_BLOCKS - 1]:x}", PLACES), subset))
+    return PassThrough(pool, key, candidates, places, session, facts.blocks)
 
 
 def _nobody(facts: Facts, pool: Pool, wait: float) -> NobodyReady:

@@ -41,7 +41,7 @@ def block_hashes(parts: Sequence[Buffer], cache: bytes) -> tuple[int, ...]:
     `cache` names what the engine keeps apart. Two prompts that collide in mmh3's seed of 32 bits and go on with the same block count as one, which costs
     a cache miss and nothing else.
     """
-    seed = mmh3.hash(cache, _PROMPT_SEED, False)
+    seed = mmh3.mmh3_x64_128_utupledigest(cache, _PROMPT_SEED)[0] & 0xFFFFFFFF
     hashes: list[int] = []
     count, width = 0, BLOCK_BYTES
     last = len(parts) - 1

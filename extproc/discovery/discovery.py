@@ -134,7 +134,7 @@ class Discovery:
             return
         for followed in self._followed:
             one = kept.get((followed.pool, followed.source.name))
-            if one is not None and not followed.source.is_final:
+            if one is not None:
                 followed.restore(one)
 
     async def _keep(self, directory: Path) -> None:

@@ -101,7 +101,8 @@ class Xds:
         if snapshot.pools is self._pools:
             return
         self._pools = snapshot.pools
-        worlds = {Kind.CLUSTERS: self._clusters_of(snapshot.pools), Kind.ENDPOINTS: self._endpoints_of(snapshot.pools)}
+        served = [pool for pool in snapshot.pools if not pool.is_prefill]  # sidecars connect to the others, and Envoy does not
+        worlds = {Kind.CLUSTERS: self._clusters_of(served), Kind.ENDPOINTS: self._endpoints_of(served)}
         changed = [kind for kind, world in worlds.items() if kind not in self.worlds or self.worlds[kind].version != world.version]
         self.worlds = worlds
         for kind in changed:

@@ -31,7 +31,7 @@ from .router import best
 ENGINES = [Endpoint(f"10.0.0.{i}:8000") for i in range(1, 9)]
 TENANTS = 24
 TURNS = 8
-SYSTEM_BYTES = (1000, 8000)
+SYSTEM_BYTES = (1000, 8000)  # of a tenant
 BYTES_PER_TOKEN = 4
 KV_BLOCK_BYTES = 16 * BYTES_PER_TOKEN  # vLLM's default of 16 tokens
 KV_BLOCKS = {"500,000 tokens": 31_250, "128,000 tokens": 8_000}  # what llm-d takes for an 8B model on 80 GB; and a cache too small for its conversations

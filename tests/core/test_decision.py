@@ -7,7 +7,7 @@ import pytest
 
 from extproc.config import RouterSettings
 from extproc.core.artifact import AdapterName
-from extproc.core.decision import Decision, Facts, Forward, HashOn, ListModels, NobodyReady, PassThrough, Policy, Reject, decide
+from extproc.core.decision import PLACES, Decision, Facts, Forward, HashOn, ListModels, NobodyReady, PassThrough, Policy, Reject, decide
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.paths import Paths
@@ -310,3 +310,72 @@ def test_without_pools_there_is_no_endpoint(model: str | None) -> None:
 def test_a_refusal_holds_no_frame() -> None:
     """Frames hold the request's headers; nothing may be left of them until the garbage collector runs."""
     assert rejected(decided("../up")).__traceback__ is None
+
+
+# ---- what binds a request to a place
+
+
+@pytest.mark.parametrize(("header", "session"), [("x-session-id", "s1"), ("x-other", "")])
+def test_a_request_belongs_to_the_session_that_its_header_names(header: str, session: str) -> None:
+    """For adapters and base models; nothing names one where the setting is empty."""
+    for model in ("demo/sql", "llama-3"):
+        for policy, expected in ((POLICY, session), (replace(POLICY, session_header=""), "")):
+            decision = decided(model, headers={header: "s1"}, policy=policy)
+            assert isinstance(decision, Forward | PassThrough)
+            assert decision.session == expected
+
+
+@pytest.mark.parametrize("count", [PLACES, PLACES + 2, 300])
+@pytest.mark.parametrize("headers", [{}, {"x-session-id": "s1"}])
+def test_a_base_models_places_are_all_of_few_endpoints_and_the_same_ones_of_many(count: int, headers: dict[str, str]) -> None:
+    """Without a session, by the second block of the prompt; whoever drains is no place, and one who is gone leaves the others."""
+    pool = Pool("p", frozenset({"base"}), (), LookupTable([Endpoint(f"10.1.{i // 200}.{i % 200}:8000") for i in range(count)], 65_537))
+
+    def places(blocks: tuple[int, ...], *draining: Endpoint) -> tuple[Endpoint, ...]:
+        snapshot = Snapshot((pool,), standing(Standing.DRAINING, *(endpoint.address for endpoint in draining)))
+        decision = decide(Facts("POST", PATHS.path("/v1/completions"), headers, "base", blocks=blocks), snapshot, POLICY)
+        assert isinstance(decision, PassThrough)
+        return decision.places
+
+    first = places((1, 2, 3))
+    assert len(first) == PLACES
+    assert first == places((1, 2, 9, 9))
+    assert set(places((1, 2, 3), first[0])) == set(first) - {first[0]}
+    assert (places((1, 7)) == first) == (count == PLACES or bool(headers))
+    assert places((1,)) == (first if headers else ())
+
+
+# ---- pools that only decode
+
+
+DECODE = replace(LLAMA, prefill="prefill")
+PREFILL = Pool("prefill", frozenset(), (), LookupTable([Endpoint(f"10.0.2.{i}:8000") for i in range(1, 4)], 251), is_prefill=True)
+
+
+@pytest.mark.parametrize("model", ["demo/sql", "llama-3"])
+def test_a_decoding_pools_request_is_decided_for_the_other_side_too(model: str) -> None:
+    """By the same key, among all of its endpoints, whatever the gateway may send requests to itself."""
+    decision = decided(model, snapshot=Snapshot((DECODE, PREFILL)), subset=("10.0.0.1:8000",))
+    assert isinstance(decision, Forward | PassThrough)
+    assert decision.candidates == (Endpoint("10.0.0.1:8000"),)
+    assert decision.prefill is not None
+    assert decision.prefill.pool is PREFILL
+    assert set(decision.prefill.candidates) == set(PREFILL.table.endpoints)
+
+
+@pytest.mark.parametrize("model", ["demo/sql", "llama-3"])
+def test_where_the_other_side_is_down_the_decoding_pool_is_alone(model: str) -> None:
+    """It can do both, if slower."""
+    down = standing(Standing.DOWN, *(endpoint.address for endpoint in PREFILL.table.endpoints))
+    decision = decided(model, snapshot=Snapshot((DECODE, PREFILL), down))
+    assert isinstance(decision, Forward | PassThrough)
+    assert decision.prefill is None
+
+
+def test_a_request_without_a_model_has_no_prompt_and_none_is_for_the_other_side() -> None:
+    """Not by the header that names a pool either."""
+    decision = decided(None, path="/version", method="GET", snapshot=Snapshot((DECODE, PREFILL)))
+    assert isinstance(decision, PassThrough)
+    assert (decision.pool, decision.prefill) == (DECODE, None)
+    error = rejected(decided(None, path="/version", method="GET", snapshot=Snapshot((DECODE, PREFILL)), headers={"x-lora-extproc-pool": "prefill"}))
+    assert error.message == "x-lora-extproc-pool: there is no pool 'prefill'"

@@ -123,12 +123,13 @@ async def test_a_file_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     path.write_text("- 10.0.0.1:8000\n")
     async with reading(path) as reader:
         await reader.next()
+        following = asyncio.create_task(reader.next())
         with path.open("w") as file:
             for last in range(1, 6):
                 file.write(f"- 10.0.0.{last}:8000\n")
                 file.flush()
                 await asyncio.sleep(0.02)
-        assert len(addresses(await reader.next())) == 5
+        assert len(addresses(await following)) == 5
 
 
 async def test_a_file_that_never_rests_is_read_all_the_same(tmp_path: Path) -> None:

@@ -191,6 +191,17 @@ async def test_a_pool_comes_and_goes() -> None:
     assert client.clusters() == ["models"]
 
 
+async def test_a_pool_that_computes_prompts_is_not_told_and_not_waited_for() -> None:
+    """No Envoy sends anything there, so none acknowledges it."""
+    fleet = Fleet(A)
+    client = follower(fleet, "models")
+    decode, prefill = snapshot(A, other=[B]).pools
+    fleet.xds.update(Snapshot((decode, replace(prefill, is_prefill=True))))
+    await turns()
+    assert client.endpoints() == {"models": [A]}
+    assert fleet.xds.is_known(B)
+
+
 def test_endpoints_are_sent_again_for_a_cluster_that_has_changed() -> None:
     """Envoy asks for them by a request no different from an acknowledgement, and does not use the cluster until they come."""
     client = follower(Fleet(A))
