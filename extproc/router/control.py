@@ -35,7 +35,7 @@ def router_app(services: Services, why_not_ready: Callable[[], str | None]) -> F
                     "candidates": [{"address": e.address, "node": e.node, "stager": e.stager} for e in candidates],
                 }
 
-    @app.get("/v1/endpoints", summary="Every endpoint, how it stands (ready, draining, down), and why.")
+    @app.get("/v1/endpoints", summary="Every endpoint, how it stands (joining, ready, draining, down), why, and how many requests are in flight there.")
     async def endpoints() -> list[dict[str, Any]]:
         snapshot = services.membership.snapshot
         return [
@@ -47,6 +47,7 @@ def router_app(services: Services, why_not_ready: Callable[[], str | None]) -> F
                 "standing": standing.name.lower(),
                 "why": why,
                 "down": why if standing is Standing.DOWN else None,
+                "in_flight": services.membership.loads[pool.name][e.address].in_flight,
             }
             for pool in snapshot.pools
             for e in pool.table.endpoints
