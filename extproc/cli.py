@@ -122,7 +122,6 @@ def router(config: RequiredConfigFile) -> None:
 
     settings = load(config)
     set_up_logging(settings.log.level, settings.log.format)
-    clusters = _clusters(settings)
     workers = settings.router.workers or cores()
     if workers > 1:
         from .router.workers.parent import serve as serve_with_workers
@@ -131,6 +130,7 @@ def router(config: RequiredConfigFile) -> None:
     else:
         from .router.server import serve
 
+        clusters = _clusters(settings)
         run(lambda stop: serve(settings, stop, clusters))
 
 

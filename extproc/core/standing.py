@@ -11,7 +11,7 @@ keeps its place for a while, so that a blip moves nothing.
 | whatever it says | the source of endpoints shows the endpoint no longer | down |
 | whatever it says | the proxy could not reach it, twice in a row | down, until the proxy may try again |
 | says that it is ready, or was not heard of yet | (the stager says so) | ready |
-| the same | it has what it will own not yet | joining |
+| the same | it has what it will own not yet, or Envoy does not know it yet | joining |
 | the same | the source of endpoints says that it will go | draining |
 | says that the node drains | (the stager says so) | draining |
 | says that it is not ready: its engine or its disk fails | | down |

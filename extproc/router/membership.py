@@ -171,7 +171,7 @@ class Membership:
             known = self._observed.get(endpoint.address, Observed())
             observed = self._observed[endpoint.address] = replace(known, **fields)  # type: ignore[arg-type]  # as the callers name them
             standing, why = observed.standing()
-            if standing is Standing.JOINING and not self._others_are_ready(endpoint, standings):
+            if standing is Standing.JOINING and self._moves.is_known(endpoint) and not self._others_are_ready(endpoint, standings):
                 observed = self._observed[endpoint.address] = replace(observed, is_prepared=True)
                 standing, why = observed.standing()
             before, before_why = standings.pop(endpoint.address, (Standing.READY, ""))
@@ -326,7 +326,7 @@ class Membership:
             log.info("the fleet has %d endpoints: %d came, %d left", len(new), len(came), len(left))
         if self._is_started:
             self._connect_all()
-        if not is_first:
+        if self._is_started or not is_first:
             self._observe([(endpoint, {"is_prepared": False}) for endpoint in came])
 
     def _index(self) -> None:

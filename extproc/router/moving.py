@@ -8,7 +8,7 @@ endpoint is worth more ready than perfect, and a draining one is left to the lea
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Protocol
 
 from ..core.endpoint import Endpoint
@@ -35,10 +35,20 @@ class Fleet(Protocol):
     loads: dict[str, Loads]
 
 
+class Senders(Protocol):
+    """Who sends requests to endpoints, as a whole."""
+
+    def is_known(self, address: str) -> bool:
+        """Whether they know the endpoint."""
+
+    async def until_known(self, addresses: Iterable[str]) -> None:
+        """Wait until they do, within bounds."""
+
+
 class Moves:
     """By endpoint, one move at a time. `join_s`: a joining endpoint is ready after so long at the latest; `leave_s` as much for one that drains.
 
-    `until_known` waits until whoever sends requests knows an endpoint; it ends by itself.
+    `senders`: those who send requests, and may not know an endpoint that has come; None: they do.
     """
 
     def __init__(
@@ -48,14 +58,18 @@ class Moves:
         *,
         join_s: float,
         leave_s: float,
-        until_known: Callable[[Iterable[str]], Awaitable[None]] | None = None,
+        senders: Senders | None = None,
     ) -> None:
         self._residency = residency
         self._popularity = popularity
         self._join_s = join_s
         self._leave_s = leave_s
-        self._until_known = until_known
+        self._senders = senders
         self._moves: dict[str, asyncio.Task[None]] = {}  # by endpoint address
+
+    def is_known(self, endpoint: Endpoint) -> bool:
+        """Whether a request for it would arrive."""
+        return self._senders is None or self._senders.is_known(endpoint.address)
 
     def join(self, fleet: Fleet, pool: str, endpoint: Endpoint, then: Callable[[], None]) -> None:
         """Give it what it will own; `then` when that is done."""
@@ -90,7 +104,7 @@ class Moves:
         given = given_bytes = 0
         try:
             async with asyncio.timeout(self._join_s):
-                if endpoint.stager:
+                if endpoint.stager and _others_serve(fleet.snapshot, name, endpoint):
                     owned = await self._owned(fleet, name, endpoint)
                     for first in range(0, len(owned), AT_ONCE):
                         sizes = await asyncio.gather(*(self._give(endpoint, adapter) for adapter in owned[first : first + AT_ONCE]))
@@ -101,8 +115,8 @@ class Moves:
         except TimeoutError:
             log.warning("endpoint %s has joined for %g s and is ready with what it has", endpoint.address, self._join_s)
         log.info("endpoint %s was given %d adapters, %d bytes, in %.1f s", endpoint.address, given, given_bytes, time.monotonic() - began)
-        if self._until_known is not None:
-            await self._until_known([endpoint.address])
+        if self._senders is not None:
+            await self._senders.until_known([endpoint.address])
         then()
 
     async def _owned(self, fleet: Fleet, name: str, endpoint: Endpoint) -> list[str]:
@@ -162,3 +176,9 @@ class Moves:
                 return False
         self._residency.give_back(endpoint.stager, adapter, plain=plain)
         return True
+
+
+def _others_serve(snapshot: Snapshot, name: str, endpoint: Endpoint) -> bool:
+    """Whether requests can go elsewhere meanwhile."""
+    pool = snapshot.pool(name)
+    return pool is not None and any(e != endpoint and snapshot.standing(e) is Standing.READY for e in pool.table.endpoints)

@@ -75,7 +75,7 @@ class Server:
                 popularity,
                 join_s=router.join_s,
                 leave_s=router.leave_s,
-                until_known=self.xds.until_known if self.xds is not None else None,
+                senders=self.xds,
             ),
             popularity,
             prefixes,
@@ -138,8 +138,6 @@ class Server:
             self._http = HttpServer(app, self._settings.http_listen)
         methods: Methods = {PROCESS_METHOD: lambda sender: Processor(self.services, sender), **self._health.methods()}
         if self.xds is not None:
-            self.xds.update(self.membership.snapshot)
-            self.membership.on_change.append(self.xds.update)
             methods |= self.xds.methods()
         certificate = None if self._settings.tls.mode == "off" else Certificate(self._settings.tls)
         max_message_bytes = self._settings.max_body_bytes + MESSAGE_OVERHEAD_BYTES
@@ -158,6 +156,9 @@ class Server:
         if self._discovery is not None:
             await self.membership.apply(await self._discovery.first())
             self._discovery.follow(self.membership.apply)
+        if self.xds is not None:  # not before: an Envoy that has followed another replica would lose what this one has not found yet
+            self.xds.update(self.membership.snapshot)
+            self.membership.on_change.append(self.xds.update)
         self.membership.start()
         self._admission.start()
         self._judges.start()

@@ -38,6 +38,7 @@ STREAMS_PER_TURN = 16  # that are sent an update before the loop gets its turn: 
 # How long a new endpoint may be held back. Envoys that follow this router answer within milliseconds, or hang. Where none does, perhaps one follows another
 # replica or worker, which learns of the endpoint about now.
 MAX_HOLD_S, ELSEWHERE_S = 5.0, 1.0
+TAKEN_OVER_S = 0.1  # an Envoy acknowledges before its worker threads have taken over what they are handed: milliseconds, and more where cores are busy
 LOOK_AGAIN_S = 0.01  # at what is known, after something was said: at most so often, however much clients say
 _INVALID_ARGUMENT = 3
 
@@ -127,13 +128,17 @@ class Xds:
         return True
 
     async def until_known(self, addresses: Iterable[str]) -> None:
-        """Wait until `is_known` holds for all of them: MAX_HOLD_S at most after they came."""
+        """Wait until `is_known` holds for all of them, MAX_HOLD_S at most after they came, and a moment longer where it did not hold before."""
+        waited = False
         while new := [address for address in addresses if not self.is_known(address)]:
+            waited = True
             soonest = min(self._new[address].since + self._limit_s(self._new[address]) for address in new)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, soonest - self._clock())):
                     await self._answered.wait()
                     await asyncio.sleep(LOOK_AGAIN_S)
+        if waited:
+            await asyncio.sleep(TAKEN_OVER_S)
 
     def drain(self) -> None:
         """End all streams, and those that come: Envoys go to another replica, and keep what they have until then."""

@@ -241,6 +241,7 @@ class Stack:
     def _node_settings(self, settings: Settings, node: Node) -> Settings:
         raw = settings.model_dump(mode="json")
         raw["stager"] |= {"listen": node.stager, "http_listen": node.stager_http, "dir": str(node.directory)}
+        raw["stager"]["drain_s"] = 0  # all nodes end together: no other could take over
         raw["stager"]["engine"] |= {"url": f"http://{node.engine}", "base_model": self.base_model.root}
         if (server := self._plan.vllm) is not None:
             raw["stager"]["engine"] |= {"max_loras": server.max_loras, "max_cpu_loras": server.max_cpu_loras, "max_lora_rank": server.max_lora_rank}

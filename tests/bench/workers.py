@@ -4,8 +4,9 @@ The port is driven straight with prerecorded ext_proc frames, as Envoy's connect
 of what the router does, so that two cores are enough to see something. All routers live side by side and are measured in turns.
 
 Two ratios stand beside each other. `wall` is requests per second against one worker's, and counts where the machine has a core for each worker and some
-for the generator. `by CPU` is the number of workers times what a request costs one worker over what it costs them: what they would do on cores of their
-own. It leaves out what cores share, caches and memory, as far as they were idle.
+for the generator. `by CPU` is the number of workers times what a request costs one worker over what it costs them: what they would do if the generator
+took none of their time. Both are below the number of workers by what cores share: caches, memory, and on many machines the cores themselves. How much
+that is, shows a row of as many routers with one worker each, which have nothing to do with each other.
 """
 
 import argparse
@@ -61,6 +62,7 @@ class Connection:
     """Keeps IN_FLIGHT exchanges open; counts those that have ended."""
 
     def __init__(self, address: str) -> None:
+        self.address = address
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -68,6 +70,7 @@ class Connection:
         self._parts = (frame(HEADERS, END_HEADERS, 0, fields)[:5], fields + frame(DATA, END_STREAM, 0, messages)[:5], messages)
         self._next = 3
         self._rest = b""
+        self._leaves = False
         self.ended = 0
         first = frame(HEADERS, END_HEADERS, 1, b"\x20" + fields) + frame(DATA, END_STREAM, 1, messages)  # the table's size is 0 from here on
         self._send(PREFACE + frame(SETTINGS, 0, 0) + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30)) + first)
@@ -81,6 +84,11 @@ class Connection:
         numbers = [struct.pack(">I", self._next + 2 * n) for n in range(count)]
         self._next += 2 * count
         self._send(b"".join(part for number in numbers for part in (head, number, middle, number, end)))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was told to go away, and has nothing open any more."""
+        return self._leaves and self.ended == (self._next - 1) // 2
 
     def read(self) -> None:
         """Take what has come, and open as many exchanges as have ended."""
@@ -96,8 +104,11 @@ class Connection:
                 break
             if kind == HEADERS and flags & END_STREAM:
                 ended += 1
-            elif kind in (RST_STREAM, GOAWAY) and int.from_bytes(data[at + 9 : at + 9 + length][-4:] if kind == RST_STREAM else data[at + 13 : at + 17], "big"):
-                raise SystemExit("the router reset a stream or the connection")
+            elif kind in (RST_STREAM, GOAWAY):
+                first = at + 9 if kind == RST_STREAM else at + 13
+                if any(data[first : first + 4]):
+                    raise SystemExit("the router reset a stream or the connection")
+                self._leaves = self._leaves or kind == GOAWAY
             elif kind in (SETTINGS, PING) and not flags & ACK:
                 self._send(frame(kind, ACK, 0, data[at + 9 : at + 9 + length] if kind == PING else b""))
             at += 9 + length
@@ -105,27 +116,46 @@ class Connection:
         self.ended += ended
         if ended:
             self._send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", len(more))))
-            self._open(ended)
+            if not self._leaves:
+                self._open(ended)
 
 
-def generate(address: str, count: int, seconds: float) -> tuple[int, float, float]:
-    """Load `address` over so many connections; exchanges, seconds, and seconds of CPU."""
+def generate(addresses: Sequence[str], seconds: float) -> tuple[int, float, float]:
+    """Load these with CONNECTIONS each; exchanges, seconds, and seconds of CPU."""
+    ended = 0
     with selectors.DefaultSelector() as selector:
-        connections = []
-        for _ in range(count):
+
+        def connect(address: str) -> None:
             connection = Connection(address)
-            connections.append(connection)
             selector.register(connection.socket, selectors.EVENT_READ, connection)
+
+        for address in list(addresses) * CONNECTIONS:
+            connect(address)
             time.sleep(0.02)  # as Envoy's threads come, one by one
         began, cpu = time.monotonic(), time.process_time()
-        before = sum(connection.ended for connection in connections)
         while time.monotonic() - began < seconds:
             for key, _ in selector.select(1.0):
-                key.data.read()
+                connection = key.data
+                ended -= connection.ended
+                connection.read()
+                ended += connection.ended
+                if connection.is_over:
+                    selector.unregister(connection.socket)
+                    connection.socket.close()
+                    connect(connection.address)
         took = time.monotonic() - began
-        for connection in connections:
-            connection.socket.close()
-        return sum(connection.ended for connection in connections) - before, took, time.process_time() - cpu
+        for key in tuple(selector.get_map().values()):
+            key.data.socket.close()
+        return ended, took, time.process_time() - cpu
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """One router with workers, or several with one each."""
+
+    name: str
+    routers: Sequence[Child]
+    addresses: Sequence[str]  # one for each worker
 
 
 @dataclass(frozen=True)
@@ -139,12 +169,12 @@ class Measured:
 
 
 @contextlib.asynccontextmanager
-async def routers(counts: Sequence[int]) -> AsyncIterator[dict[int, tuple[Child, str]]]:
-    """One router for each number of workers, and its address, all of them before one stager that has the adapter."""
+async def arrangements(counts: Sequence[int]) -> AsyncIterator[list[Arrangement]]:
+    """One router for each number of workers, and as many single ones as the last number says. All are before one stager, which has the adapter."""
     with tempfile.TemporaryDirectory(prefix="lora-extproc-bench-") as temporary:
         directory = Path(temporary)
         write_adapter(directory / "origin" / ADAPTER, seed=1, rank=8, hidden=512, layers=2)
-        stager, *listens = (f"127.0.0.1:{port}" for port in free_ports(1 + len(counts)))
+        stager, *listens = (f"127.0.0.1:{port}" for port in free_ports(1 + len(counts) + counts[-1]))
         children: list[Child] = []
         raw: dict[str, object] = {
             "pools": [{"name": "models", "endpoints": [{"address": "127.0.0.1:1", "stager": stager}]}],
@@ -166,12 +196,15 @@ async def routers(counts: Sequence[int]) -> AsyncIterator[dict[int, tuple[Child,
 
         try:
             await start("stager", "stager")
-            started = {
-                count: (await start(f"router-{count}", "router", listen=listen, workers=count), listen) for count, listen in zip(counts, listens, strict=True)
-            }
-            for _, listen in started.values():
+            together = [
+                Arrangement(f"{count}", [await start(f"router-{count}", "router", listen=listen, workers=count)], [listen] * count)
+                for count, listen in zip(counts, listens, strict=False)
+            ]
+            alone = listens[len(counts) :]
+            singles = [await start(f"single-{number}", "router", listen=listen) for number, listen in enumerate(alone)]
+            for listen in listens:
                 await asyncio.to_thread(_until_it_answers, listen)
-            yield started
+            yield [*together, Arrangement(f"{counts[-1]} routers", singles, alone)]
         finally:
             await stop(children, 5.0)
 
@@ -186,18 +219,22 @@ def _until_it_answers(address: str) -> None:
     raise SystemExit(f"the router at {address} does not answer")
 
 
-async def measure(router: Child, address: str, workers: int, seconds: float) -> Measured:
-    """Load one router for a while, from processes of their own."""
-    generators = -(-workers // WORKERS_PER_GENERATOR)
-    loads = [(address, CONNECTIONS * (workers * (n + 1) // generators - workers * n // generators), seconds) for n in range(generators)]
-    before = dict(_cpu_of_family(router.process.pid))
+async def measure(arrangement: Arrangement, seconds: float) -> Measured:
+    """Load one arrangement for a while, from processes of their own."""
+    addresses = arrangement.addresses
+    generators = -(-len(addresses) // WORKERS_PER_GENERATOR)
+    before = _cpu(arrangement.routers)
     with multiprocessing.get_context("spawn").Pool(generators) as pool:
-        done = await asyncio.to_thread(pool.starmap, generate, loads)
-    after = dict(_cpu_of_family(router.process.pid))
+        done = await asyncio.to_thread(pool.starmap, generate, [(addresses[n::generators], seconds) for n in range(generators)])
+    after = _cpu(arrangement.routers)
     spent = [after[pid] - before.get(pid, 0.0) for pid in after]
     answered = sum(count for count, _, _ in done)
     cpu_s = sum(cpu for _, _, cpu in done)
     return Measured(sum(count / took for count, took, _ in done), sum(spent) * 1e6 / answered, cpu_s * 1e6 / answered, max(spent) / sum(spent))
+
+
+def _cpu(routers: Sequence[Child]) -> dict[int, float]:
+    return {pid: cpu_s for router in routers for pid, cpu_s in _cpu_of_family(router.process.pid)}
 
 
 def _cpu_of_family(pid: int) -> Iterator[tuple[int, float]]:
@@ -240,21 +277,22 @@ def _accepted(listening: socket.socket) -> int:
 
 async def main(counts: Sequence[int], seconds: float, rounds: int) -> None:
     """Take turns, print medians and both ratios."""
-    runs: dict[int, list[Measured]] = {count: [] for count in counts}
-    async with routers(counts) as started:
-        for count, (router, address) in started.items():
-            await measure(router, address, count, 1.0)  # leases, caches
+    async with arrangements(counts) as arranged:
+        runs: dict[str, list[Measured]] = {arrangement.name: [] for arrangement in arranged}
+        for arrangement in arranged:
+            await measure(arrangement, 1.0)  # leases, caches
         for _ in range(rounds):
-            for count, (router, address) in started.items():
-                runs[count].append(await measure(router, address, count, seconds))
+            for arrangement in arranged:
+                runs[arrangement.name].append(await measure(arrangement, seconds))
     names = ("rate", "router_us", "generator_us", "busiest")
-    medians = {count: Measured(**{name: statistics.median(getattr(run, name) for run in runs[count]) for name in names}) for count in counts}
-    one = medians[counts[0]]
+    medians = {name: Measured(**{field: statistics.median(getattr(run, field) for run in measured) for field in names}) for name, measured in runs.items()}
+    one = medians[arranged[0].name]
     console = Console(width=120)
     table = Table("workers", "req/s", "router us/req", "busiest", "generator us/req", "wall", "by CPU", title=machine(), title_justify="left")
-    for count, m in medians.items():
-        ratios = f"{m.rate / one.rate:.2f}", f"{count / counts[0] * one.router_us / m.router_us:.2f}"
-        table.add_row(str(count), f"{m.rate:.0f}", f"{m.router_us:.1f}", f"{m.busiest:.0%}", f"{m.generator_us:.1f}", *ratios)
+    for arrangement in arranged:
+        m = medians[arrangement.name]
+        ratios = f"{m.rate / one.rate:.2f}", f"{len(arrangement.addresses) / counts[0] * one.router_us / m.router_us:.2f}"
+        table.add_row(arrangement.name, f"{m.rate:.0f}", f"{m.router_us:.1f}", f"{m.busiest:.0%}", f"{m.generator_us:.1f}", *ratios)
     console.print(table)
     console.print(
         f"medians of {rounds} runs of {seconds:g} s, {CONNECTIONS} connections per worker with {IN_FLIGHT} requests each; {cores()} cores for everything"

@@ -28,7 +28,7 @@ from extproc.router.http2.calls import Message, joined
 from extproc.router.judging import Judges
 from extproc.router.membership import Membership
 from extproc.router.models import Models as FleetModels
-from extproc.router.moving import Moves
+from extproc.router.moving import Moves, Senders
 from extproc.router.probe import Probe
 from extproc.router.processor import Processor, Services
 from extproc.router.residency import Residency
@@ -219,6 +219,7 @@ class Router:
         tracing: Tracing | None = None,
         clock: Callable[[], float] | None = None,
         pools: Sequence[Pool] = (),
+        senders: Senders | None = None,
         **settings: Any,
     ) -> None:
         self.now = 0.0
@@ -237,7 +238,7 @@ class Router:
         self.models = FleetModels(self.pools, self.stagers, servable, shows_paths=self.settings.shows_paths)
         self.popularity = Popularity()
         self.prefixes = Prefixes(self.settings.prefix_blocks)
-        self.moves = Moves(self.residency, self.popularity, join_s=self.settings.join_s, leave_s=self.settings.leave_s)
+        self.moves = Moves(self.residency, self.popularity, join_s=self.settings.join_s, leave_s=self.settings.leave_s, senders=senders)
         self.membership = Membership(
             self.pools,
             self.residency,

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -141,6 +141,38 @@ def test_where_nobody_else_is_ready_an_endpoint_is_ready_at_once() -> None:
         await asyncio.sleep(router.settings.hold_down_s + 1)
         assert addresses(router) == []
         await router.membership.apply(fleet([fifth()]))
+        assert standing(router, fifth()) is READY
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_an_endpoint_is_ready_only_when_those_who_send_know_it(others: bool) -> None:
+    """Though it has what it will own, and though nobody else is ready: requests that wait for it would all be sent to where nobody can reach it yet."""
+
+    class Envoys:
+        def __init__(self) -> None:
+            self.known = asyncio.Event()
+
+        def is_known(self, address: str) -> bool:
+            return self.known.is_set()
+
+        async def until_known(self, addresses: Iterable[str]) -> None:
+            assert list(addresses) == [fifth().address]
+            await self.known.wait()
+
+    async def main() -> None:
+        envoys = Envoys()
+        router, old = await started(senders=envoys)
+        if not others:
+            await router.membership.apply(fleet([]))
+            await asyncio.sleep(router.settings.hold_down_s + 1)
+        await router.membership.apply(fleet([*old, fifth()] if others else [fifth()]))
+        await asyncio.sleep(1)
+        assert standing(router, fifth()) is JOINING
+        envoys.known.set()
+        await turns()
         assert standing(router, fifth()) is READY
         await router.stop()
 

@@ -12,14 +12,18 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.config import TlsSettings, parse
+from extproc.config import DiscoverySettings, TlsSettings, parse
 from extproc.core.endpoint import Endpoint
 from extproc.core.standing import Standing
+from extproc.discovery.discovery import Discovery
 from extproc.errors import StartError
+from extproc.pb import xds_pb2 as pb
 from extproc.router.health import NAMES
 from extproc.router.server import PROCESS_METHOD, Server
 from extproc.router.tls import Certificate, self_signed
+from extproc.router.xds import METHODS, TYPES, Kind
 from extproc.up.processes import free_ports
+from tests.discovery.scripted import ScriptedSource
 from tests.fakes.wait import until
 
 from .fakes import body, headers
@@ -183,3 +187,27 @@ def test_tls_files_that_cannot_be_used_are_a_start_error(tmp_path: Path) -> None
     """Named in the sentence."""
     with pytest.raises(StartError, match=r"cert\.pem"):
         Certificate(TlsSettings(mode="files", cert_file=str(tmp_path / "cert.pem"), key_file=str(tmp_path / "key.pem")))
+
+
+async def test_envoys_are_told_nothing_before_the_fleet_has_been_found() -> None:
+    """One that has followed another replica would lose the endpoints that this one does not know yet."""
+    source = ScriptedSource()
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    router = {"listen": address, "health_listen": "", "http_listen": "", "lameduck_s": 0}
+    server = Server(parse({"pools": [{"name": "models", "endpoints": [{"address": "127.0.0.1:1"}]}], "router": router}, source="test"), clusters={})
+    server._discovery = Discovery({"models": [source]}, DiscoverySettings(first_wait_s=60), server.metrics)
+    starting = asyncio.create_task(server.start())
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            await asyncio.wait_for(channel.channel_ready(), 10)
+            call = open_stream(channel, next(iter(METHODS)))
+            await call.write(pb.DiscoveryRequest(type_url=TYPES[Kind.ENDPOINTS], resource_names=["models"]).SerializeToString())
+            await until(lambda: server.metrics.registry.get_sample_value("lora_extproc_xds_streams"))
+            assert not starting.done()
+            source.show("127.0.0.1:1", "127.0.0.1:2")
+            response = pb.DiscoveryResponse.FromString(await call.read())
+            assignment = pb.ClusterLoadAssignment.FromString(response.resources[0].value)
+            assert [member.endpoint.address.socket_address.port_value for member in assignment.endpoints[0].lb_endpoints] == [1, 2]
+            await starting
+    finally:
+        await server.stop()

@@ -29,7 +29,7 @@ LOOK_S = 0.1  # how often each worker is looked at; a look costs some microsecon
 ACCEPTS_PER_TURN = 64  # then others have their turn
 ABSENT_S = 15.0  # a place that is empty for so long makes the whole not ready: a worker is back within three seconds if it can be
 MAX_PROBE_BYTES = 2**20  # of a message to the port for probes: a question has a few
-MOVE_EVERY_S = 3.0  # at most one connection: a moved one is counted where it has come to after a second or two
+UNEVEN_S = 2.0  # for so long, before one connection is moved: workers count theirs once a second, each at its own time
 
 
 class Workers:
@@ -56,7 +56,7 @@ class Workers:
         self._probes: Listener | None = None
         self._http: HttpServer | None = None
         self._looking: asyncio.Task[None] | None = None
-        self._moved_at = 0.0
+        self._uneven_since: float | None = None
 
     @property
     def address(self) -> str:
@@ -247,13 +247,15 @@ class Workers:
         connection.close()  # its client makes another
 
     def _move_one(self, now: float) -> None:
-        """Where one worker has two busy connections more than another, one of them is to go there."""
+        """Where one worker has had two busy connections more than another for UNEVEN_S, one of them is to go there."""
         serving = [slot for slot in self.slots if slot.can_take]
-        if self._draining or len(serving) < 2 or now - self._moved_at < MOVE_EVERY_S:
-            return
-        most, least = (choose(serving, key=lambda slot: slot.load) for choose in (max, min))
-        if most.row.busy - least.load[0] >= 2 and most.tell(Order.GIVE_ONE_AWAY):
-            self._moved_at = now
+        most, least = (choose(serving, key=lambda slot: slot.load, default=None) for choose in (max, min))
+        if self._draining or most is None or least is None or most.row.busy - least.load[0] < 2:
+            self._uneven_since = None
+        elif self._uneven_since is None:
+            self._uneven_since = now
+        elif now - self._uneven_since >= UNEVEN_S and most.tell(Order.GIVE_ONE_AWAY):
+            self._uneven_since = None
             self.metrics.moved.inc()
 
     def _answering(self) -> list[WorkerApi]:

@@ -38,24 +38,30 @@ async def watch_events(
         position = changes.last
         yield _node(stager, 0 if whole is not None else position, resumed=complete, heartbeat_s=beat_s)
         if whole is not None:
-            async for event in _inventory(whole, position):
-                yield event
+            async for part in _inventory(whole, position):
+                yield part
         if stager.demand[1]:
             yield _event(stager, Change(position, "demand"))
+        loop = asyncio.get_running_loop()
+        said_at = loop.time()
         while True:
+            event: pb.WatchEvent | None = None
             if load and (reading := stager.meter.told) is not None and reading is not shown:
-                shown = reading
-                yield _load(stager, reading)
-            try:
-                async with asyncio.timeout(beat_s or None):
-                    change = await queue.get()
-            except TimeoutError:
-                yield pb.WatchEvent(heartbeat=pb.Heartbeat())
-                continue
-            if change is None:
-                return
-            if _concerns(change, copies=copies):
-                yield _event(stager, change, beat_s)
+                shown, event = reading, _load(stager, reading)
+            else:
+                try:
+                    async with asyncio.timeout_at(said_at + beat_s if beat_s else None):
+                        change = await queue.get()
+                except TimeoutError:
+                    event = pb.WatchEvent(heartbeat=pb.Heartbeat())
+                else:
+                    if change is None:
+                        return
+                    if _concerns(change, copies=copies):
+                        event = _event(stager, change, beat_s)
+            if event is not None:  # what does not concern this watcher is no sign of life to it
+                said_at = loop.time()
+                yield event
 
 
 def _concerns(change: Change, *, copies: bool) -> bool:

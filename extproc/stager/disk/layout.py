@@ -3,6 +3,7 @@
     DIR/.staging/<random>/        being fetched, or being deleted; emptied at start
     DIR/.store/<sha256>/          published: the files and their manifest, `.lora-extproc.json`
     DIR/.pins.json                what is held without an end
+    DIR/.drain.json               why the node is drained, if it is
     DIR/<adapter name>            symlink into .store; or a directory that others put there, or their link to one elsewhere, which is left as it is
     DIR/<adapter name>/           where other names begin with it, as `acme/sql/checkpoint-500` with `acme/sql`: a folder, in which `.adapter` is the
                                   symlink into .store, and a link per file leads through that one, so that all files change in one step

@@ -7,7 +7,7 @@
 | the answer took `t` | not before `t / SHARE`: an engine that is slow to answer is asked less often |
 | anything | MAX_S at the latest |
 
-It is told when it differs by a step from what was told last, and every MAX_S in any case: the reading before that is the last one in time.
+A reading is told when it differs by a step from what was told last, or when the next one may come more than MAX_S after that.
 """
 
 import asyncio
@@ -38,11 +38,11 @@ class Reading:
 
 
 class Meter:
-    """`told()` is called when there is a reading to be told, `used(names)` with the names that were at work."""
+    """`tell()` is called when there is a reading to be told, `used(names)` with the names that were at work."""
 
-    def __init__(self, engine: Engine, told: Callable[[], None], used: Callable[[Collection[str]], None]) -> None:
+    def __init__(self, engine: Engine, tell: Callable[[], None], used: Callable[[Collection[str]], None]) -> None:
         self._engine = engine
-        self._tell = told
+        self._tell = tell
         self._used = used
         self.reading: Reading | None = None  # the latest; None: nobody wants to know, or nothing was read yet
         self.told: Reading | None = None  # the latest that was to be told

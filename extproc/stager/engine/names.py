@@ -226,15 +226,24 @@ class Loads:
             before = self._changes
             listed = (await self._engine.known()).adapters
             found = await self._found(listed)
-            if before == self._changes:
+            if before == self._changes and await self._learn_all(found):
                 break
         else:
             return set()
         self._is_compared = True
-        for name, load in found.items():
-            self._learn(name, load)
         self._unsettled = {id_: names for id_, names in self._unsettled.items() if self._holdings.index.is_known(id_)}
         return {name for name in self._known if name not in listed}
+
+    async def _learn_all(self, found: Mapping[str, Load]) -> bool:
+        """Whether nothing has changed meanwhile: what is left then may not be so any more. In the order of the list, which has what was loaded last at its end."""
+        before = self._changes
+        for number, (name, load) in enumerate(found.items()):
+            if number % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+                if before != self._changes:
+                    return False
+            self._learn(name, load)
+        return True
 
     async def _found(self, listed: Mapping[str, str]) -> dict[str, Load]:
         """What an earlier stager on this directory let the engine know."""

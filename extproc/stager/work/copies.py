@@ -39,7 +39,7 @@ class Copies:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._warm: set[AdapterName] = set()  # told so; at most what the engine's memory is taken to hold
-        self._untold: set[AdapterName] = set()  # they are on disk, and watchers were told that they have no copy; at most what is on disk
+        self._withdrawn: set[AdapterName] = set()  # on disk, and told as evicted or refused; at most what is on disk
         self._due: dict[AdapterName, None] = {}  # to be compared; at most what is on disk or in the engine's memory
         self._turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -61,12 +61,12 @@ class Copies:
 
         The names are noted at once (a hundred thousand in some 3 ms); what is told of one changes only by an event that follows.
         """
-        names, warm, untold = list(self._node.holdings), self._warm.copy(), self._untold.copy()
+        names, warm, withdrawn = list(self._node.holdings), self._warm.copy(), self._withdrawn.copy()
         suspects = self._node.loads.refused_adapters()
 
         def parts() -> Iterator[Part]:
             for first in range(0, max(1, len(names)), PART):
-                here = [name for name in names[first : first + PART] if name not in untold and not self._is_refused(name, suspects)]
+                here = [name for name in names[first : first + PART] if name not in withdrawn and not self._is_refused(name, suspects)]
                 yield Part([name for name in here if name not in warm], [name for name in here if name in warm], first + PART < len(names))
 
         return parts()
@@ -81,10 +81,10 @@ class Copies:
         match kind:
             case "published" | "refreshed":
                 self._warm.discard(name)
-                self._untold.discard(name)
+                self._withdrawn.discard(name)
             case "evicted" | "refused":
                 self._warm.discard(name)
-                self._untold.add(name)
+                self._withdrawn.add(name)
             case _:
                 return
         self.moved(name)
@@ -101,17 +101,17 @@ class Copies:
         named = self._node.holdings.get(name)
         if named is None:
             self._warm.discard(name)
-            self._untold.discard(name)
+            self._withdrawn.discard(name)
             return
         if named.id not in self._node.holdings.index:  # it leaves
-            if name in self._untold and self._timer is None:
+            if name in self._withdrawn and self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look_again)
             return
         if named.refused or self._node.loads.refuses(name, named.id):
-            if name not in self._untold:  # the engine was quicker to refuse it than the disk to show it under its name
+            if name not in self._withdrawn:  # the engine was quicker to refuse it than the disk to show it under its name
                 self._node.changes.tell("refused", name)
             return
-        if name in self._untold:
+        if name in self._withdrawn:
             self._node.changes.tell("published", name)
         is_warm = self._node.loads.in_memory(name, named.id)
         if is_warm != (name in self._warm):
@@ -119,7 +119,7 @@ class Copies:
             self._node.changes.tell("loaded" if is_warm else "unloaded", name)
 
     def _look_again(self) -> None:
-        """At all that was told away: it has left meanwhile, or stays."""
+        """At all that was withdrawn: it has left meanwhile, or stays."""
         self._timer = None
-        for name in self._untold:
+        for name in self._withdrawn:
             self.moved(name)

@@ -7,8 +7,9 @@
 | a claim, a release, a peer's Find and Read | as ever: successors copy from here |
 
 A router that knows of the drain renews until a successor is warm, then gives its lease back; one that does not renews as long as it has requests, and only
-the end of the drain's time parts it from the node. Leases are short, so that the node is empty soon after the last of either. It is empty when nothing is
-leased and the engine had no request QUIET_S after the last lease has ended: what was sent under a lease has arrived by then.
+the end of the drain's time parts it from the node. Leases are short, so that the node is empty soon after the last of either; those from before the drain are
+given back, or run out. The node is empty when nothing is leased, and the engine had no request QUIET_S after the last lease has ended: what was sent under
+a lease has arrived by then.
 
 An operator's drain is written down and outlives the stager; the node is ready meanwhile, for what it serves. The drain of a stager that was told to stop ends
 with it: the next one serves.
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 DRAIN_FILE = ".drain.json"  # {"why": ...}, or null: not drained
 CAUSE = "stopping"  # of not being ready
 STOPPING = "the stager is stopping"
-LEASE_S = 15.0  # renewed after half of it: a successor has that long to get warm between two questions, and the node is empty that soon after the last one
+LEASE_S = 15.0  # routers renew after half of it, so a busy one asks every 7 s for each adapter, and the node is empty 15 s after the last answer
 LOOK_S = 0.25  # between two looks at what is leased and at work
 QUIET_S = IN_TRANSIT_S
 FIRST_LOOK_S = 1.0  # that an answer waits for the first of them
@@ -139,20 +140,21 @@ class Drain:
 
     def check(self, name: AdapterName) -> None:
         """Raises NodeDraining for an adapter that the node would have to take anew."""
-        named, index, now = self._node.holdings.get(name), self._node.holdings.index, self._node.clock()
-        if not self.is_on or (named is not None and (index.is_leased(named.id, now) or self._is_warm(name))):
-            return
-        raise NodeDraining(f"{name}: this node drains, and takes no adapter that it does not serve already")
+        if self.is_on and not self._serves(name):
+            raise NodeDraining(f"{name}: this node drains, and takes no adapter that it does not serve already")
 
     @property
     def lease_s(self) -> float:
         """How long whoever asks now may rely on the answer."""
         return min(self._node.settings.lease_s, LEASE_S) if self.is_on else self._node.settings.lease_s
 
-    def _is_warm(self, name: AdapterName) -> bool:
-        """Whether it is served without being read first. Where no engine of ours reads the directory, whatever is in it may be served."""
-        named = self._node.holdings.get(name)
-        return named is not None and (not self._node.engine.exists or self._node.loads.in_memory(name, named.id))
+    def _serves(self, name: AdapterName) -> bool:
+        """Whether it is leased or warm. Where no engine of ours reads the directory, whatever is in it may be served."""
+        node, named = self._node, self._node.holdings.get(name)
+        if named is None:
+            return False
+        is_warm = not node.engine.exists or node.loads.in_memory(name, named.id)
+        return is_warm or node.holdings.index.is_leased(named.id, node.clock())
 
     def _changed(self) -> None:
         """What was asked for has changed: say so, and look at what is left, or look no more."""

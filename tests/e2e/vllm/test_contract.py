@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from extproc.config import EngineSettings
 from extproc.errors import EngineUnreachable, InvalidAdapter
-from extproc.stager.engine.api import Engine
+from extproc.stager.engine.api import KV_USAGE, RUNNING, Engine, Work
 from extproc.up.processes import Child, free_ports, python, spawn, stop
 from extproc.up.tiny import write_base, write_lora
 from extproc.up.vllm import Vllm
@@ -92,6 +92,15 @@ async def test_an_adapter_is_loaded_by_its_directory_and_listed(served: Served) 
     for _ in range(2):
         await served.engine.unload("acme/a@sha256:0123456789ab")
     assert (await ask(served.session, served.url, "acme/a@sha256:0123456789ab", "hi")).status == 404
+
+
+async def test_its_load_is_told_by_the_few_series_that_are_asked_for(served: Served) -> None:
+    """Below the path with a slash at its end. All series take a vLLM much longer, and its event loop stands still meanwhile."""
+    assert await served.engine.work(adapters=True) == Work(0.0, 0.0, 0.0)
+    told = await served.engine._metrics(RUNNING, KV_USAGE)
+    assert {line.partition("{")[0] for line in told.splitlines() if not line.startswith("#")} == {RUNNING, KV_USAGE}
+    async with served.session.get(f"{served.url}/metrics") as response:
+        assert len(await response.text()) > len(told)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {

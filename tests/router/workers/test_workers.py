@@ -63,11 +63,12 @@ async def running(pools: Sequence[object] = POOLS, **router: object) -> AsyncIte
 
 
 @pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' workers live shortly, and would be replaced ever later."""
+def _times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' workers live shortly, and would be replaced ever later. A busy machine is no worker that hangs."""
+    for name in ("SILENT_S", "HUNG_S"):
+        monkeypatch.setattr(slot, name, PATIENCE_S)
     monkeypatch.setattr(slot, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(slot, "LAST_PAUSE_S", 0.1)
-    monkeypatch.setattr(parent, "MOVE_EVERY_S", 0.5)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -241,6 +242,7 @@ async def test_a_worker_killed_under_load_costs_its_own_calls_alone(router: Work
 
 async def test_a_worker_that_hangs_is_replaced(router: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scrape and the control API go on meanwhile, and new connections come to the other."""
+    monkeypatch.setattr(slot, "SILENT_S", 1.0)
     monkeypatch.setattr(slot, "HUNG_S", 2.0)
     await until(lambda: all_serve(router))
     lives = router.slots[1].lives
@@ -253,10 +255,8 @@ async def test_a_worker_that_hangs_is_replaced(router: Workers, monkeypatch: pyt
     assert (await scrape(router))['lora_extproc_workers_ended_total{why="hung"}'] == 1
 
 
-async def test_a_connection_that_a_dead_worker_had_not_taken_is_served_by_another(router: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_a_dead_worker_had_not_taken_is_served_by_another(router: Workers) -> None:
     """It stood in the queue of a process that was stopped."""
-    for name in ("SILENT_S", "HUNG_S"):
-        monkeypatch.setattr(slot, name, PATIENCE_S)
     await until(lambda: all_serve(router) and [slot.load[1] for slot in router.slots] == [0, 0])
     stopped = min(router.slots, key=lambda slot: slot.load)
     given = stopped.given
@@ -425,16 +425,14 @@ async def test_a_limit_on_waiting_requests_is_of_all_workers() -> None:
         for api in workers._answering():
             while b'"standing":"down"' not in await (await api.ask("GET", "/v1/endpoints", {}, b"")).read():
                 await asyncio.sleep(0.01)
-        clients = [Client(workers.address) for _ in range(2)]
-        waiting = asyncio.create_task(clients[0].ask())
-        await until(lambda: workers.slots[0].row.all_waiting() == 1)
-        assert b"1 requests wait; the limit is 1" in await clients[1].ask()
-        assert [slot.given for slot in workers.slots] == [1, 1]
-        assert (await scrape(workers))["lora_extproc_held_requests"] == 1
-        await workers.stop()
-        assert await waiting  # a drain answers it
-        for client in clients:
-            client.close()
+        with contextlib.closing(Client(workers.address)) as one, contextlib.closing(Client(workers.address)) as other:
+            waiting = asyncio.create_task(one.ask())
+            await until(lambda: workers.slots[0].row.all_waiting() == 1)
+            assert b"1 requests wait; the limit is 1" in await other.ask()
+            assert [slot.given for slot in workers.slots] == [1, 1]
+            assert (await scrape(workers))["lora_extproc_held_requests"] == 1
+            await workers.stop()
+            assert await waiting  # a drain answers it
 
 
 async def test_a_busy_port_is_a_start_error(router: Workers) -> None:

@@ -38,7 +38,7 @@ from extproc.up.processes import free_ports
 from tests.fakes.adapters import size_of, small_files
 from tests.fakes.origin import FakeOrigin
 from tests.fakes.relay import Relay
-from tests.fakes.wait import until
+from tests.fakes.wait import PATIENCE_S, until
 from tests.router.fakes import ScriptedProbe
 
 from ..conftest import ServeNode, labels_of, next_of, until_node_state
@@ -156,6 +156,25 @@ async def test_a_watcher_that_is_cut_off_while_it_is_told_what_it_missed_ends(se
     for number in range(3 * changes_module.KEPT):
         stager.node.changes.tell("evicted", f"acme/{number}")
     assert [event async for event in events] == []
+
+
+@pytest.mark.parametrize("kind", ["load", "loaded"])
+async def test_what_a_watcher_does_not_want_takes_no_heartbeat_from_it(serve_node: ServeNode, kind: str) -> None:
+    """However often others are told of it: a stager that says nothing for two heartbeats is taken for hung."""
+    node = await serve_node()
+    changes = node.stager.node.changes
+    events = watch_events(node.stager, heartbeat_s=0.1)
+    assert (await anext(events)).HasField("node")
+    beat = asyncio.create_task(anext(events))
+    async with asyncio.timeout(PATIENCE_S):
+        while not beat.done():
+            if kind == "load":
+                changes.mention(kind)
+            else:
+                changes.tell(kind, "acme/a")
+            await asyncio.sleep(0.01)
+    assert beat.result().HasField("heartbeat")
+    await events.aclose()
 
 
 async def test_watchers_hear_of_the_budget(serve_node: ServeNode, origin: FakeOrigin) -> None:
