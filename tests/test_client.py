@@ -484,7 +484,7 @@ async def test_a_stager_that_stops_for_less_than_six_heartbeats_keeps_its_watch(
     """Stopped just when the first event is on its way: gRPC has sent a ping behind it, which is answered only when the process goes on."""
 
     async def watch(_: Any, __: Context) -> AsyncIterator[pb.WatchEvent]:
-        relay.freeze()
+        relay.freeze(back=False)
         yield pb.WatchEvent(node=pb.NodeState(instance="i", heartbeat_seconds=0.5))
         await asyncio.sleep(1.5)
         relay.thaw()

@@ -110,7 +110,8 @@ class Watch:
                 case Refreshed(adapter):
                     residency.refreshed(stager, adapter)
                     self._models.changed(stager)
-                case Refused():
+                case Refused(adapter):
+                    residency.copies.drop(stager, adapter)
                     self._models.changed(stager)
                 case _:
                     pass

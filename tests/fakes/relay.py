@@ -15,6 +15,8 @@ class Relay:
         self._mark = mark
         self._flows = asyncio.Event()
         self._flows.set()
+        self._flows_back = asyncio.Event()
+        self._flows_back.set()
         self.address = ""
         self._is_cut = False
         self._open: set[asyncio.WriteTransport] = set()
@@ -41,11 +43,15 @@ class Relay:
     def mend(self) -> None:
         self._is_cut = False
 
-    def freeze(self) -> None:
+    def freeze(self, *, back: bool = True) -> None:
+        """`back`: what servers send, too."""
         self._flows.clear()
+        if back:
+            self._flows_back.clear()
 
     def thaw(self) -> None:
         self._flows.set()
+        self._flows_back.set()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -64,7 +70,7 @@ class Relay:
         both = {writer.transport, back.transport}
         self._open |= both
         marked = asyncio.Event()
-        pumps = [asyncio.create_task(self._pump(reader, back, marked)), asyncio.create_task(self._pump(onward, writer, marked))]
+        pumps = [asyncio.create_task(self._pump(reader, back, marked, self._flows)), asyncio.create_task(self._pump(onward, writer, marked, self._flows_back))]
         try:
             if self._is_cut:  # while it was being opened
                 return
@@ -77,11 +83,11 @@ class Relay:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, marked: asyncio.Event) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, marked: asyncio.Event, flows: asyncio.Event) -> None:
         while data := await reader.read(2**16):
             if self._mark in data:
                 marked.set()
             if marked.is_set():
-                await self._flows.wait()
+                await flows.wait()
             writer.write(data)
             await writer.drain()
