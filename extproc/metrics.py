@@ -130,9 +130,18 @@ class WorkersMetrics(Metrics):
 
 
 # What a router's gauges are over all its workers. Counters and histograms are summed.
-SUMMED = frozenset({"lora_extproc_held_bytes", "lora_extproc_held_requests", "lora_extproc_streams", "lora_extproc_leases"})
+SUMMED = frozenset({"lora_extproc_held_bytes", "lora_extproc_held_requests", "lora_extproc_streams", "lora_extproc_leases", "lora_extproc_xds_streams"})
 LARGEST = frozenset({"lora_extproc_loop_longest_stall_seconds"})
-ALIKE = frozenset({"lora_extproc_build_info", "lora_extproc_owner_share", "lora_extproc_endpoints"})  # each worker says the same: one speaks for all
+ALIKE = frozenset(  # each worker says the same: one speaks for all
+    {
+        "lora_extproc_build_info",
+        "lora_extproc_owner_share",
+        "lora_extproc_endpoints",
+        "lora_extproc_discovery_endpoints",
+        "lora_extproc_discovery_stale",
+        "lora_extproc_discovery_left_out",
+    }
+)
 
 
 class StagerMetrics(Metrics):

@@ -50,6 +50,7 @@ class Workers:
         self._health = Health()
         self._has_started = False
         self._is_ready = False
+        self._states: list[State | None] = []  # by slot, at the last look
         self._draining = False
         self._listening: socket.socket | None = None
         self._is_accepting = False
@@ -200,8 +201,10 @@ class Workers:
     def _tell_readiness(self) -> None:
         why = self._why_not_ready()
         states = [slot.state for slot in self.slots]
-        for state in (*State, None):
-            self.metrics.workers.labels("absent" if state is None else state.name.lower()).set(states.count(state))
+        if states != self._states:
+            self._states = states
+            for state in (*State, None):
+                self.metrics.workers.labels("absent" if state is None else state.name.lower()).set(states.count(state))
         ready = why is None
         if ready != self._is_ready:
             self._is_ready = ready
