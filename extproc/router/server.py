@@ -57,7 +57,8 @@ class Server:
         self.metrics = RouterMetrics()
         pools = build_pools(settings)
         holder = f"router {secrets.token_hex(4)}"
-        self._clients: dict[str, StagerClient] = {}
+        known = sorted({endpoint.stager for pool in pools for endpoint in pool.table.endpoints if endpoint.stager})
+        self._clients = {address: StagerClient(address, settings.rpc, holder) for address in known}  # so that credentials that are none end it here
         self._residency = Residency(self._clients, self.metrics)
         servable = Servable(pools, self._clients) if router.lists_models and router.models == "servable" else None
         self._models = Models(pools, self._clients, servable, shows_paths=router.shows_paths)
