@@ -101,7 +101,7 @@ def stager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         {"type": "file", "name": "far", "path": str(root / "slow"), "max_bytes_per_s": SLOW_BYTES_PER_S},
     ]
     settings = {"listen": f"127.0.0.1:{port}", "http_listen": f"127.0.0.1:{http_port}", "dir": str(root / "node"), "lease_s": 0.01}
-    settings |= {"engine": {"url": ""}, "origins": origins, "negative_ttl_s": 0}
+    settings |= {"engine": {"url": ""}, "origins": origins, "negative_ttl_s": 0, "drain_s": 0}
     (root / "stager.yaml").write_text(yaml.safe_dump({"stager": settings}))
     with (root / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "extproc", "stager", "--config", str(root / "stager.yaml")], env=ENVIRONMENT, stderr=log)

@@ -72,7 +72,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     async def start(rpc: RpcSettings | None = None, host: str = "127.0.0.1") -> int:
         (port,) = free_ports(1)
         directory = str(tmp_path / f"node-{len(servers)}")
-        stager = StagerSettings(listen=f"{host}:{port}", http_listen="", dir=directory, engine=EngineSettings(url=""), origins=origins)
+        stager = StagerSettings(listen=f"{host}:{port}", http_listen="", dir=directory, engine=EngineSettings(url=""), origins=origins, drain_s=0)
         servers.append(Server(Settings(stager=stager, rpc=rpc or RpcSettings())))
         await servers[-1].start()
         return port
@@ -667,6 +667,7 @@ class System:
         self.config.write_text(yaml.safe_dump({**shared, "router": router, "rpc": self._rpc.model_dump()}))
         for number, (listen, http_listen) in enumerate(zip(self.stagers, self.stagers_http, strict=True), 1):
             stager: dict[str, Any] = {"listen": listen, "http_listen": http_listen, "dir": str(self._directory / f"node-{number}"), "engine": {"url": ""}}
+            stager["drain_s"] = 0
             stager["origins"] = [{"type": "file", "path": str(self._directory / "origin")}]
             file = self._directory / f"stager-{number}.yaml"
             file.write_text(yaml.safe_dump({**shared, "stager": stager, "rpc": self._stager_rpc.model_dump()}))

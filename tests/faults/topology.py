@@ -298,7 +298,7 @@ class Fleet:
         origin = {"type": "http", "url": self._origin, "allow_private": True, **self.layout.origin}
         common: dict[str, Mapping[str, Any]] = {
             "router": self.routers[0].settings(),
-            "stager": {"origins": [origin]},
+            "stager": {"origins": [origin], "drain_s": 0},  # a stager that is told to stop is one that is gone
             "envoy": {"listen": self.address, "admin": self.admin, "router": ",".join(router.listen for router in self.routers)},
         }
         raw: dict[str, Any] = {"pools": [{"name": "models", "base_models": [BASE_MODEL], "endpoints": endpoints}]}

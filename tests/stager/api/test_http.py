@@ -375,7 +375,7 @@ async def test_beyond_loopback_nothing_is_removed_without_a_token(tmp_path: Path
     (tmp_path / "token").write_text(TOKEN)
     grpc_port, http_port = free_ports(2)
     stager = StagerSettings(
-        listen=f"127.0.0.1:{grpc_port}", http_listen=f"{http_listen}:{http_port}", dir=str(tmp_path / "node"), engine=EngineSettings(url="")
+        listen=f"127.0.0.1:{grpc_port}", http_listen=f"{http_listen}:{http_port}", dir=str(tmp_path / "node"), engine=EngineSettings(url=""), drain_s=0
     )
     rpc = RpcSettings(token_file=str(tmp_path / "token") if with_token else "")
     server = Server(Settings(stager=stager, rpc=rpc))

@@ -188,7 +188,7 @@ async def test_watchers_hear_of_the_budget(serve_node: ServeNode, origin: FakeOr
 async def test_watchers_hear_that_the_stager_is_stopping(tmp_path: Path) -> None:
     """Before their streams end: the node's keys move while it can still answer."""
     (port,) = free_ports(1)
-    stager = StagerSettings(listen=f"127.0.0.1:{port}", http_listen="", dir=str(tmp_path / "node"), engine=EngineSettings(url=""))
+    stager = StagerSettings(listen=f"127.0.0.1:{port}", http_listen="", dir=str(tmp_path / "node"), engine=EngineSettings(url=""), drain_s=0)
     server = Server(Settings(stager=stager))
     await server.start()
     async with StagerClient(f"127.0.0.1:{port}") as client:

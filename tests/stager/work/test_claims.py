@@ -181,6 +181,7 @@ class Process:
             "max_bytes": self.max_bytes,
             "high_watermark": 1.0,
             "claim_wait_s": 3.0,
+            "drain_s": 0,
         }
         file.write_text(yaml.safe_dump({"stager": stager}))
         self.child = await spawn("stager", python("stager", "--config", str(file)), self.directory)
