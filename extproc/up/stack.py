@@ -272,6 +272,11 @@ class Stack:
                     if time.monotonic() > deadline:
                         raise StartError(f"the router at {router.http} does not see every node ready after {start_s:g} s")
                     await asyncio.sleep(POLL_S)
+            while not await _knows_all(session, self.admin, [node.engine for node in self.nodes]):  # an Envoy that was told too late takes clients without
+                self._complain_of_the_dead()
+                if time.monotonic() > deadline:
+                    raise StartError(f"Envoy was not told of every engine within {start_s:g} s; logs are in {self._plan.directory / 'logs'}")
+                await asyncio.sleep(POLL_S)
 
     def _complain_of_the_dead(self) -> None:
         for child in self._children:
@@ -306,6 +311,12 @@ def envoy_binary() -> Path:
 async def _sees_everybody(session: aiohttp.ClientSession, router: Router) -> bool:
     async with session.get(f"http://{router.http}/v1/endpoints") as response:
         return all(endpoint["standing"] == "ready" for endpoint in await response.json())
+
+
+async def _knows_all(session: aiohttp.ClientSession, admin: str, engines: Sequence[str]) -> bool:
+    async with session.get(f"http://{admin}/clusters") as response:
+        known = await response.text()
+    return all(f"::{engine}::" in known for engine in engines)
 
 
 async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
