@@ -180,6 +180,7 @@ def sim(
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once; others wait.")] = 256,
     mixed_moe_format: Annotated[bool, typer.Option("--enable-mixed-moe-lora-format", help="Takes experts in one tensor, where the load call says so.")] = False,
     token_ms: Annotated[float, typer.Option(min=0, help="Time per token.")] = 0.0,
+    load_ms: Annotated[float, typer.Option(min=0, help="Time that it takes to load an adapter.")] = 0.0,
     dev_mode: Annotated[bool, typer.Option("--dev-mode", help="As a vLLM with VLLM_SERVER_DEV_MODE=1.")] = False,
 ) -> None:
     """Run a simulated engine: vLLM's API, no model."""
@@ -190,7 +191,8 @@ def sim(
 
     set_up_logging("info")
     limits = {"max_loras": max_loras, "max_cpu_loras": max_cpu_loras, "max_lora_rank": max_lora_rank, "max_num_seqs": max_num_seqs}
-    adapters = Adapters(base_model=base_model, root=root, cache_dir=directory, mixed_moe_format=mixed_moe_format, **limits)
+    load_s = load_ms / 1000
+    adapters = Adapters(base_model=base_model, root=root, cache_dir=directory, mixed_moe_format=mixed_moe_format, load_s=load_s, **limits)
     run(lambda stop: serve(SimEngine(adapters, token_s=token_ms / 1000, dev_mode=dev_mode), listen, stop))
 
 

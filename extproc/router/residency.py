@@ -25,6 +25,7 @@ PREPARE_AGAIN_S = 10.0  # after a preparation that failed; somebody is served el
 MAX_PREPARATIONS = 4  # at once per stager: each is a load, which stalls what the engine generates
 CLAIM_S = 3.0  # less than a new instance waits before it removes anything
 RELEASE_S = 1.0  # at the end of the process, for every stager at once
+RELEASE_AGAIN_S = 5.0  # after one that failed, as while its stager hangs: a node that drains would be taken for needed until the lease ends
 IN_TRANSIT_S = 5.0  # what was sent to a version that has been replaced has reached its engine by then
 SWEEP_ABOVE = 1024  # leases that ended are dropped when the table has doubled since the last sweep, and not below this
 GAP_WEIGHT = 0.2  # of the newest flight in what is usual
@@ -157,11 +158,11 @@ class Residency:
 
     def refreshed(self, stager: str, adapter: str) -> None:
         """A new version is there. The next request asks for it; the lease on the old one is given back when what was sent there has arrived."""
-        digests = {lease.digest for plain in (False, True) if (lease := self._leases.get((stager, adapter, plain))) is not None}
+        leases = [lease for plain in (False, True) if (lease := self._leases.get((stager, adapter, plain))) is not None]
         self.forget(stager, adapter)
         self.copies.put(stager, adapter, warm=False)
-        for digest in digests:
-            self._release_soon(stager, adapter, digest)
+        for digest, until in {lease.digest: lease.until for lease in leases}.items():
+            self._release_soon(stager, adapter, digest, until)
 
     async def claim(self, stager: str) -> None:
         """A new instance of the stager is there, and knows of no lease: tell it what is relied on, and forget what it does not honour.
@@ -203,7 +204,7 @@ class Residency:
         """Nothing more is sent to this copy. The lease is released when what was sent has arrived."""
         lease = self._leases.pop((stager, adapter, plain), None)
         if lease is not None:
-            self._release_soon(stager, adapter, lease.digest)
+            self._release_soon(stager, adapter, lease.digest, lease.until)
 
     def forget_stager(self, stager: str) -> None:
         """Its engine has gone, and will know no adapter when it comes back."""
@@ -237,19 +238,25 @@ class Residency:
         await asyncio.gather(*(release(self._clients[stager]) for stager in held if stager in self._clients))
         self._leases.clear()
 
-    def _release_soon(self, stager: str, adapter: str, digest: str) -> None:
-        task = asyncio.create_task(self._release_later(stager, adapter, digest), name=f"release {adapter}")
+    def _release_soon(self, stager: str, adapter: str, digest: str, until: float) -> None:
+        task = asyncio.create_task(self._release_later(stager, adapter, digest, until), name=f"release {adapter}")
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    async def _release_later(self, stager: str, adapter: str, digest: str) -> None:
-        await asyncio.sleep(IN_TRANSIT_S)
-        if any(lease.digest == digest for key, lease in self._leases.items() if key[0] == stager):
-            return  # another adapter with the same content: the stager counts one hold for both
-        client = self._clients.get(stager)
-        if client is not None:
-            with contextlib.suppress(LoraExtprocError):  # then it ends by itself
+    async def _release_later(self, stager: str, adapter: str, digest: str, until: float) -> None:
+        """Again and again while the stager cannot be told, until the lease ends by itself."""
+        pause_s = IN_TRANSIT_S
+        while True:
+            await asyncio.sleep(pause_s)
+            if any(lease.digest == digest for key, lease in self._leases.items() if key[0] == stager):
+                return  # another adapter with the same content: the stager counts one hold for both
+            client = self._clients.get(stager)
+            if client is None or self._clock() >= until:
+                return
+            with contextlib.suppress(LoraExtprocError):
                 await client.release(adapter, digest)
+                return
+            pause_s = RELEASE_AGAIN_S
 
     # -- one call
 

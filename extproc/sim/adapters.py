@@ -44,6 +44,7 @@ class Adapters:
         max_lora_rank: int,
         max_num_seqs: int = MAX_NUM_SEQS,
         mixed_moe_format: bool = False,
+        load_s: float = 0.0,
     ) -> None:
         self.base_model = base_model  # the served name
         self.root = root  # the --model string; "" takes adapters of any base, which a vLLM does not
@@ -53,6 +54,7 @@ class Adapters:
         self._max_cpu_loras = max(max_cpu_loras, max_loras)
         self._max_lora_rank = max_lora_rank
         self._mixed_moe_format = mixed_moe_format
+        self._load_s = load_s  # what reading an adapter takes beside the reading itself
         self.registry: dict[str, str] = {}  # name -> path
         self._fused: set[str] = set()  # of these names, whose load call said that experts are in one tensor
         self._cache: OrderedDict[str, Loaded] = OrderedDict()  # least recently used first
@@ -129,6 +131,8 @@ class Adapters:
     async def _read(self, name: str, path: str, *, is_3d: bool = False) -> Loaded:
         abilities = Abilities(self._max_lora_rank, self._mixed_moe_format)
         loaded = await asyncio.to_thread(read_adapter, name, path, abilities, self._base, is_3d=is_3d)
+        if self._load_s:
+            await asyncio.sleep(self._load_s)
         self.loads += 1
         self._cache[name] = loaded
         self._cache.move_to_end(name)

@@ -14,7 +14,7 @@ from extproc.core.load import FORGOTTEN_S, Engine
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
 from extproc.core.standing import MISSED, Standing
-from extproc.errors import NoSpace
+from extproc.errors import NoSpace, StagerUnavailable
 from extproc.router import membership as membership_module
 from tests.fakes.wait import VirtualLoop, turns, until
 
@@ -320,6 +320,46 @@ def test_a_stager_that_is_lost_moves_nothing() -> None:
         assert standing(router, owner) is DRAINING
         assert router.residency.leased_at(owner.stager) == [("a", False)]
         assert sum(len(stager.asked) for stager in router.stagers.values()) == 1
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+def test_a_lease_that_could_not_be_given_back_is_given_back_later() -> None:
+    """A stager that hangs while its node drains: it would count as needed until the lease ends by itself."""
+
+    async def main() -> None:
+        router, _ = await started()
+        owner = router.owner("a")
+        await serve(router, chat("a"))
+        stager = router.stager_of(owner)
+        stager.error = StagerUnavailable("it hangs")
+        router.residency.give_back(owner.stager, "a", plain=False)
+        await asyncio.sleep(15)
+        failed = len(stager.released)
+        stager.error = None
+        await asyncio.sleep(60)
+        assert failed > 1
+        assert len(stager.released) == failed + 1  # the one that succeeded was the last
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+def test_a_lease_that_has_ended_is_not_given_back_any_more() -> None:
+    """Its stager may be gone for good."""
+
+    async def main() -> None:
+        router, _ = await started()
+        owner = router.owner("a")
+        await serve(router, chat("a"))
+        stager = router.stager_of(owner)
+        stager.error = StagerUnavailable("it is gone")
+        router.residency.give_back(owner.stager, "a", plain=False)
+        await asyncio.sleep(stager.lease_s)
+        failed = len(stager.released)
+        await asyncio.sleep(stager.lease_s)
+        assert len(stager.released) == failed
         await router.stop()
 
     in_virtual_time(main)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,14 @@ async def test_an_adapter_without_effect_answers_as_the_base_model() -> None:
     """Names that no module has are passed over without a word."""
     adapters = Adapters(base_model="tiny", root="", cache_dir=str(HERE), max_loras=1, max_cpu_loras=1, max_lora_rank=8)
     assert await ask(adapters, "prefix_orig_mod") == BASE_SHA256
+
+
+async def test_a_load_takes_as_long_as_it_is_told_to(loras: Path) -> None:
+    """So that what is not warm yet can be seen to cost something; a request for what is in memory costs nothing."""
+    adapters = Adapters(base_model="tiny", root=BASE_MODEL, cache_dir=str(loras), max_loras=1, max_cpu_loras=1, max_lora_rank=8, load_s=0.2)
+    began = time.monotonic()
+    await ask(adapters, "alpha")
+    assert time.monotonic() - began >= 0.2
+    adapters_before = adapters.loads
+    await ask(adapters, "alpha")
+    assert adapters.loads == adapters_before == 1

@@ -4,6 +4,7 @@ Every answer is compared with that of a fresh engine that has the adapter from i
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -18,8 +19,9 @@ import pytest_asyncio
 
 from extproc.client import StagerClient
 from extproc.core.artifact import split_version
+from tests.fakes.fleet import Fleet, Layout
 
-from .conftest import ADAPTER_BYTES, MANY, ROOM, Engines, spoil, started
+from .conftest import ADAPTER_BYTES, MANY, PROMPT, ROOM, TOKENS, Engines, Said, ask, spoil, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -233,4 +235,55 @@ async def test_an_engine_that_is_killed_and_comes_back_costs_no_request(engines:
     async with asyncio.timeout(PATIENCE_S):
         while not await known_by(engines, owner.engine):
             await engines.ask(random.choice(names))
+    assert engines.engines_alive()
+
+
+async def test_a_pair_follows_a_join_and_a_drain_without_a_failed_request(engines: Engines, tmp_path: Path) -> None:
+    """A router that follows a file, and an Envoy that follows the router: the second engine appears in the file, the first is drained until it is empty, and
+    both serve again. Every answer is the adapter's own."""
+    first, second = engines.stack.nodes
+    names = [f"moving/{number}" for number in range(6)]
+    expected = {}
+    for number, name in enumerate(names):
+        engines.add(name, seed=3000 + number)
+        expected[name] = await engines.own_answer(name, 3000 + number)
+    failed: list[Said] = []
+    answered = 0
+    layout = Layout(1, routers=1, base_model="tiny", settings={"router": {"stage_deadline_s": PATIENCE_S, "join_s": PATIENCE_S}})
+    async with Fleet(layout, tmp_path, (first, second)) as fleet:
+
+        async def work(number: int) -> None:
+            nonlocal answered
+            for turn in itertools.count(number):
+                name = names[turn % len(names)]
+                said = await ask(engines.session, f"http://{fleet.address}", name, PROMPT, tokens=TOKENS)
+                if said.status != 200 or said.text != expected[name]:
+                    failed.append(said)
+                answered += 1
+
+        async def more(count: int) -> None:
+            wanted = answered + count
+            async with asyncio.timeout(PATIENCE_S):
+                while answered < wanted:
+                    await asyncio.sleep(0.05)
+
+        workers = [asyncio.create_task(work(number)) for number in range(4)]
+        try:
+            await more(3 * len(names))
+            fleet.show((first, second))
+            await fleet.until_standing("ready", second)
+            await more(3 * len(names))
+            drained = await fleet.run("drain", first.stager, "--wait", "--timeout", f"{PATIENCE_S:g}")
+            assert drained.splitlines()[-1] == f"{first.stager}: empty"
+            await more(3 * len(names))
+            assert {name for name, _ in await known_by(engines, second.engine)} >= set(names)
+            await fleet.run("undrain", first.stager)
+            await fleet.until_standing("ready", first, second)
+            await more(3 * len(names))
+        finally:
+            await fleet.run("undrain", first.stager)
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+    assert failed == []
     assert engines.engines_alive()

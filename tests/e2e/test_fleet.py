@@ -1,0 +1,270 @@
+"""A fleet of real processes that moves under load: nodes that come, drain, die, hang and are replaced, and a file that loses its content.
+
+`tests/bench/fleet_real.py` has the load that the figures are made with, and says what counts as failed, as warm and as held.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from extproc.up.stack import Node
+from tests.bench.fleet_real import BOUNDS, Size, complaints, measure
+from tests.fakes.fleet import POOL, Fleet, Layout
+from tests.fakes.wait import PATIENCE_S
+
+REQUESTS_PER_S = 40
+SHORT = Size(seconds=24.0, per_s=30.0, nodes=4, adapters=40)
+
+
+async def test_a_fleet_that_moves_fails_nobody_and_holds_nothing_that_is_warm(tmp_path: Path) -> None:
+    """A join, a drain and a death under Zipf's load. Balance is for the benchmark to judge, which looks for longer."""
+    seen = await measure(SHORT, "bounded", tmp_path)
+    assert seen.steps.keys() == {"join", "drain", "death"}
+    broken = [bound.what for bound in BOUNDS[:2] if bound.figure(seen) > bound.most]
+    assert not broken, "\n".join(complaints(seen))
+
+
+# ---- what befalls a fleet
+
+
+@dataclass
+class Load:
+    """REQUESTS_PER_S of all adapters in turn, while the block runs."""
+
+    fleet: Fleet
+    answers: list[tuple[float, int, str]] = field(default_factory=list)  # when it began, status, and the text of an error
+    slowest_s: float = 0.0
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Load"]:
+        requests: list[asyncio.Task[None]] = []
+        timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+            for name in self.fleet.adapters:  # all are somewhere before anything happens
+                while await self._ask(session, name) != 200:
+                    await asyncio.sleep(0.1)
+            self.answers.clear()
+            self.slowest_s = 0.0
+            loading = asyncio.create_task(self._send(session, requests))
+            try:
+                await self.more(2 * len(self.fleet.adapters))
+                yield self
+            finally:
+                loading.cancel()
+                await asyncio.gather(*requests)
+
+    async def _send(self, session: aiohttp.ClientSession, requests: list[asyncio.Task[None]]) -> None:
+        began = time.monotonic()
+        while True:
+            name = self.fleet.adapters[len(requests) % len(self.fleet.adapters)]
+            requests.append(asyncio.create_task(self._note(session, name)))
+            await asyncio.sleep(max(0.0, began + len(requests) / REQUESTS_PER_S - time.monotonic()))
+
+    async def _note(self, session: aiohttp.ClientSession, name: str) -> None:
+        await self._ask(session, name)
+
+    async def _ask(self, session: aiohttp.ClientSession, name: str) -> int:
+        began = time.monotonic()
+        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "hi"}]}).encode()
+        async with session.post(f"http://{self.fleet.address}/v1/chat/completions", data=body, headers={"content-type": "application/json"}) as response:
+            text = await response.text()
+            self.answers.append((began, response.status, "" if response.status == 200 else text))
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        return response.status
+
+    async def more(self, count: int) -> None:
+        """Until so many more are answered."""
+        wanted = len(self.answers) + count
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.answers) < wanted:
+                await asyncio.sleep(0.02)
+
+    @property
+    def failed(self) -> Counter[tuple[int, str]]:
+        return Counter((status, text) for _, status, text in self.answers if status != 200)
+
+
+@contextlib.asynccontextmanager
+async def loaded(directory: Path, nodes: int = 3, late_nodes: int = 0, routers: int = 2, **router: object) -> AsyncIterator[tuple[Fleet, Load]]:
+    """A fleet under load."""
+    layout = Layout(nodes, late_nodes, routers, engine={"token-ms": "2"}, settings={"router": router})
+    async with Fleet(layout, directory) as fleet, Load(fleet).running() as load:
+        yield fleet, load
+
+
+async def test_a_file_that_loses_its_content_under_load_costs_nothing(tmp_path: Path) -> None:
+    """Emptied, cut short, gone, and a list of none: the last good endpoints count on. What it says afterwards is followed."""
+    async with loaded(tmp_path, late_nodes=1) as (fleet, load):
+        whole = fleet.file.read_bytes()
+        for damage in (b"", whole[:40], b"{}", b"[]", None):
+            if damage is None:
+                fleet.file.unlink()
+            else:
+                fleet.file.write_bytes(damage)
+            await load.more(REQUESTS_PER_S)
+        assert {standing for router in fleet.routers for standing in (await fleet.standings(router)).values()} == {"ready"}
+        fleet.show(fleet.nodes)
+        await fleet.until_standing("ready", *fleet.nodes)
+        await load.more(REQUESTS_PER_S)
+    assert not load.failed
+
+
+async def test_a_stager_that_hangs_while_it_drains_costs_nothing(tmp_path: Path) -> None:
+    """What is leased there is served by its engine meanwhile. Afterwards the drain goes on to its end."""
+    async with loaded(tmp_path) as (fleet, load):
+        node = fleet.nodes[0]
+        await fleet.run("drain", node.stager)
+        fleet.signal("node-1-stager", signal.SIGSTOP)
+        await load.more(6 * REQUESTS_PER_S)
+        fleet.signal("node-1-stager", signal.SIGCONT)
+        assert "empty" in await fleet.run("drain", node.stager, "--wait", "--timeout", "60")
+        assert {(await fleet.standings(router))["node-1"] for router in fleet.routers} == {"draining"}
+        await load.more(REQUESTS_PER_S)
+    assert not load.failed
+
+
+async def test_two_nodes_that_join_while_one_drains_cost_nothing(tmp_path: Path) -> None:
+    """All at once; the drained node is empty in the end, and the new ones are ready."""
+    async with loaded(tmp_path, late_nodes=2) as (fleet, load):
+        draining = asyncio.create_task(fleet.run("drain", fleet.nodes[0].stager, "--wait", "--timeout", "60"))
+        fleet.show(fleet.nodes)
+        await fleet.until_standing("ready", *fleet.nodes[1:])
+        assert "empty" in await draining
+        fleet.show(fleet.nodes[1:])
+        await load.more(2 * REQUESTS_PER_S)
+    assert not load.failed
+
+
+async def test_an_endpoint_that_is_replaced_under_its_address_is_a_new_one(tmp_path: Path) -> None:
+    """Both processes are killed, others started in their place, and the file names another instance. Only what the dead engine had is lost."""
+    async with loaded(tmp_path) as (fleet, load):
+        node = fleet.nodes[0]
+        killed = time.monotonic()
+        await fleet.kill("node-1-engine", "node-1-stager")
+        gone = time.monotonic()
+        await fleet.start_again("node-1-engine")
+        await fleet.start_again("node-1-stager")
+        fleet.show(fleet.nodes, node_1="another")
+        await load.more(REQUESTS_PER_S)
+        await fleet.until_standing("ready", node)
+        await load.more(2 * REQUESTS_PER_S)
+    late = [answer for answer in load.answers if answer[1] != 200 and answer[0] > gone]
+    assert not late, Counter(answer[1:] for answer in late)
+    assert len([answer for answer in load.answers if answer[1] != 200]) <= 5, (killed, load.failed)
+
+
+async def test_routers_that_are_killed_under_load_find_the_fleet_again(tmp_path: Path) -> None:
+    """Each in turn. Envoy keeps its endpoints, follows the other, and loses no more than what the dead router was answering."""
+    async with loaded(tmp_path, late_nodes=1) as (fleet, load):
+        for number, router in enumerate(fleet.routers, 1):
+            await fleet.kill(f"router-{number}")
+            await load.more(REQUESTS_PER_S)
+            await fleet.start_again(f"router-{number}")
+            await fleet.until_standing("ready", *fleet.nodes[:3])
+            await fleet.until_envoy_sees([router])
+        fleet.show(fleet.nodes)  # by whichever Envoy follows now
+        await fleet.until_standing("ready", fleet.nodes[3])
+        await load.more(2 * REQUESTS_PER_S)
+    assert load.failed.total() <= 5, load.failed
+
+
+async def test_workers_that_are_killed_find_the_fleet_again(tmp_path: Path) -> None:
+    """Each in turn, the one among them that Envoy follows; a node that joins afterwards is used."""
+    async with loaded(tmp_path, late_nodes=1, routers=1, workers=2) as (fleet, load):
+        pid = fleet.children["router-1"].process.pid
+        for worker in _children(pid):
+            os.kill(worker, signal.SIGKILL)
+            await load.more(2 * REQUESTS_PER_S)
+            await fleet.until(lambda: _both_serve(fleet), "a worker was not replaced")
+        fleet.show(fleet.nodes)
+        await fleet.until_standing("ready", fleet.nodes[3])
+        await load.more(2 * REQUESTS_PER_S)
+        await fleet.until(lambda: _is_used(fleet, fleet.nodes[3]), "the new node is not used")
+    assert load.failed.total() <= 5, load.failed
+
+
+async def _both_serve(fleet: Fleet) -> bool:
+    return await fleet.metric(fleet.routers[0].http, 'lora_extproc_workers{state="serving"}') == 2
+
+
+async def _is_used(fleet: Fleet, node: Node) -> bool:
+    return await fleet.metric(node.engine, "vllm:request_success_total") > 0
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_a_file_of_a_thousand_endpoints_of_which_three_answer_is_served_by_those(tmp_path: Path) -> None:
+    """The dead are down, and nobody is sent there."""
+    async with loaded(tmp_path) as (fleet, load):
+        dead = [{"address": f"127.9.{n // 250}.{n % 250 + 1}:7", "stager": f"127.9.{n // 250}.{n % 250 + 1}:9", "node": f"dead-{n}"} for n in range(997)]
+        alive = [{"address": node.engine, "stager": node.stager, "node": node.name} for node in fleet.nodes]
+        fleet.write(alive + dead)
+
+        async def all_down() -> bool:
+            shown = [await fleet.standings(router) for router in fleet.routers]
+            return all(Counter(of.values()) == {"ready": 3, "down": 997} for of in shown)
+
+        await fleet.until(all_down, "not every endpoint is down that does not answer")
+        await load.more(4 * REQUESTS_PER_S)
+    assert not load.failed
+
+
+def tells_who_served(bootstrap: dict[str, Any]) -> None:
+    """As Istio configures Envoy: the router hears of the response, too, and which endpoint it is from."""
+    resources = bootstrap["static_resources"]
+    manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    ext_proc = next(f["typed_config"] for f in manager["http_filters"] if f["name"] == "envoy.filters.http.ext_proc")
+    ext_proc["processing_mode"]["response_header_mode"] = "SEND"
+    ext_proc["metadata_options"]["forwarding_namespaces"] = {"untyped": ["envoy.lb"]}
+    pool = next(cluster for cluster in resources["clusters"] if cluster["name"] == POOL)
+    policy = pool["load_balancing_policy"]["policies"][0]["typed_extension_config"]["typed_config"]
+    policy["selected_host_key"] = {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint-served"}]}
+
+
+@pytest.mark.parametrize("is_silent", [False, True], ids=["refuses", "is silent"])
+async def test_an_engine_that_only_the_proxy_cannot_reach_is_down_while_its_stager_lives(tmp_path: Path, is_silent: bool) -> None:
+    """Two requests that the proxy sent elsewhere are enough; from then on another endpoint is named first, but for one try every few seconds."""
+    layout = Layout(
+        nodes=3,
+        engine={"token-ms": "2"},
+        hosts={"node-1": "127.0.0.2"},
+        settings={"envoy": {"endpoints": "static"}, "router": {"copies": [{"match": "*", "min": 2}]}},
+        bootstrap=tells_who_served,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        fleet = Fleet(layout, tmp_path)
+        if is_silent:
+            stack.enter_context(taking_no_connection("127.0.0.2", int(fleet.nodes[0].engine.rpartition(":")[2])))
+        await stack.enter_async_context(fleet)
+        load = await stack.enter_async_context(Load(fleet).running())
+        await fleet.until_standing("down", fleet.nodes[0])
+        await load.more(8 * REQUESTS_PER_S)
+        assert sum([await fleet.metric(router.http, 'lora_extproc_served_total{first="false"}') for router in fleet.routers]) < len(load.answers) / 10
+    assert not load.failed
+
+
+@contextlib.contextmanager
+def taking_no_connection(host: str, port: int) -> Iterator[None]:
+    """An address at which packets are lost, as far as a client can tell: a queue of connections that is full and that nobody empties."""
+    with socket.socket() as listening, socket.socket() as first, socket.socket() as second:
+        listening.bind((host, port))
+        listening.listen(0)
+        for client in (first, second):
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.connect((host, port))
+        yield
