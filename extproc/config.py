@@ -4,6 +4,7 @@ Unknown keys are errors. Every complaint names its path and the bad value. The t
 made of it (`lora-extproc settings`).
 """
 
+import re
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -60,6 +61,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 MAX_BODY_BYTES = 2**30  # a gRPC message, which has a whole body in BUFFERED, states its length in four bytes; Envoy's buffers are the limit before that
 Share = Annotated[float, Field(gt=0, le=1)]
+_KUBERNETES_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
 class Group(BaseModel):
@@ -183,7 +185,57 @@ class EtcdSourceSettings(Group):
         return f"etcd {self.prefix}"
 
 
-SourceSettings = Annotated[FileSourceSettings | DnsSourceSettings | EtcdSourceSettings, Field(discriminator="type")]
+class KubernetesSourceSettings(Group):
+    type: Literal["kubernetes"]
+    """Endpoints from the Kubernetes API: the ready pods of an InferencePool, of a Service or of a label selector. One of the three is set. A pod that
+    terminates is shown as leaving while it is ready."""
+    inference_pool: Annotated[str, Field(max_length=253)] = ""
+    """The name of an InferencePool (inference.networking.k8s.io/v1). Its selector says the pods, each of its `targetPorts` is an endpoint of each pod, as
+    data-parallel ranks are."""
+    service: Annotated[str, Field(max_length=63)] = ""
+    """The name of a Service, whose EndpointSlices are followed. Where they have both families, the IPv4 addresses count."""
+    selector: Annotated[str, Field(max_length=4096)] = ""
+    """Labels of pods as kubectl's `-l` takes them, `app=vllm,tier!=test`."""
+    namespace: Annotated[str, Field(max_length=63)] = ""
+    """Where those are. Empty: the namespace of the router's own pod, or of the kubeconfig's context."""
+    ports: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=8)] = ()
+    """With `selector`: the model servers' ports in each pod, several for data-parallel ranks. An InferencePool says them itself."""
+    port_names: Annotated[tuple[str, ...], Field(max_length=8)] = ()
+    """With `service`: the names of its ports that lead to model servers, several for data-parallel ranks. Empty: its only port."""
+    stager_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """The port of the stager in each pod. A pod's annotation `lora-extproc/stager-port` counts before it; EndpointSlices have none. 0: nothing is staged."""
+    kubeconfig: str = ""
+    """A kubeconfig file, for a router outside the cluster. Empty: the service account of the router's pod."""
+    timeout_s: Seconds = 10.0
+    """How long the API server may take to answer, or to begin a watch."""
+    watch_s: Annotated[float, Field(ge=1, le=3600)] = 60.0
+    """About how long a watch lasts before it is resumed. A watch whose packets are dropped looks as one where nothing happens, so this is about the longest
+    time for which a change can be missed."""
+
+    @field_validator("inference_pool", "service", "namespace")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if value and not _KUBERNETES_NAME.fullmatch(value):
+            raise ValueError("is no name of Kubernetes: small letters, digits, '-' and '.'")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "KubernetesSourceSettings":
+        if sum(map(bool, (self.inference_pool, self.service, self.selector))) != 1:
+            raise ValueError("one of inference_pool, service and selector is needed, and no second one")
+        if bool(self.ports) != bool(self.selector):
+            raise ValueError("selector needs ports, the model servers' in each pod; an InferencePool or a Service says its own")
+        if self.port_names and not self.service:
+            raise ValueError("port_names belongs to service")
+        return self
+
+    @property
+    def label(self) -> str:
+        kind, name = next((kind, name) for kind in ("inference_pool", "service", "selector") if (name := getattr(self, kind)))
+        return f"kubernetes {kind} {self.namespace}{'/' if self.namespace else ''}{name}"
+
+
+SourceSettings = Annotated[FileSourceSettings | DnsSourceSettings | EtcdSourceSettings | KubernetesSourceSettings, Field(discriminator="type")]
 
 
 class PoolSettings(Group):

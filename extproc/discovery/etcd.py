@@ -23,13 +23,12 @@ from ..core.fleet import Found
 from ..errors import shortened
 from .entries import MAX_ENTRIES, BadEntry, collect, read_entry
 from .etcd_api import Compacted, Etcd, EtcdFailed, Event, KeyValue
+from .pace import SHOW_EVERY_S, next_change, rest_s
 from .source import Failed, Seen
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0  # after all members have failed
-SHOW_EVERY_S = 0.1  # a set of thousands is not made for every one of thousands of events
-SHOW_REST = 20  # times as long as making the set took: a large fleet that never rests takes a twentieth of a core
 MAX_VALUE_BYTES = 4096  # five texts of the length that an entry may have
 
 
@@ -76,8 +75,8 @@ class EtcdSource:
                     began = time.monotonic()
                     yield await asyncio.to_thread(book.read, list(book.entries.items()))
                     took_s = time.monotonic() - began
-                    await book.next_change(tasks)
-                    await asyncio.sleep(max(SHOW_EVERY_S, SHOW_REST * took_s))
+                    await next_change(book.changed, tasks)
+                    await asyncio.sleep(rest_s(took_s))
             finally:
                 for task in tasks:
                     task.cancel()
@@ -97,7 +96,7 @@ class _Book:
 
     entries: dict[bytes, _Entry] = field(default_factory=dict)
     changes: int = 0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, listed: Iterable[KeyValue]) -> None:
         for one in listed:
@@ -113,22 +112,11 @@ class _Book:
         if len(self.entries) > MAX_ENTRIES:
             raise EtcdFailed(f"there are more than {MAX_ENTRIES} keys")
         self.changes += 1
-        self._changed.set()
+        self.changed.set()
 
     def latest(self) -> tuple[int, int]:
         """As `Etcd.latest`, of what is known here."""
         return len(self.entries), max((entry.mod_revision for entry in self.entries.values()), default=0)
-
-    async def next_change(self, tasks: Iterable[asyncio.Task[None]]) -> None:
-        """Wait for it. Raises what one of the tasks ended with."""
-        waiting = asyncio.create_task(self._changed.wait())
-        try:
-            done, _ = await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        for task in done:
-            task.result()
-        self._changed.clear()
 
     @staticmethod
     def read(entries: list[tuple[bytes, _Entry]]) -> Seen:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ..config import DnsSourceSettings, EtcdSourceSettings, FileSourceSettings, PoolSettings, SourceSettings
+from ..config import DnsSourceSettings, EtcdSourceSettings, FileSourceSettings, KubernetesSourceSettings, PoolSettings, SourceSettings
 from .source import Source
 from .static import StaticSource
 
@@ -30,3 +30,7 @@ def _build(settings: SourceSettings, pool: str) -> Source:
             from .etcd import EtcdSource
 
             return EtcdSource(settings)
+        case KubernetesSourceSettings():
+            from .kubernetes import KubernetesSource
+
+            return KubernetesSource(settings)

@@ -1,12 +1,15 @@
-"""What the tests of discovery share: endpoints in few words, and a source that says what a test tells it to."""
+"""What the tests of discovery share: endpoints in few words, a source that says what a test tells it to, and who listens to one."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
 
 from extproc.core.endpoint import Endpoint
 from extproc.core.fleet import Fleet, Found
 from extproc.discovery.entries import row
 from extproc.discovery.source import Failed, Seen, Shown
+from tests.fakes.wait import PATIENCE_S
 
 Row = tuple[str, str, str, str, bool]
 
@@ -71,3 +74,29 @@ class Taken:
                         return fleet
                 self._came.clear()
                 await self._came.wait()
+
+
+class Listener:
+    """Keeps what a source says, and waits for what is expected of it."""
+
+    def __init__(self) -> None:
+        self.said: list[Seen] = []
+        self._news = asyncio.Event()
+
+    async def listen(self, sets: AsyncGenerator[Seen, None]) -> None:
+        async with aclosing(sets):
+            async for seen in sets:
+                self.said.append(seen)
+                self._news.set()
+
+    async def until(self, *expected: str) -> None:
+        await self._until(lambda seen: isinstance(seen, Shown) and sorted(addresses(seen)) == sorted(expected))
+
+    async def until_failed(self, *words: str) -> None:
+        await self._until(lambda seen: isinstance(seen, Failed) and all(word in seen.why for word in words))
+
+    async def _until(self, condition: Any) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not (self.said and condition(self.said[-1])):
+                self._news.clear()
+                await self._news.wait()

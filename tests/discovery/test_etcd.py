@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,41 +20,14 @@ from extproc.up.processes import free_ports
 from tests.fakes.certificates import Authority
 from tests.fakes.etcd import EtcdServer, running_etcd
 from tests.fakes.relay import Relay
-from tests.fakes.wait import PATIENCE_S
 
-from .scripted import addresses, rows
+from .scripted import Listener, addresses, rows
 
 PREFIX = "/fleet/llama/"
 
 
 def settings(*members: str, **more: Any) -> EtcdSourceSettings:
     return EtcdSourceSettings(**{"type": "etcd", "endpoints": members, "prefix": PREFIX, "timeout_s": 2.0, **more})
-
-
-class Listener:
-    """Keeps what a source says, and waits for what is expected of it."""
-
-    def __init__(self) -> None:
-        self.said: list[Seen] = []
-        self._news = asyncio.Event()
-
-    async def listen(self, sets: AsyncGenerator[Seen, None]) -> None:
-        async with aclosing(sets):
-            async for seen in sets:
-                self.said.append(seen)
-                self._news.set()
-
-    async def until(self, *expected: str) -> None:
-        await self._until(lambda seen: isinstance(seen, Shown) and sorted(addresses(seen)) == sorted(expected))
-
-    async def until_failed(self, *words: str) -> None:
-        await self._until(lambda seen: isinstance(seen, Failed) and all(word in seen.why for word in words))
-
-    async def _until(self, condition: Any) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while not (self.said and condition(self.said[-1])):
-                self._news.clear()
-                await self._news.wait()
 
 
 @asynccontextmanager

@@ -14,7 +14,11 @@ FOUND: list[dict[str, Any]] = [
     {"type": "etcd", "endpoints": ["http://127.0.0.1:2379"], "prefix": "/a/"},
     {"type": "file", "path": "/etc/fleet.yaml"},
     {"type": "dns", "name": "vllm.local", "port": 8000},
+    {"type": "kubernetes", "inference_pool": "llama"},
+    {"type": "kubernetes", "selector": "app=vllm", "ports": [8000], "namespace": "llm"},
 ]
+
+KUBERNETES = ["kubernetes inference_pool llama", "kubernetes selector llm/app=vllm"]
 
 
 def names(**settings: Any) -> list[str]:
@@ -23,7 +27,7 @@ def names(**settings: Any) -> list[str]:
 
 def test_a_pool_has_its_sources_in_the_order_of_the_settings() -> None:
     """The settings' own endpoints first, so that what is found counts before them."""
-    assert names(endpoints=ENDPOINTS, discovery=FOUND) == ["static", "etcd /a/", "file /etc/fleet.yaml", "dns A vllm.local:8000"]
+    assert names(endpoints=ENDPOINTS, discovery=FOUND) == ["static", "etcd /a/", "file /etc/fleet.yaml", "dns A vllm.local:8000", *KUBERNETES]
     assert names(discovery=FOUND[:1]) == ["etcd /a/"]
 
 
@@ -36,7 +40,7 @@ def test_a_pool_without_sources_has_those_of_the_settings() -> None:
 def test_only_the_settings_are_final() -> None:
     """Whatever else shows none may be wrong."""
     [sources] = build_sources([PoolSettings.model_validate({"name": "p", "endpoints": ENDPOINTS, "discovery": FOUND})]).values()
-    assert [source.is_final for source in sources] == [True, False, False, False]
+    assert [source.is_final for source in sources] == [True, False, False, False, False, False]
 
 
 async def test_the_endpoints_of_the_settings_are_shown_as_other_sources_spell_them() -> None:

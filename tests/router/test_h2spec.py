@@ -1,13 +1,11 @@
 """h2spec, the conformance test for HTTP/2 servers (RFC 9113 and 7541), against both gRPC ports of a router that really runs."""
 
 import asyncio
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+
+from tests.fakes.assets import asset
 
 from .test_server import running
 
@@ -15,21 +13,12 @@ TESTS = 145
 # Where SETTINGS_HEADER_TABLE_SIZE is 0, as here, h2spec contradicts itself: hpack/6.3/1 wants a table of 1 byte refused after that, while generic/5/14
 # and /15 want one of 4,096 bytes accepted. Such a peer is read with a table, so the first fails.
 MAY_FAIL = 1
-BIN = Path(__file__).parents[3] / "shared" / "bin"
 
 
 @pytest.fixture(scope="module")
 def h2spec(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Where the program is: on PATH, in $KUBEBUILDER_ASSETS, or packed beside the repository."""
-    found = shutil.which("h2spec", path=os.pathsep.join((os.environ.get("PATH", ""), os.environ.get("KUBEBUILDER_ASSETS", ""))))
-    if found:
-        return found
-    unpack = BIN / "unpack"
-    if not unpack.exists():
-        pytest.skip(f"h2spec is neither on PATH nor in $KUBEBUILDER_ASSETS, and there is no {unpack}")
-    directory = tmp_path_factory.mktemp("bin")
-    subprocess.run([unpack, directory, "h2spec"], check=True)
-    return str(directory / "h2spec")
+    return asset("h2spec", tmp_path_factory.mktemp("bin"))
 
 
 @pytest.mark.parametrize("port", ["listen", "health_listen"])
