@@ -23,6 +23,7 @@
     │   ├── NoSpace                  503 no_space             retryable
     │   └── DiskFailed               503 no_space             retryable
     ├── NoEndpoint                   503 no_endpoint          retryable
+    │   ├── AnsweredElsewhere        503 no_endpoint          retryable   by an endpoint that was not named, and need not know the adapter
     │   ├── NodeDraining             503 no_endpoint          retryable   it takes nothing new; another node may
     │   └── StagerUnavailable        503 no_endpoint          retryable
     │       └── CredentialsRefused   503 no_endpoint          retryable   it does not know our token, or not yet
@@ -218,6 +219,15 @@ class NoEndpoint(LoraExtprocError):
     """No endpoint of the pool is ready."""
 
     status, reason, retryable, retry_after_s = 503, "no_endpoint", True, 2
+
+
+class AnsweredElsewhere(NoEndpoint):
+    """The gateway reached none of the endpoints that were named to it, and had another answer, which need not know the adapter.
+
+    The endpoints that it passed over count as unreachable by now, so a request that is repeated at once is sent elsewhere.
+    """
+
+    retry_after_s = 1
 
 
 class NodeDraining(NoEndpoint):

@@ -62,6 +62,7 @@ class RequestTrailers:
 class ResponseHeaders:
     end_of_stream: bool
     served: str = ""  # the endpoint that served, where the gateway tells it
+    status: int = 0  # of the response; 0: not shown
 
 
 @dataclass(slots=True)
@@ -102,6 +103,8 @@ class Mutation:
     metadata: Mapping[str, Mapping[str, str | float]] = field(default_factory=dict)
     clear_route_cache: bool = False
     model: str = ""  # what the body's `model` is to be instead; "": as it is
+    endpoints: tuple[str, ...] = ()  # the addresses that may answer, best first
+    is_base: bool = False  # for a base model, which every endpoint of the pool has
     encoded: bytes = field(default=b"", init=False, repr=False, compare=False)  # the reply that carries it, once the wire has written it
 
 

@@ -11,6 +11,10 @@ Rules of the place:
    and 1.40.0 send the body twice. envoyconfig.py has a route without retries for the mark.
 7. A mutation may name another `model`: the body that goes on then differs from what came by that value alone, and is plain if it came compressed.
 8. A body is kept in the pieces it came in and goes back as views of them: it is never copied whole here.
+9. A response that comes from an endpoint that the mutation did not name goes on only if that endpoint can have understood the request as a named one
+   would have: it says success, and the request was for a base model, or for one version of an adapter under the name of that version. An endpoint that
+   lacks the adapter says 404, which no client repeats; under an adapter's plain name an endpoint may have another version. Any other answer from
+   there becomes an immediate response, 503 with Retry-After, which Envoy takes instead of response headers that it still holds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +22,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import ClassVar
 
-from ..errors import BodyTooLarge, GatewayProtocolError, InvalidRequest, LoraExtprocError, UnsupportedMedia
+from ..errors import AnsweredElsewhere, BodyTooLarge, GatewayProtocolError, InvalidRequest, LoraExtprocError, UnsupportedMedia
 from . import content, paths, pieces, scanner
 from .decision import Facts
 from .events import (
@@ -120,6 +124,9 @@ class Exchange:
         self._body_ended = False
         self._body_owed = False
         self._trailers_owed = False
+        self._named: tuple[str, ...] = ()  # the endpoints that may answer, as the mutation that was sent named them
+        self._means_one_thing = False  # whether any endpoint that answers the request well answers it rightly
+        self._response_is_refused = False
 
     def __repr__(self) -> str:
         return f"<Exchange {self.mode.name} [{self.state.name}: {self.state.value}; holds {self._held_bytes} bytes]>"
@@ -153,9 +160,15 @@ class Exchange:
             case RequestTrailers():
                 return self._step(Kind.TRAILERS, b"")
             case ResponseHeaders():
+                if self.state is State.ANSWERED and not self._may_answer(event):
+                    self._response_is_refused = True
+                    why = "no endpoint that has the model could be reached, and another one answered, which may not know the model; ask again"
+                    return self.failed(AnsweredElsewhere(why))
                 if self.state is not State.ANSWERED:  # a response that begins before our answer is the gateway's own: it needs none
                     self._end()
                 return [HeadersReply(Direction.RESPONSE)]
+            case ResponseBody() | ResponseTrailers() if self._response_is_refused:
+                return []
             case ResponseBody():
                 if self.response_mode is Mode.FULL_DUPLEX_STREAMED:
                     return list(_in_chunks((event.chunk,), end_of_stream=event.end_of_stream, direction=Direction.RESPONSE)) or [
@@ -209,6 +222,12 @@ class Exchange:
             return []
         self._end()
         return [OwnReply(body)]
+
+    def _may_answer(self, response: ResponseHeaders) -> bool:
+        """Rule 9."""
+        if not response.served or not self._named or response.served in self._named:
+            return True
+        return self._means_one_thing and 200 <= response.status < 400
 
     # -- steps
 
@@ -364,6 +383,7 @@ class Exchange:
         self.state = State.ANSWERED
         assert self._start is not None
         renames = bool(mutation.model) and self._reading is not None
+        self._named, self._means_one_thing = mutation.endpoints, mutation.is_base or renames
         if renames:
             mutation = self._rename(mutation)
         ends_otherwise = self._trailers_owed or not (self._body_ended or self._start.end_of_stream)

@@ -9,7 +9,7 @@ keeps its place for a while, so that a blip moves nothing.
 | the stager | its engine | the endpoint is |
 | --- | --- | --- |
 | whatever it says | the source of endpoints shows the endpoint no longer | down |
-| whatever it says | the proxy could not reach it, twice in a row | down, until the proxy may try again |
+| whatever it says | the proxy passed it over, twice in a row, or for an endpoint that was not named | down, until the proxy may try again |
 | says that it is ready, or was not heard of yet | (the stager says so) | ready |
 | the same | it has what it will own not yet, or Envoy does not know it yet | joining |
 | the same | the source of endpoints says that it will go | draining |
@@ -50,7 +50,7 @@ class Stager(Enum):
     LOST = "lost"
 
 
-MISSED = 2  # one may be a connection that was closed for being idle
+MISSED = 2  # one may be a connection that was closed for being idle; where nobody who was named served, the client must not be sent there again for a proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Observed:
     is_prepared: bool = True
     is_leaving: bool = False  # as its source says
     is_gone: bool = False  # from its source
-    missed: int = 0  # requests in a row that the proxy sent to another of the list
+    missed: int = 0  # requests in a row for which the proxy passed it over; MISSED at once where it left the list
 
     def standing(self) -> tuple[Standing, str]:
         """The table above."""

@@ -39,15 +39,19 @@ class Steering:
         model: str = "",
         *,
         prefiller: str | None = None,
+        is_base: bool = False,
     ) -> Mutation:
         """To `endpoints`, best first: Envoy's retries walk the list. `notes` go to the access log. `model`: what the engines know the adapter by.
 
         Where `endpoints` only decode, `prefiller` is the address (`ip:port`) of the engine that computes the prompt, which must know the adapter by the same
         name, since the sidecar sends it the same body; "": the decoding engine computes the prompt itself. None: the endpoints do both.
 
+        `is_base`: the request is for a base model, so that any endpoint of the pool could answer it.
+
         The destination header is always set, and a decoding engine's sidecar is told everything, so what the client sent never steers.
         """
-        destination = ",".join([endpoint.address for endpoint in endpoints[: self.max_endpoints]])
+        addresses = tuple([endpoint.address for endpoint in endpoints[: self.max_endpoints]])
+        destination = ",".join(addresses)
         headers = {DESTINATION_HEADER: destination}
         if self.cluster_header is not None:
             headers[self.cluster_header] = pool
@@ -63,4 +67,6 @@ class Steering:
             metadata={LB_NAMESPACE: {DESTINATION_HEADER: destination}, OWN_NAMESPACE: notes},
             clear_route_cache=self.cluster_header is not None,
             model=model,
+            endpoints=addresses,
+            is_base=is_base,
         )

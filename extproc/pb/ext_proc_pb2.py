@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65xt_proc.proto\x12\x15lora_extproc.envoy.v3\x1a\x1cgoogle/protobuf/struct.proto\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"@\n\tHeaderMap\x12\x33\n\x07headers\x18\x01 \x03(\x0b\x32\".lora_extproc.envoy.v3.HeaderValue\"\xa8\x01\n\x08Metadata\x12L\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x33.lora_extproc.envoy.v3.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\xcf\x01\n\x15ProtocolConfiguration\x12>\n\x11request_body_mode\x18\x01 \x01(\x0e\x32#.lora_extproc.envoy.v3.BodySendMode\x12?\n\x12response_body_mode\x18\x02 \x01(\x0e\x32#.lora_extproc.envoy.v3.BodySendMode\x12\x35\n-send_body_without_waiting_for_header_response\x18\x03 \x01(\x08\"W\n\x0bHttpHeaders\x12\x31\n\x07headers\x18\x01 \x01(\x0b\x32 .lora_extproc.envoy.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"B\n\x0cHttpTrailers\x12\x32\n\x08trailers\x18\x01 \x01(\x0b\x32 .lora_extproc.envoy.v3.HeaderMap\"\xb1\x04\n\x11ProcessingRequest\x12=\n\x0frequest_headers\x18\x02 \x01(\x0b\x32\".lora_extproc.envoy.v3.HttpHeadersH\x00\x12>\n\x10response_headers\x18\x03 \x01(\x0b\x32\".lora_extproc.envoy.v3.HttpHeadersH\x00\x12\x37\n\x0crequest_body\x18\x04 \x01(\x0b\x32\x1f.lora_extproc.envoy.v3.HttpBodyH\x00\x12\x38\n\rresponse_body\x18\x05 \x01(\x0b\x32\x1f.lora_extproc.envoy.v3.HttpBodyH\x00\x12?\n\x10request_trailers\x18\x06 \x01(\x0b\x32#.lora_extproc.envoy.v3.HttpTrailersH\x00\x12@\n\x11response_trailers\x18\x07 \x01(\x0b\x32#.lora_extproc.envoy.v3.HttpTrailersH\x00\x12\x39\n\x10metadata_context\x18\x08 \x01(\x0b\x32\x1f.lora_extproc.envoy.v3.Metadata\x12\x1a\n\x12observability_mode\x18\n \x01(\x08\x12\x45\n\x0fprotocol_config\x18\x0b \x01(\x0b\x32,.lora_extproc.envoy.v3.ProtocolConfigurationB\t\n\x07request\"\x9a\x02\n\x11HeaderValueOption\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".lora_extproc.envoy.v3.HeaderValue\x12R\n\rappend_action\x18\x03 \x01(\x0e\x32;.lora_extproc.envoy.v3.HeaderValueOption.HeaderAppendAction\"}\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\x12\x17\n\x13OVERWRITE_IF_EXISTS\x10\x03\"g\n\x0eHeaderMutation\x12=\n\x0bset_headers\x18\x01 \x03(\x0b\x32(.lora_extproc.envoy.v3.HeaderValueOption\x12\x16\n\x0eremove_headers\x18\x02 \x03(\t\";\n\x14StreamedBodyResponse\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"\x8a\x01\n\x0c\x42odyMutation\x12\x0e\n\x04\x62ody\x18\x01 \x01(\x0cH\x00\x12\x14\n\nclear_body\x18\x02 \x01(\x08H\x00\x12H\n\x11streamed_response\x18\x03 \x01(\x0b\x32+.lora_extproc.envoy.v3.StreamedBodyResponseH\x00\x42\n\n\x08mutation\"\xa7\x02\n\x0e\x43ommonResponse\x12\x44\n\x06status\x18\x01 \x01(\x0e\x32\x34.lora_extproc.envoy.v3.CommonResponse.ResponseStatus\x12>\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32%.lora_extproc.envoy.v3.HeaderMutation\x12:\n\rbody_mutation\x18\x03 \x01(\x0b\x32#.lora_extproc.envoy.v3.BodyMutation\x12\x19\n\x11\x63lear_route_cache\x18\x05 \x01(\x08\"8\n\x0eResponseStatus\x12\x0c\n\x08\x43ONTINUE\x10\x00\x12\x18\n\x14\x43ONTINUE_AND_REPLACE\x10\x01\"J\n\x0fHeadersResponse\x12\x37\n\x08response\x18\x01 \x01(\x0b\x32%.lora_extproc.envoy.v3.CommonResponse\"G\n\x0c\x42odyResponse\x12\x37\n\x08response\x18\x01 \x01(\x0b\x32%.lora_extproc.envoy.v3.CommonResponse\"R\n\x10TrailersResponse\x12>\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32%.lora_extproc.envoy.v3.HeaderMutation\"\x1a\n\nHttpStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\"\x9d\x01\n\x11ImmediateResponse\x12\x31\n\x06status\x18\x01 \x01(\x0b\x32!.lora_extproc.envoy.v3.HttpStatus\x12\x36\n\x07headers\x18\x02 \x01(\x0b\x32%.lora_extproc.envoy.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\xa8\x04\n\x12ProcessingResponse\x12\x41\n\x0frequest_headers\x18\x01 \x01(\x0b\x32&.lora_extproc.envoy.v3.HeadersResponseH\x00\x12\x42\n\x10response_headers\x18\x02 \x01(\x0b\x32&.lora_extproc.envoy.v3.HeadersResponseH\x00\x12;\n\x0crequest_body\x18\x03 \x01(\x0b\x32#.lora_extproc.envoy.v3.BodyResponseH\x00\x12<\n\rresponse_body\x18\x04 \x01(\x0b\x32#.lora_extproc.envoy.v3.BodyResponseH\x00\x12\x43\n\x10request_trailers\x18\x05 \x01(\x0b\x32\'.lora_extproc.envoy.v3.TrailersResponseH\x00\x12\x44\n\x11response_trailers\x18\x06 \x01(\x0b\x32\'.lora_extproc.envoy.v3.TrailersResponseH\x00\x12\x46\n\x12immediate_response\x18\x07 \x01(\x0b\x32(.lora_extproc.envoy.v3.ImmediateResponseH\x00\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.StructB\n\n\x08response*n\n\x0c\x42odySendMode\x12\x08\n\x04NONE\x10\x00\x12\x0c\n\x08STREAMED\x10\x01\x12\x0c\n\x08\x42UFFERED\x10\x02\x12\x14\n\x10\x42UFFERED_PARTIAL\x10\x03\x12\x18\n\x14\x46ULL_DUPLEX_STREAMED\x10\x04\x12\x08\n\x04GRPC\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65xt_proc.proto\x12\x15lora_extproc.envoy.v3\x1a\x1cgoogle/protobuf/struct.proto\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"@\n\tHeaderMap\x12\x33\n\x07headers\x18\x01 \x03(\x0b\x32\".lora_extproc.envoy.v3.HeaderValue\"\xa8\x01\n\x08Metadata\x12L\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x33.lora_extproc.envoy.v3.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\xcf\x01\n\x15ProtocolConfiguration\x12>\n\x11request_body_mode\x18\x01 \x01(\x0e\x32#.lora_extproc.envoy.v3.BodySendMode\x12?\n\x12response_body_mode\x18\x02 \x01(\x0e\x32#.lora_extproc.envoy.v3.BodySendMode\x12\x35\n-send_body_without_waiting_for_header_response\x18\x03 \x01(\x08\"W\n\x0bHttpHeaders\x12\x31\n\x07headers\x18\x01 \x01(\x0b\x32 .lora_extproc.envoy.v3.HeaderMap\x12\x15\n\rend_of_stream\x18\x03 \x01(\x08\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"B\n\x0cHttpTrailers\x12\x32\n\x08trailers\x18\x01 \x01(\x0b\x32 .lora_extproc.envoy.v3.HeaderMap\"\xcb\x05\n\x11ProcessingRequest\x12=\n\x0frequest_headers\x18\x02 \x01(\x0b\x32\".lora_extproc.envoy.v3.HttpHeadersH\x00\x12>\n\x10response_headers\x18\x03 \x01(\x0b\x32\".lora_extproc.envoy.v3.HttpHeadersH\x00\x12\x37\n\x0crequest_body\x18\x04 \x01(\x0b\x32\x1f.lora_extproc.envoy.v3.HttpBodyH\x00\x12\x38\n\rresponse_body\x18\x05 \x01(\x0b\x32\x1f.lora_extproc.envoy.v3.HttpBodyH\x00\x12?\n\x10request_trailers\x18\x06 \x01(\x0b\x32#.lora_extproc.envoy.v3.HttpTrailersH\x00\x12@\n\x11response_trailers\x18\x07 \x01(\x0b\x32#.lora_extproc.envoy.v3.HttpTrailersH\x00\x12\x39\n\x10metadata_context\x18\x08 \x01(\x0b\x32\x1f.lora_extproc.envoy.v3.Metadata\x12L\n\nattributes\x18\t \x03(\x0b\x32\x38.lora_extproc.envoy.v3.ProcessingRequest.AttributesEntry\x12\x1a\n\x12observability_mode\x18\n \x01(\x08\x12\x45\n\x0fprotocol_config\x18\x0b \x01(\x0b\x32,.lora_extproc.envoy.v3.ProtocolConfiguration\x1aJ\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\x42\t\n\x07request\"\x9a\x02\n\x11HeaderValueOption\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".lora_extproc.envoy.v3.HeaderValue\x12R\n\rappend_action\x18\x03 \x01(\x0e\x32;.lora_extproc.envoy.v3.HeaderValueOption.HeaderAppendAction\"}\n\x12HeaderAppendAction\x12\x1b\n\x17\x41PPEND_IF_EXISTS_OR_ADD\x10\x00\x12\x11\n\rADD_IF_ABSENT\x10\x01\x12\x1e\n\x1aOVERWRITE_IF_EXISTS_OR_ADD\x10\x02\x12\x17\n\x13OVERWRITE_IF_EXISTS\x10\x03\"g\n\x0eHeaderMutation\x12=\n\x0bset_headers\x18\x01 \x03(\x0b\x32(.lora_extproc.envoy.v3.HeaderValueOption\x12\x16\n\x0eremove_headers\x18\x02 \x03(\t\";\n\x14StreamedBodyResponse\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"\x8a\x01\n\x0c\x42odyMutation\x12\x0e\n\x04\x62ody\x18\x01 \x01(\x0cH\x00\x12\x14\n\nclear_body\x18\x02 \x01(\x08H\x00\x12H\n\x11streamed_response\x18\x03 \x01(\x0b\x32+.lora_extproc.envoy.v3.StreamedBodyResponseH\x00\x42\n\n\x08mutation\"\xa7\x02\n\x0e\x43ommonResponse\x12\x44\n\x06status\x18\x01 \x01(\x0e\x32\x34.lora_extproc.envoy.v3.CommonResponse.ResponseStatus\x12>\n\x0fheader_mutation\x18\x02 \x01(\x0b\x32%.lora_extproc.envoy.v3.HeaderMutation\x12:\n\rbody_mutation\x18\x03 \x01(\x0b\x32#.lora_extproc.envoy.v3.BodyMutation\x12\x19\n\x11\x63lear_route_cache\x18\x05 \x01(\x08\"8\n\x0eResponseStatus\x12\x0c\n\x08\x43ONTINUE\x10\x00\x12\x18\n\x14\x43ONTINUE_AND_REPLACE\x10\x01\"J\n\x0fHeadersResponse\x12\x37\n\x08response\x18\x01 \x01(\x0b\x32%.lora_extproc.envoy.v3.CommonResponse\"G\n\x0c\x42odyResponse\x12\x37\n\x08response\x18\x01 \x01(\x0b\x32%.lora_extproc.envoy.v3.CommonResponse\"R\n\x10TrailersResponse\x12>\n\x0fheader_mutation\x18\x01 \x01(\x0b\x32%.lora_extproc.envoy.v3.HeaderMutation\"\x1a\n\nHttpStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\"\x9d\x01\n\x11ImmediateResponse\x12\x31\n\x06status\x18\x01 \x01(\x0b\x32!.lora_extproc.envoy.v3.HttpStatus\x12\x36\n\x07headers\x18\x02 \x01(\x0b\x32%.lora_extproc.envoy.v3.HeaderMutation\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64\x65tails\x18\x05 \x01(\t\"\xa8\x04\n\x12ProcessingResponse\x12\x41\n\x0frequest_headers\x18\x01 \x01(\x0b\x32&.lora_extproc.envoy.v3.HeadersResponseH\x00\x12\x42\n\x10response_headers\x18\x02 \x01(\x0b\x32&.lora_extproc.envoy.v3.HeadersResponseH\x00\x12;\n\x0crequest_body\x18\x03 \x01(\x0b\x32#.lora_extproc.envoy.v3.BodyResponseH\x00\x12<\n\rresponse_body\x18\x04 \x01(\x0b\x32#.lora_extproc.envoy.v3.BodyResponseH\x00\x12\x43\n\x10request_trailers\x18\x05 \x01(\x0b\x32\'.lora_extproc.envoy.v3.TrailersResponseH\x00\x12\x44\n\x11response_trailers\x18\x06 \x01(\x0b\x32\'.lora_extproc.envoy.v3.TrailersResponseH\x00\x12\x46\n\x12immediate_response\x18\x07 \x01(\x0b\x32(.lora_extproc.envoy.v3.ImmediateResponseH\x00\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.StructB\n\n\x08response*n\n\x0c\x42odySendMode\x12\x08\n\x04NONE\x10\x00\x12\x0c\n\x08STREAMED\x10\x01\x12\x0c\n\x08\x42UFFERED\x10\x02\x12\x14\n\x10\x42UFFERED_PARTIAL\x10\x03\x12\x18\n\x14\x46ULL_DUPLEX_STREAMED\x10\x04\x12\x08\n\x04GRPC\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_METADATA_FILTERMETADATAENTRY']._loaded_options = None
   _globals['_METADATA_FILTERMETADATAENTRY']._serialized_options = b'8\001'
-  _globals['_BODYSENDMODE']._serialized_start=3216
-  _globals['_BODYSENDMODE']._serialized_end=3326
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._loaded_options = None
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_options = b'8\001'
+  _globals['_BODYSENDMODE']._serialized_start=3370
+  _globals['_BODYSENDMODE']._serialized_end=3480
   _globals['_HEADERVALUE']._serialized_start=71
   _globals['_HEADERVALUE']._serialized_end=131
   _globals['_HEADERMAP']._serialized_start=133
@@ -53,31 +55,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HTTPTRAILERS']._serialized_start=718
   _globals['_HTTPTRAILERS']._serialized_end=784
   _globals['_PROCESSINGREQUEST']._serialized_start=787
-  _globals['_PROCESSINGREQUEST']._serialized_end=1348
-  _globals['_HEADERVALUEOPTION']._serialized_start=1351
-  _globals['_HEADERVALUEOPTION']._serialized_end=1633
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=1508
-  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=1633
-  _globals['_HEADERMUTATION']._serialized_start=1635
-  _globals['_HEADERMUTATION']._serialized_end=1738
-  _globals['_STREAMEDBODYRESPONSE']._serialized_start=1740
-  _globals['_STREAMEDBODYRESPONSE']._serialized_end=1799
-  _globals['_BODYMUTATION']._serialized_start=1802
-  _globals['_BODYMUTATION']._serialized_end=1940
-  _globals['_COMMONRESPONSE']._serialized_start=1943
-  _globals['_COMMONRESPONSE']._serialized_end=2238
-  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_start=2182
-  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_end=2238
-  _globals['_HEADERSRESPONSE']._serialized_start=2240
-  _globals['_HEADERSRESPONSE']._serialized_end=2314
-  _globals['_BODYRESPONSE']._serialized_start=2316
-  _globals['_BODYRESPONSE']._serialized_end=2387
-  _globals['_TRAILERSRESPONSE']._serialized_start=2389
-  _globals['_TRAILERSRESPONSE']._serialized_end=2471
-  _globals['_HTTPSTATUS']._serialized_start=2473
-  _globals['_HTTPSTATUS']._serialized_end=2499
-  _globals['_IMMEDIATERESPONSE']._serialized_start=2502
-  _globals['_IMMEDIATERESPONSE']._serialized_end=2659
-  _globals['_PROCESSINGRESPONSE']._serialized_start=2662
-  _globals['_PROCESSINGRESPONSE']._serialized_end=3214
+  _globals['_PROCESSINGREQUEST']._serialized_end=1502
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_start=1417
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_end=1491
+  _globals['_HEADERVALUEOPTION']._serialized_start=1505
+  _globals['_HEADERVALUEOPTION']._serialized_end=1787
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_start=1662
+  _globals['_HEADERVALUEOPTION_HEADERAPPENDACTION']._serialized_end=1787
+  _globals['_HEADERMUTATION']._serialized_start=1789
+  _globals['_HEADERMUTATION']._serialized_end=1892
+  _globals['_STREAMEDBODYRESPONSE']._serialized_start=1894
+  _globals['_STREAMEDBODYRESPONSE']._serialized_end=1953
+  _globals['_BODYMUTATION']._serialized_start=1956
+  _globals['_BODYMUTATION']._serialized_end=2094
+  _globals['_COMMONRESPONSE']._serialized_start=2097
+  _globals['_COMMONRESPONSE']._serialized_end=2392
+  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_start=2336
+  _globals['_COMMONRESPONSE_RESPONSESTATUS']._serialized_end=2392
+  _globals['_HEADERSRESPONSE']._serialized_start=2394
+  _globals['_HEADERSRESPONSE']._serialized_end=2468
+  _globals['_BODYRESPONSE']._serialized_start=2470
+  _globals['_BODYRESPONSE']._serialized_end=2541
+  _globals['_TRAILERSRESPONSE']._serialized_start=2543
+  _globals['_TRAILERSRESPONSE']._serialized_end=2625
+  _globals['_HTTPSTATUS']._serialized_start=2627
+  _globals['_HTTPSTATUS']._serialized_end=2653
+  _globals['_IMMEDIATERESPONSE']._serialized_start=2656
+  _globals['_IMMEDIATERESPONSE']._serialized_end=2813
+  _globals['_PROCESSINGRESPONSE']._serialized_start=2816
+  _globals['_PROCESSINGRESPONSE']._serialized_end=3368
 # @@protoc_insertion_point(module_scope)

@@ -117,18 +117,31 @@ class Membership:
         """A request goes to that endpoint."""
         self.loads[pool].send(endpoint.address, self._clock())
 
-    def served(self, first: Endpoint, served: str) -> None:
-        """The proxy says who served a request whose list began with `first`. Another one, twice in a row, means that `first` cannot be reached."""
-        observed = self._observed.get(first.address)
-        if served == first.address:
-            if observed is not None and observed.missed:
-                self.observe(first, missed=0)
-            return
-        missed = (observed.missed if observed is not None else 0) + 1
-        if missed <= MISSED:
-            self.observe(first, missed=missed)
+    def served(self, named: Sequence[Endpoint], served: str) -> None:
+        """The proxy says who served a request that it was to send to one of `named`, best first. Those before the one that served were passed over.
+
+        Passed over twice in a row, an endpoint counts as unreachable. Where none of `named` served, all do at once: the proxy has tried each, and a
+        request that its client repeats must not be sent there again.
+        """
+        for endpoint in named:
+            if endpoint.address == served:
+                if self._missed(endpoint):
+                    self.observe(endpoint, missed=0)
+                return
+            if any(other.address == served for other in named):
+                self._miss(endpoint, self._missed(endpoint) + 1)
+            else:
+                self._miss(endpoint, MISSED)
+
+    def _missed(self, endpoint: Endpoint) -> int:
+        observed = self._observed.get(endpoint.address)
+        return 0 if observed is None else observed.missed
+
+    def _miss(self, endpoint: Endpoint, missed: int) -> None:
+        if self._missed(endpoint) < MISSED:
+            self.observe(endpoint, missed=missed)
             if missed == MISSED:
-                self._later(MISSED_S, lambda: self._try_again(first))
+                self._later(MISSED_S, lambda: self._try_again(endpoint))
 
     def _try_again(self, endpoint: Endpoint) -> None:
         """Let the proxy send it one: it is down again with the next miss."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from ..core import cors
@@ -69,7 +70,7 @@ class Processor:
     When the gateway goes away, the wait of its request ends; the fetch that it waits for does not.
     """
 
-    __slots__ = ("_account", "_exchange", "_first", "_half_closed", "_outbox", "_placed", "_s", "_sender", "_sends_later", "_tasks")
+    __slots__ = ("_account", "_exchange", "_half_closed", "_named", "_outbox", "_placed", "_s", "_sender", "_sends_later", "_tasks")
 
     def __init__(self, services: Services, sender: Sender) -> None:
         self._s = services
@@ -83,7 +84,7 @@ class Processor:
         )
         self._tasks: list[asyncio.Task[Any]] = []  # what the request waits for: a verdict, an endpoint, a stager, the list of models
         self._placed: Placed | None = None  # what an earlier wait gave, which may have been over before the body was
-        self._first: Endpoint | None = None  # that was told
+        self._named: Sequence[Endpoint] = ()  # that were told, best first
         self._outbox: list[Reply] = []  # the rest of a large body, and what comes after it; an empty deque would take 760 bytes of every held request
         self._sends_later = False
         self._half_closed = False
@@ -102,14 +103,19 @@ class Processor:
             actions = exchange.receive(event)
             if was is State.BODY and exchange.state not in (State.BODY, State.JUDGING):
                 self._judged_within(self._s.clock() - began, exchange.held_bytes)
-            if isinstance(event, ResponseHeaders) and event.served and self._first is not None:
-                self._s.metrics.served.labels(str(self._first.address == event.served).lower()).inc()
-                self._s.membership.served(self._first, event.served)
+            if isinstance(event, ResponseHeaders) and event.served and self._named:
+                self._note_served(event)
             self._carry_out(actions)
             self._settle_account()
         except Exception:
             log.exception("a request failed in the router itself")
             self._failed_inside()
+
+    def _note_served(self, response: ResponseHeaders) -> None:
+        self._s.metrics.served.labels(str(self._named[0].address == response.served).lower()).inc()
+        # A gateway that could reach nobody answers 503 itself, and tells the address that it tried last: no proof that an endpoint can be reached.
+        if response.status != HTTPStatus.SERVICE_UNAVAILABLE or response.served not in [endpoint.address for endpoint in self._named]:
+            self._s.membership.served(self._named, response.served)
 
     def holds(self, size: int) -> None:
         """`size` bytes of the next message have arrived."""
@@ -203,10 +209,10 @@ class Processor:
             case PassThrough(pool, key) as through:
                 order = self._order(through)
                 prefiller = None if through.prefill is None else self._order(through.prefill)[0]
-                self._told(order[0], "pass")
-                told = tuple(order[: self._s.steering.max_endpoints])
+                self._named = named = tuple(order[: self._s.steering.max_endpoints])
+                self._account.outcome, self._account.destination = "pass", named[0].address
                 to_tell = _told_prefiller(pool, prefiller)
-                mutation = _base_mutation(self._s.steering, pool.name, told, to_tell, facts.model or "", (key or "")[:MAX_NOTED_KEY_CHARS])
+                mutation = _base_mutation(self._s.steering, pool.name, named, to_tell, facts.model or "", (key or "")[:MAX_NOTED_KEY_CHARS])
                 actions = self._answer(pool.name, mutation)
                 if actions:
                     self._s.staging.sent(through.blocks, order[0], prefiller)
@@ -308,12 +314,13 @@ class Processor:
     def _answer(self, pool: str, mutation: Mutation) -> Sequence[Action]:
         """Let the request go, unless its body is arriving yet: then it is decided again."""
         actions = self._exchange.decided(mutation)
-        if actions and self._first is not None:
-            self._s.membership.send(pool, self._first)
+        if actions and self._named:
+            self._s.membership.send(pool, self._named[0])
         return actions
 
     def _place(self, forward: Forward, placed: Placed) -> Mutation:
-        self._told(placed.endpoints[0], placed.outcome)
+        self._named = placed.endpoints[: self._s.steering.max_endpoints]
+        self._account.outcome, self._account.destination = placed.outcome, placed.endpoints[0].address
         lease = placed.lease
         if lease is None:
             return self._mutation(forward, placed)
@@ -336,10 +343,6 @@ class Processor:
         if prefiller:
             notes["prefiller"] = prefiller
         return self._s.steering.mutation(forward.pool.name, placed.endpoints, notes, placed.model, prefiller=prefiller)
-
-    def _told(self, first: Endpoint, outcome: str) -> None:
-        self._first = first
-        self._account.outcome, self._account.destination = outcome, first.address
 
     def _cors_headers(self) -> dict[str, str]:
         return dict(cors.answer_headers(self._account.headers.get("origin"), self._s.cors_allow_origins))
@@ -394,4 +397,4 @@ def _told_prefiller(pool: Pool, prefiller: Endpoint | None) -> str | None:
 def _base_mutation(steering: Steering, pool: str, endpoints: tuple[Endpoint, ...], prefiller: str | None, model: str, key: str) -> Mutation:
     """What sends a base model's request to `endpoints`: the same for all of them, so it is encoded once."""
     notes: dict[str, str | float] = {"owner": endpoints[0].node, "outcome": "pass", "model": model, "key": key}
-    return steering.mutation(pool, endpoints, notes, prefiller=prefiller)
+    return steering.mutation(pool, endpoints, notes, prefiller=prefiller, is_base=True)

@@ -40,6 +40,7 @@ KEPT_IN_PIECES_BYTES = 64 * 1024  # a body up to this size is joined when it is 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 SERVED_KEY = "x-gateway-destination-endpoint-served"
+ATTRIBUTES, UPSTREAM_ADDRESS = "envoy.filters.http.ext_proc", "upstream.address"  # Envoy's name of the filter, whatever a configuration calls it
 
 
 def decode(message: Message) -> Event:
@@ -66,7 +67,7 @@ def decode(message: Message) -> Event:
     if kind == "request_trailers":
         return RequestTrailers()
     if kind == "response_headers":
-        return ResponseHeaders(request.response_headers.end_of_stream, _served(request) if request.HasField("metadata_context") else "")
+        return _response_headers(request)
     if kind == "response_body":
         return ResponseBody(request.response_body.body, request.response_body.end_of_stream)
     if kind == "response_trailers":
@@ -234,10 +235,22 @@ def _subset(request: pb.ProcessingRequest) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in value.string_value.split(",") if part.strip())
 
 
+def _response_headers(request: pb.ProcessingRequest) -> ResponseHeaders:
+    """With the status, where it is shown, only if the gateway tells who served: nothing else asks for it."""
+    served = _served(request)
+    status = next((h.raw_value or h.value for h in request.response_headers.headers.headers if h.key == ":status"), "") if served else ""
+    return ResponseHeaders(request.response_headers.end_of_stream, served, int(status) if status.isdigit() else 0)
+
+
 def _served(request: pb.ProcessingRequest) -> str:
-    """ "the endpoint that served the request", which the data plane tells in the response phase."""
-    metadata = request.metadata_context.filter_metadata
-    return metadata[LB_NAMESPACE].fields[SERVED_KEY].string_value if LB_NAMESPACE in metadata else ""
+    """The endpoint that served the request. The Endpoint Picker protocol has it in the response phase's metadata; where a gateway sends none, an
+    attribute of Envoy's has the address of the connection that the response came on.
+    """
+    if request.HasField("metadata_context"):
+        metadata = request.metadata_context.filter_metadata
+        if LB_NAMESPACE in metadata and SERVED_KEY in metadata[LB_NAMESPACE].fields:
+            return metadata[LB_NAMESPACE].fields[SERVED_KEY].string_value
+    return request.attributes[ATTRIBUTES].fields[UPSTREAM_ADDRESS].string_value if ATTRIBUTES in request.attributes else ""
 
 
 def _mutate(response: pb.ProcessingResponse, common: pb.CommonResponse, mutation: Mutation) -> None:

@@ -5,7 +5,9 @@
     > headers mode=BUFFERED end=false name: value   what the gateway sends; `:method` is POST, `:path` /v1/chat/completions unless said
     > body '{"model":' '"demo/sql"}' 'x'*1000 end=true      with pieces=true each quoted part comes as a piece of its own
     > trailers                                      also: > response headers | response body | response trailers, > unreadable
-    ! decided                                       the answer to `decide`; `! decided model=NAME`: the engine knows the model as NAME
+    ! decided                                       the answer to `decide`; `! decided model=NAME`: the engine knows the model as NAME; also
+                                                    named=A,B: the endpoints that may answer, base=true: the model is a base model
+    > response headers end=false served=A :status: 404      the endpoint that served, where the gateway tells it
     ! judged                                        the answer to `judge`: what the body that was shown with it says
     ! listed '{"data":[]}'                          an answer of our own instead
     ! failed NoSpace                                or a failure, by the name of the error
@@ -106,7 +108,8 @@ def event_of(line: str) -> Event:
     if line.startswith("response "):
         match kind:
             case "headers":
-                return ResponseHeaders(Words.of_headers(rest).end)
+                words = Words.of_headers(rest)
+                return ResponseHeaders(words.end, words.options.get("served", ""), int(words.headers.get(":status", "0")))
             case "body":
                 words = Words.of_body(rest)
                 return ResponseBody(words.text, words.end)
@@ -219,9 +222,10 @@ def play(lines: list[str]) -> Played:
                 played.received += whole(event.chunk)
             actions = exchange.receive(event)
         elif line.startswith("! decided"):
-            model = line.partition("model=")[2]
+            said = Words.of_headers(line.removeprefix("! decided")).options
+            model, named = said.get("model", ""), tuple(filter(None, said.get("named", "").split(",")))
             played.renamed = played.renamed or bool(model)
-            actions = exchange.decided(replace(MUTATION, model=model))
+            actions = exchange.decided(replace(MUTATION, model=model, endpoints=named, is_base=said.get("base") == "true"))
         elif line == "! judged":
             assert question is not None
             actions = judged(exchange, question)

@@ -48,6 +48,13 @@ def test_the_engines_name_of_the_adapter_is_part_of_the_mutation() -> None:
     assert Steering().mutation("llama", ENDPOINTS, {}, "a@sha256:0").model == "a@sha256:0"
 
 
+def test_the_mutation_names_who_may_answer() -> None:
+    """Those that are told, and no others; and whether any other could answer as well."""
+    mutation = Steering(max_endpoints=2).mutation("llama", ENDPOINTS, {})
+    assert (mutation.endpoints, mutation.is_base) == (("10.0.0.3:8000", "10.0.0.1:8000"), False)
+    assert Steering().mutation("llama", ENDPOINTS, {}, is_base=True).is_base
+
+
 def test_a_decoding_engines_sidecar_is_told_the_prefiller_in_both_spellings() -> None:
     """llm-d has renamed the header; sidecars of before and after the change read the same address, and only one, as Dynamo's wants it."""
     mutation = Steering().mutation("llama", ENDPOINTS[:2], {}, prefiller="10.0.1.9:8000")

@@ -8,10 +8,11 @@ from typing import Self
 
 class Relay:
     """`cut` breaks every connection and lets no new one through until `mend`. `freeze` lets nothing pass and breaks nothing, until `thaw`: of all
-    connections, or of those on which the bytes of `mark` have come. `port` is where it leads, and may change."""
+    connections, or of those on which the bytes of `mark` have come. `port` is where it leads, and may change; `listen` is its own, 0 any that is free."""
 
-    def __init__(self, port: int, mark: bytes = b"") -> None:
+    def __init__(self, port: int, mark: bytes = b"", listen: int = 0) -> None:
         self.port = port
+        self._listen = listen
         self._mark = mark
         self._flows = asyncio.Event()
         self._flows.set()
@@ -24,7 +25,7 @@ class Relay:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", self._listen)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 

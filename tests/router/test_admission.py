@@ -5,7 +5,6 @@ import pytest
 from extproc.core.exchange import JUDGED_HERE_BYTES
 from extproc.errors import BodyTimeout, LoraExtprocError, Overloaded
 from extproc.metrics import RouterMetrics
-from extproc.pb import ext_proc_pb2 as pb
 from extproc.router.admission import LEAST_RATE, Admission
 from tests.fakes.wait import Clock, turns, until
 
@@ -274,22 +273,6 @@ async def test_a_timeout_that_is_none_is_400() -> None:
     """Rather than a wait of another length than was asked for."""
     stream = await serve(Router(), chat("demo/sql", {"x-request-timeout": "soon"}))
     assert stream.immediate().details == "invalid_request"
-
-
-# ---- what gateways say of the end
-
-
-async def test_the_endpoint_that_served_is_noted() -> None:
-    """The gateway tells it with the response."""
-    router = Router()
-    stream = Gateway(router, chat("demo/sql"))
-    await until(lambda: stream.written)
-    for served in (router.owner("demo/sql").address, "10.9.9.9:8000"):
-        message = pb.ProcessingRequest(response_headers=pb.HttpHeaders())
-        message.metadata_context.filter_metadata["envoy.lb"].fields["x-gateway-destination-endpoint-served"].string_value = served
-        stream.show(message)
-    assert [router.value("lora_extproc_served_total", first=first) for first in ("true", "false")] == [1, 1]
-    await stream.end()
 
 
 async def test_a_body_that_is_given_back_counts_until_its_stream_ends() -> None:

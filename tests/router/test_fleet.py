@@ -374,21 +374,50 @@ def test_an_endpoint_that_the_proxy_passes_over_is_down_until_it_may_try_again(c
 
     async def main() -> None:
         router, (first, second, _) = await started()
-        router.membership.served(first, second.address)
-        router.membership.served(first, first.address)
+        named = (first, second)
+        router.membership.served(named, second.address)
+        router.membership.served(named, first.address)
         for _ in range(MISSED - 1):
-            router.membership.served(first, second.address)
+            router.membership.served(named, second.address)
         assert standing(router, first) is READY
-        router.membership.served(first, second.address)
+        router.membership.served(named, second.address)
         assert router.membership.snapshot.standings[first.address] == (DOWN, "the proxy could not reach it")
         await asyncio.sleep(membership_module.MISSED_S + 0.1)
         assert standing(router, first) is READY
-        router.membership.served(first, second.address)
+        router.membership.served(named, second.address)
         assert standing(router, first) is DOWN
         await asyncio.sleep(membership_module.MISSED_S + 0.1)
-        router.membership.served(first, first.address)
-        router.membership.served(first, second.address)
-        assert standing(router, first) is READY
+        router.membership.served(named, first.address)
+        router.membership.served(named, second.address)
+        assert (standing(router, first), standing(router, second)) == (READY, READY)
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+def test_an_answer_from_off_the_list_takes_all_that_were_named_out_at_once() -> None:
+    """The proxy has tried each of them; a request that is repeated must not wait for a second proof. Each may be tried again later."""
+
+    async def main() -> None:
+        router, (first, second, third) = await started()
+        router.membership.served((first, second), third.address)
+        router.membership.served((first, second), "10.9.9.9:8000")  # another that was sent before the first was heard of
+        assert [standing(router, e) for e in (first, second, third)] == [DOWN, DOWN, READY]
+        await asyncio.sleep(membership_module.MISSED_S + 0.1)
+        assert [standing(router, e) for e in (first, second)] == [READY, READY]
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+def test_those_before_the_one_that_served_were_passed_over() -> None:
+    """Not those behind it, which the proxy had no reason to try."""
+
+    async def main() -> None:
+        router, (first, second, third) = await started()
+        for _ in range(MISSED):
+            router.membership.served((first, second, third), second.address)
+        assert [standing(router, e) for e in (first, second, third)] == [DOWN, READY, READY]
         await router.stop()
 
     in_virtual_time(main)

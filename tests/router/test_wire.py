@@ -81,6 +81,29 @@ def test_absent_protocol_config_means_none() -> None:
     assert event.request_mode is Mode.NONE
 
 
+def _answered(status: str, served: str, attribute: str) -> bytes:
+    metadata = core.Metadata(filter_metadata={"envoy.lb": Struct.from_dict({"x-gateway-destination-endpoint-served": served})} if served else {})
+    attributes = {"envoy.filters.http.ext_proc": Struct.from_dict({"upstream.address": attribute})} if attribute else {}
+    shown = core.HeaderMap(headers=[core.HeaderValue(key=":status", raw_value=status.encode())] if status else [])
+    return bytes(ext_proc.ProcessingRequest(response_headers=ext_proc.HttpHeaders(headers=shown), metadata_context=metadata, attributes=attributes))
+
+
+@pytest.mark.parametrize(
+    ("status", "served", "attribute", "expected"),
+    [
+        ("404", "10.0.0.1:8000", "", ("10.0.0.1:8000", 404)),
+        ("200", "", "10.0.0.2:8000", ("10.0.0.2:8000", 200)),
+        ("200", "10.0.0.1:8000", "10.0.0.2:8000", ("10.0.0.1:8000", 200)),
+        ("", "", "10.0.0.2:8000", ("10.0.0.2:8000", 0)),
+        ("x", "10.0.0.1:8000", "", ("10.0.0.1:8000", 0)),
+        ("200", "", "", ("", 0)),
+    ],
+)
+def test_who_served_is_told_by_metadata_or_by_an_attribute(status: str, served: str, attribute: str, expected: tuple[str, int]) -> None:
+    """The protocol's metadata first; Envoy's own attribute where a gateway can send no other."""
+    assert wire.decode(_answered(status, served, attribute)) == ResponseHeaders(False, *expected)
+
+
 def test_values_that_are_not_utf8_do_not_raise() -> None:
     """Header bytes are the client's; what is not UTF-8 becomes surrogates, which no adapter name may hold."""
     headers = core.HeaderMap(headers=[core.HeaderValue(key="a", raw_value=b"\xff\xfe"), core.HeaderValue(key="b", value="plain")])
