@@ -54,6 +54,7 @@ class Staged:
     waited_s: float
     bytes: int
     model: str = ""  # what a request's `model` must be for this node's engine; "": the adapter's name
+    loaded: bool = False  # of a prefetch: the engine has been told to know it
 
 
 class Loading(IntEnum):
@@ -174,7 +175,14 @@ class EngineLoad:
     age_s: float
 
 
-WatchEvent = NodeState | Published | Refreshed | Evicted | Refused | Space | Demand | Inventory | Loaded | Unloaded | EngineLoad | Silent | Heard
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """A request asks for the adapter, and nobody leased it on that node before."""
+
+    adapter: str
+
+
+WatchEvent = NodeState | Published | Refreshed | Evicted | Refused | Space | Demand | Inventory | Loaded | Unloaded | EngineLoad | Woken | Silent | Heard
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,14 +293,16 @@ class StagerClient:
         sha256: str = "",
         *,
         prefetch: bool = False,
+        keep_s: float = 0.0,
         loading: Loading = Loading.NONE,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Staged:
         """Wait until `adapter` is on the node's disk and, with `loading`, known to its engine. Cancelling ends the wait, not the work.
 
+        A `prefetch` leases nothing and yields to every request; for `keep_s` it is no room for another one.
         `sha256` is what its weights must have. `on_progress` is called at once, then at most every half second while the phase or the bytes change.
         """
-        request = self._ensure_request(adapter, sha256, prefetch=prefetch, loading=loading)
+        request = self._ensure_request(adapter, sha256, prefetch=prefetch, keep_s=keep_s, loading=loading)
         if on_progress is None:
             return _staged(await self._unary("Ensure", request, pb.EnsureReply))
         async with contextlib.aclosing(self._stream("Stage", request, pb.StageProgress.FromString)) as messages:
@@ -393,14 +403,14 @@ class StagerClient:
         async for chunk in self._stream("Read", pb.ReadRequest(digest=digest, path=path, offset=offset), chunks.decode):
             yield chunk
 
-    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False) -> AsyncIterator[WatchEvent]:
+    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False, wakes: bool = False) -> AsyncIterator[WatchEvent]:
         """What was missed since the last watch, the node's state, then every change, until the stager goes away.
 
         With `heartbeat_s` the stager says something at least so often, as its NodeState confirms: Silent comes once when it does not, Heard when it
         does again, and StagerUnavailable is raised when it has been silent for six heartbeats. With `copies` it tells what the node has, whole and then by
-        changes; with `load` what its engine works on.
+        changes; with `load` what its engine works on; with `wakes` Woken.
         """
-        asked = pb.WatchRequest(heartbeat_seconds=heartbeat_s, copies=copies, load=load)
+        asked = pb.WatchRequest(heartbeat_seconds=heartbeat_s, copies=copies, load=load, wakes=wakes)
         try:
             while True:
                 async with self._channel.line() as line, contextlib.aclosing(self._watch(line, asked)) as events:
@@ -445,9 +455,10 @@ class StagerClient:
     async def close(self) -> None:
         await self._channel.close()
 
-    def _ensure_request(self, adapter: str, sha256: str, *, prefetch: bool = False, loading: Loading = Loading.NONE) -> pb.EnsureRequest:
-        priority = pb.Priority.PREFETCH if prefetch else pb.Priority.REQUEST
-        return pb.EnsureRequest(adapter=adapter, holder=self.holder, sha256=sha256, priority=priority, loading=pb.Loading.Name(loading.value))
+    def _ensure_request(self, adapter: str, sha256: str, *, prefetch: bool = False, keep_s: float = 0.0, loading: Loading = Loading.NONE) -> pb.EnsureRequest:
+        request = pb.EnsureRequest(adapter=adapter, holder=self.holder, sha256=sha256, loading=pb.Loading.Name(loading.value), keep_seconds=keep_s)
+        request.priority = pb.Priority.PREFETCH if prefetch else pb.Priority.REQUEST
+        return request
 
     async def _unary(self, method: str, request: Any, reply: Any) -> Any:
         async with self._channel.line() as line:
@@ -526,7 +537,7 @@ class StagerClient:
 
 
 def _staged(reply: pb.EnsureReply) -> Staged:
-    return Staged(reply.digest, reply.staged, reply.origin, reply.lease_seconds, reply.waited_seconds, reply.bytes, reply.model)
+    return Staged(reply.digest, reply.staged, reply.origin, reply.lease_seconds, reply.waited_seconds, reply.bytes, reply.model, reply.loaded)
 
 
 def _progress(message: pb.StageProgress) -> Progress:
@@ -565,6 +576,8 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
             return Loaded(message.loaded)
         case "unloaded":
             return Unloaded(message.unloaded)
+        case "woken":
+            return Woken(message.woken)
         case "load":
             load = message.load
             return EngineLoad(load.running, load.waiting, load.kv_usage, load.slots, load.cpu_slots, load.age_seconds) if load.known else None

@@ -367,6 +367,13 @@ class RouterSettings(Group):
     """An endpoint takes no more, while another can, from so many times the mean of requests in flight on. Lower: more copies; higher: more uneven."""
     copies: tuple[CopiesSettings, ...] = ()
     """How many copies adapters have, by name. Without: as many as the load makes, and a second of what is hot where engines have room."""
+    prefetch: Literal["off", "disk", "engine"] = "off"
+    """Whether adapters are brought to their nodes before they are asked for, by how long each was idle before and by what it did at this time yesterday.
+    `disk`: to the node's disk, into room that nobody needs. `engine`: those whose idle times repeat also into the engine's memory, where a slot is free.
+    Off by default: of three adapters that are brought one or two are not asked for in time, which origins may have to be paid for."""
+    prefetch_per_s: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How many nodes are asked for one per second, all together; each has one of this router's in progress at most. Every replica and worker expects the
+    same, and a node brings it once."""
     hold_down_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     """An endpoint that its source shows no longer is sent nothing more, and keeps its place and what is warm there for so long, should it come back."""
     join_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
@@ -597,6 +604,14 @@ class VerifySettings(Group):
     the engine runs next. false: not looked at, for adapters of a trusted pipeline on a node whose processor is the limit."""
 
 
+class StagerPrefetchSettings(Group):
+    at_once: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many adapters are brought at the same time that nobody has asked for yet (`router.prefetch`). None is while a request's flight is in progress."""
+    max_bytes_per_s: Annotated[int, Field(ge=0)] = 64 * 2**20
+    """How many bytes of them are brought per second, on average: after each one the next waits until that is true. The default is half of a 1 GbE link, which
+    other nodes and other users of the origin need as well. 0: no limit."""
+
+
 class StagerSettings(Group):
     listen: Address = "127.0.0.1:9102"
     """gRPC for routers and the command line."""
@@ -656,6 +671,8 @@ class StagerSettings(Group):
     """Where adapters are looked for, in this order. The first that has a name has it for good; one that fails is passed over for its mirrors only."""
     peers: PeerSettings = PeerSettings()
     """Copies from other nodes."""
+    prefetch: StagerPrefetchSettings = StagerPrefetchSettings()
+    """What routers have brought before it is asked for."""
     engine: EngineSettings = EngineSettings()
     """The model server on this node."""
 

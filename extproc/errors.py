@@ -21,6 +21,7 @@
     │   │   └── OriginChanged        502 origin_failed        retryable   it has something else now than it listed
     │   ├── StageDeadline            503 staging              retryable
     │   ├── NoSpace                  503 no_space             retryable
+    │   ├── PrefetchGivenUp          503 prefetch_given_up    retryable   (never a client's request: nobody waits for a prefetch)
     │   └── DiskFailed               503 no_space             retryable
     ├── NoEndpoint                   503 no_endpoint          retryable
     │   ├── AnsweredElsewhere        503 no_endpoint          retryable   by an endpoint that was not named, and need not know the adapter
@@ -207,6 +208,12 @@ class NoSpace(StageError):
     """Everything evictable is gone and the rest is leased, pinned or loaded."""
 
     status, reason, retryable, retry_after_s, shared = 503, "no_space", True, 10, False
+
+
+class PrefetchGivenUp(StageError):
+    """Nobody has asked for it yet, and what it would take is needed by others."""
+
+    status, reason, retryable, retry_after_s, shared = 503, "prefetch_given_up", True, 60, False
 
 
 class DiskFailed(StageError):

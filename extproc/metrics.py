@@ -94,6 +94,27 @@ class RouterMetrics(Metrics):
             source,
             registry=r,
         )
+        self.prefetches = Counter(
+            "lora_extproc_prefetches",
+            "Prefetches that nodes were asked for, by what they rest on (idle_times, yesterday) and result: staged, loaded (only into the engine), hit (nothing"
+            " was to be done), or the reason of the error table.",
+            ["by", "result"],
+            registry=r,
+        )
+        self.prefetches_ended = Counter(
+            "lora_extproc_prefetches_ended",
+            "Of those with result staged or loaded, by what they rest on: used (a request went there before it had left), or unused. Precision = used / (used +"
+            " unused).",
+            ["by", "result"],
+            registry=r,
+        )
+        self.wakeups = Counter(
+            "lora_extproc_wakeups",
+            "First requests for adapters that were idle before, by for how long (short: 5 minutes or more, long: an hour or more) and where the adapter was found"
+            " (memory, disk, nowhere). Recall = 1 - nowhere / all. Counted where router.prefetch is on.",
+            ["idle", "found"],
+            registry=r,
+        )
         self.xds_streams = Gauge("lora_extproc_xds_streams", "xDS streams open now: one for each Envoy that follows this router by ADS.", registry=r)
         self.xds_responses = Counter("lora_extproc_xds_responses", "Updates sent to Envoys, by type (clusters, endpoints).", ["type"], registry=r)
         self.xds_answers = Counter(
@@ -151,6 +172,13 @@ class StagerMetrics(Metrics):
         super().__init__()
         r = self.registry
         self.ensures = Counter("lora_extproc_ensures", "Ensure calls by result: hit, staged, or the reason of the error table.", ["result"], registry=r)
+        self.node_prefetches = Counter(
+            "lora_extproc_node_prefetches",
+            "Prefetches that routers asked this node for, by result: staged, loaded (it was on disk, and the engine was told to know it), hit (nothing was to be"
+            " done), or the reason of the error table.",
+            ["result"],
+            registry=r,
+        )
         self.stages = Counter("lora_extproc_stages", "Flights that landed, by origin and result.", ["origin", "result"], registry=r)
         self.stage_seconds = Histogram(
             "lora_extproc_stage_seconds",

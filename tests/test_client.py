@@ -265,14 +265,14 @@ async def test_an_ensure_says_who_asks_for_what_and_how_urgently(start: Start) -
 
     client = await start(holder="router 1", Ensure=ensure, Stage=stage)
     await client.ensure("a")
-    await client.ensure("b", "f" * 64, prefetch=True)
+    await client.ensure("b", "f" * 64, prefetch=True, keep_s=60.0)
     first, last = await all_of(client.stage("c", "e" * 64))
     assert first == Progress("fetch", "s3", 1, 2)
     assert last.digest == "d"
-    assert [(r.adapter, r.holder, r.sha256, r.priority) for r in seen] == [
-        ("a", "router 1", "", pb.Priority.REQUEST),
-        ("b", "router 1", "f" * 64, pb.Priority.PREFETCH),
-        ("c", "router 1", "e" * 64, pb.Priority.REQUEST),
+    assert [(r.adapter, r.holder, r.sha256, r.priority, r.keep_seconds) for r in seen] == [
+        ("a", "router 1", "", pb.Priority.REQUEST, 0.0),
+        ("b", "router 1", "f" * 64, pb.Priority.PREFETCH, 60.0),
+        ("c", "router 1", "e" * 64, pb.Priority.REQUEST, 0.0),
     ]
 
 

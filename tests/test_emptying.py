@@ -29,7 +29,7 @@ class Scripted(StagerClient):
             raise self._first
         return self._first
 
-    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False) -> AsyncIterator[WatchEvent]:
+    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False, wakes: bool = False) -> AsyncIterator[WatchEvent]:
         assert heartbeat_s
         assert load
         assert not copies, "names are not shown"

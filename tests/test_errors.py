@@ -141,6 +141,7 @@ def test_only_a_nodes_own_trouble_is_worth_another_node() -> None:
     """What lies in the request, the adapter or its origin is the same everywhere."""
     assert {name for name, cls in CLASSES.items() if not cls.shared} == {
         "NoSpace",
+        "PrefetchGivenUp",
         "NodeDraining",
         "DiskFailed",
         "StagerUnavailable",

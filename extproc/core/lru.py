@@ -6,9 +6,12 @@ is any clock that does not go back, in seconds.
 
 What keeps an artifact from being chosen: a lease (a promise with an end, one per holder), a pin (one without an end), and a hold ("somebody is at
 it now", inside this process, counted and not named).
+
+What was brought before anybody asked for it is *expected* until somebody does. It is no demand: it goes before everything else, the one whose time is over
+first, and what is brought that way makes room only by what is expected no longer.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
@@ -19,6 +22,7 @@ from .blocks import on_disk
 from .life import State, moved
 
 MAX_HOLDERS = 64  # leases of one artifact that are told apart: more router processes than any fleet we know of sends one adapter through
+MAX_EXPECTED = 4096  # a hundred times what a node brings in the time for which one is expected; of more, the first counts as used when it came
 OTHERS = "\0"  # the holder that those above MAX_HOLDERS share: what they were promised holds, and none of them can give it back
 NEVER = float("-inf")
 LEAVING = State.LEAVING  # looked up on every warm request
@@ -69,6 +73,7 @@ class Index(Generic[Id]):
         self._leaving: dict[Id, State] = {}  # what leaves -> its state before that
         self._leaving_bytes = 0
         self._reserved: dict[str, int] = {}
+        self._expected: dict[Id, float] = {}  # brought, and not asked for yet -> until when that is likely
         self._guarded: frozenset[Id] = frozenset()
         self._guarded_until = NEVER
         self.reserved_bytes = 0
@@ -119,7 +124,7 @@ class Index(Generic[Id]):
             leaving = (self._entries[id_] for id_ in self._leaving if id_ not in passed_over)
             evictable = (
                 entry
-                for entry in self._entries.values()
+                for entry in self._in_order()
                 if entry.state is not LEAVING and (not unread_only or entry.state in UNREAD) and entry.id not in passed_over and self.is_evictable(entry, now)
             )
             for entry in islice(chain(leaving, evictable), most):
@@ -133,6 +138,42 @@ class Index(Generic[Id]):
         self._reserved[token] = self._reserved.get(token, 0) + need
         self.reserved_bytes += need
         return self._choose(victims)
+
+    def reserve_free(self, token: str, size: int, now: float, limit: int) -> list[Id]:
+        """As `reserve`, for what nobody has asked for: room that is free below `limit`, or taken by what is expected no longer. Raises NoSpace."""
+        need = on_disk(size)
+        victims: list[Entry[Id]] = []
+        missing = self.used_bytes + self.reserved_bytes + need - min(limit, self.limit)
+        for id_ in [id_ for id_, until in self._expected.items() if until <= now] if missing > 0 else ():
+            entry = self._entries[id_]
+            if entry.state is not LEAVING and self.is_evictable(entry, now):
+                victims.append(entry)
+                missing -= entry.size
+                if missing <= 0:
+                    break
+        if missing > 0:
+            raise NoSpace(f"{token} needs {need} bytes; {max(need - missing, 0)} of {min(limit, self.limit)} are free for what nobody asks for yet")
+        self._reserved[token] = self._reserved.get(token, 0) + need
+        self.reserved_bytes += need
+        return self._choose(victims)
+
+    def expect(self, id_: Id, until: float) -> None:
+        """It was brought before anybody has asked for it, which will probably be the case before `until`."""
+        if id_ in self._entries:
+            if len(self._expected) >= MAX_EXPECTED:
+                del self._expected[next(iter(self._expected))]
+            self._expected[id_] = until
+
+    def is_expected(self, id_: Id) -> bool:
+        """Whether nobody has asked for it since it was brought."""
+        return id_ in self._expected
+
+    def _in_order(self) -> Iterable[Entry[Id]]:
+        """All that is on disk, in the order in which it goes."""
+        if not self._expected:
+            return self._entries.values()
+        first = (self._entries[id_] for id_ in sorted(self._expected, key=self._expected.__getitem__))
+        return chain(first, (entry for entry in self._entries.values() if entry.id not in self._expected))
 
     def in_demand(self, now: float, lease_s: float) -> int:
         """How many are leased. Leases are `lease_s` long at most, and who takes one uses it: the search ends at what was used before that."""
@@ -165,7 +206,7 @@ class Index(Generic[Id]):
         """
         victims: list[Entry[Id]] = []
         over = self.used_bytes + self.reserved_bytes - limit - self._leaving_bytes
-        for entry in self._entries.values():
+        for entry in self._in_order():
             if over <= 0 or len(victims) == most:
                 break
             if entry.state is not LEAVING and entry.id not in passed_over and self.is_evictable(entry, now):
@@ -175,7 +216,7 @@ class Index(Generic[Id]):
 
     def next_to_go(self, count: int, now: float) -> list[Entry[Id]]:
         """The first `count` that a search for room would choose."""
-        return list(islice((entry for entry in self._entries.values() if entry.state is not LEAVING and self.is_evictable(entry, now)), count))
+        return list(islice((entry for entry in self._in_order() if entry.state is not LEAVING and self.is_evictable(entry, now)), count))
 
     def _choose(self, victims: Sequence[Entry[Id]]) -> list[Id]:
         """Those that leave already stay as they are."""
@@ -235,6 +276,7 @@ class Index(Generic[Id]):
         entry = self._entries.pop(id_)
         entry.last_used = now
         self._entries[entry.id] = entry
+        self._expected.pop(id_, None)
 
     def order(self, ids: Sequence[Id]) -> None:
         """These, which are all, were used in this order."""
@@ -253,6 +295,8 @@ class Index(Generic[Id]):
         entry.last_used = now
         del self._entries[id_]
         self._entries[id_] = entry
+        if self._expected:
+            self._expected.pop(id_, None)
         return True
 
     def inherit(self, heir: Id, from_id: Id) -> None:
@@ -326,6 +370,7 @@ class Index(Generic[Id]):
             return
         if entry.state is LEAVING:
             self._no_longer_leaving(entry)
+        self._expected.pop(id_, None)
         entry.state = moved(entry.state, State.GONE)
         self.used_bytes -= entry.size
 

@@ -26,21 +26,23 @@ VERSIONED: Loading
 PLAIN: Loading
 
 class EnsureRequest(_message.Message):
-    __slots__ = ("adapter", "priority", "holder", "sha256", "loading")
+    __slots__ = ("adapter", "priority", "holder", "sha256", "loading", "keep_seconds")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     LOADING_FIELD_NUMBER: _ClassVar[int]
+    KEEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     priority: Priority
     holder: str
     sha256: str
     loading: Loading
-    def __init__(self, adapter: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., holder: _Optional[str] = ..., sha256: _Optional[str] = ..., loading: _Optional[_Union[Loading, str]] = ...) -> None: ...
+    keep_seconds: float
+    def __init__(self, adapter: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., holder: _Optional[str] = ..., sha256: _Optional[str] = ..., loading: _Optional[_Union[Loading, str]] = ..., keep_seconds: _Optional[float] = ...) -> None: ...
 
 class EnsureReply(_message.Message):
-    __slots__ = ("digest", "staged", "origin", "lease_seconds", "waited_seconds", "bytes", "model")
+    __slots__ = ("digest", "staged", "origin", "lease_seconds", "waited_seconds", "bytes", "model", "loaded")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     STAGED_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +50,7 @@ class EnsureReply(_message.Message):
     WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
     digest: str
     staged: bool
     origin: str
@@ -55,7 +58,8 @@ class EnsureReply(_message.Message):
     waited_seconds: float
     bytes: int
     model: str
-    def __init__(self, digest: _Optional[str] = ..., staged: _Optional[bool] = ..., origin: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., bytes: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+    loaded: bool
+    def __init__(self, digest: _Optional[str] = ..., staged: _Optional[bool] = ..., origin: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., bytes: _Optional[int] = ..., model: _Optional[str] = ..., loaded: _Optional[bool] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("phase", "origin", "done_bytes", "total_bytes", "reply")
@@ -226,18 +230,20 @@ class VerifyResult(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., digest: _Optional[str] = ..., ok: _Optional[bool] = ..., why: _Optional[str] = ..., removed: _Optional[bool] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("instance", "after", "heartbeat_seconds", "copies", "load")
+    __slots__ = ("instance", "after", "heartbeat_seconds", "copies", "load", "wakes")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    WAKES_FIELD_NUMBER: _ClassVar[int]
     instance: str
     after: int
     heartbeat_seconds: float
     copies: bool
     load: bool
-    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ..., heartbeat_seconds: _Optional[float] = ..., copies: _Optional[bool] = ..., load: _Optional[bool] = ...) -> None: ...
+    wakes: bool
+    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ..., heartbeat_seconds: _Optional[float] = ..., copies: _Optional[bool] = ..., load: _Optional[bool] = ..., wakes: _Optional[bool] = ...) -> None: ...
 
 class NodeState(_message.Message):
     __slots__ = ("ready", "why", "instance", "resumed", "draining", "heartbeat_seconds", "empty")
@@ -308,7 +314,7 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchEvent(_message.Message):
-    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "heartbeat", "refused", "inventory", "loaded", "unloaded", "load", "sequence")
+    __slots__ = ("node", "published", "evicted", "refreshed", "space", "demand", "heartbeat", "refused", "inventory", "loaded", "unloaded", "load", "woken", "sequence")
     NODE_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +327,7 @@ class WatchEvent(_message.Message):
     LOADED_FIELD_NUMBER: _ClassVar[int]
     UNLOADED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    WOKEN_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     node: NodeState
     published: str
@@ -334,8 +341,9 @@ class WatchEvent(_message.Message):
     loaded: str
     unloaded: str
     load: EngineLoad
+    woken: str
     sequence: int
-    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., refused: _Optional[str] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., loaded: _Optional[str] = ..., unloaded: _Optional[str] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., sequence: _Optional[int] = ...) -> None: ...
+    def __init__(self, node: _Optional[_Union[NodeState, _Mapping]] = ..., published: _Optional[str] = ..., evicted: _Optional[str] = ..., refreshed: _Optional[str] = ..., space: _Optional[_Union[Space, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., refused: _Optional[str] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., loaded: _Optional[str] = ..., unloaded: _Optional[str] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., woken: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("drain", "why")

@@ -96,6 +96,7 @@ class Membership:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_started = False
         self.on_change: list[Callable[[Snapshot], None]] = []
+        self.on_woken: list[Callable[[str, str], None]] = []  # told of stager and adapter; to be set before the start
         self._index()
         self._shares({pool.name: pool.table.slots_per_endpoint() for pool in pools}, ())
         self._count()
@@ -168,6 +169,16 @@ class Membership:
         """Its engine knows nothing when it comes back: it is given what it will own before it is sent anything, if others can serve meanwhile."""
         self.prefixes.forget(endpoint)
         self.observe(endpoint, is_prepared=False)
+
+    @property
+    def follows_wakes(self) -> bool:
+        """Whether somebody is told of wake-ups."""
+        return bool(self.on_woken)
+
+    def woken(self, stager: str, adapter: str) -> None:
+        """A request has asked that node for what nobody leased there."""
+        for tell in self.on_woken:
+            tell(stager, adapter)
 
     def observe(self, endpoint: Endpoint, **seen: object) -> None:
         """Something new was seen of `endpoint`: fields of `Observed`. Replaces the snapshot and logs if the endpoint stands otherwise because of it."""

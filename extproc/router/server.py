@@ -29,6 +29,7 @@ from .judging import Judges
 from .membership import Membership
 from .models import Models
 from .moving import Moves
+from .prefetching import Prefetching
 from .probe import Probe
 from .processor import Processor, Services
 from .residency import Residency
@@ -85,6 +86,19 @@ class Server:
             heartbeat_s=router.heartbeat_s,
             hold_down_s=router.hold_down_s,
         )
+        rules = router.rules(random.randrange)
+        self._prefetching: Prefetching | None = None
+        if router.prefetch != "off":
+            self._prefetching = Prefetching(
+                self.membership,
+                self._residency,
+                self._clients,
+                rules,
+                self.metrics,
+                into_engine=router.prefetch == "engine",
+                per_s=router.prefetch_per_s,
+            )
+            self.membership.on_woken.append(self._prefetching.woken)
         self._admission = Admission(
             self.metrics,
             max_waiting=router.max_waiting,
@@ -105,10 +119,11 @@ class Server:
                 loads=self.membership.loads,
                 popularity=popularity,
                 prefixes=prefixes,
-                rules=router.rules(random.randrange),
+                rules=rules,
                 no_space_wait_s=router.no_space_wait_s,
                 hedge_s=router.hedge_s,
                 max_endpoints=router.max_retry_endpoints,
+                prefetching=self._prefetching,
             ),
             judges=self._judges,
             admission=self._admission,
@@ -161,6 +176,8 @@ class Server:
             self.xds.update(self.membership.snapshot)
             self.membership.on_change.append(self.xds.update)
         self.membership.start()
+        if self._prefetching is not None:
+            self._prefetching.start()
         self._admission.start()
         self._judges.start()
         self._watchdog.start()
@@ -185,6 +202,8 @@ class Server:
         await self._judges.stop()
         if self._discovery is not None:
             await self._discovery.stop()
+        if self._prefetching is not None:
+            await self._prefetching.close()
         await self.membership.stop()
         await self._models.close()
         await self._residency.close()

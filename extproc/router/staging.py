@@ -20,6 +20,7 @@ from ..core.standing import Standing
 from ..errors import LoraExtprocError, NoEndpoint, NoSpace, StageDeadline
 from ..metrics import RouterMetrics
 from .admission import Admission
+from .prefetching import Prefetching
 from .residency import Lease, Residency
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Staging:
         no_space_wait_s: float,
         hedge_s: float,
         max_endpoints: int,
+        prefetching: Prefetching | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._residency = residency
@@ -71,6 +73,7 @@ class Staging:
         self._hedge_s = hedge_s
         self._admission = admission
         self._metrics = metrics
+        self._prefetching = prefetching
         self._clock = clock
 
     def now(self, forward: Forward) -> Placed | None:
@@ -100,6 +103,10 @@ class Staging:
     def count(self, forward: Forward, placed: Placed) -> None:
         """The request has gone where it was sent."""
         self._hot.count(forward.adapter, forward.key)
+        if self._prefetching is not None:
+            if not placed.waited_s:
+                self._prefetching.asked(forward.adapter, forward.key, plain=forward.plain)
+            self._prefetching.served(forward.adapter, placed.endpoints[0].stager)
         self.sent(forward.blocks, placed.endpoints[0], placed.prefiller)
 
     def sent(self, blocks: Sequence[int], endpoint: Endpoint, prefiller: Endpoint | None) -> None:
@@ -180,6 +187,8 @@ class Staging:
         Raises the first kind at once, the last of the second kind, StageDeadline, or Overloaded if too many wait already.
         """
         began = self._clock()
+        if self._prefetching is not None:
+            self._prefetching.asked(forward.adapter, forward.key, plain=forward.plain)
         with self._admission.waiting(forward.adapter):
             try:
                 async with asyncio.timeout(forward.wait_s):

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..client import Demand, EngineLoad, Evicted, Inventory, Loaded, NodeState, Published, Refreshed, Refused, StagerClient, Unloaded
+from ..client import Demand, EngineLoad, Evicted, Inventory, Loaded, NodeState, Published, Refreshed, Refused, StagerClient, Unloaded, Woken
 from ..core.endpoint import Endpoint
 from ..core.load import Engine
 from ..core.standing import Stager
@@ -43,6 +43,13 @@ class Observer(Protocol):
 
     def engine_is_new(self, endpoint: Endpoint) -> None:
         """Its engine has gone, and will know nothing when it comes back."""
+
+    def woken(self, stager: str, adapter: str) -> None:
+        """A request has asked for what nobody leased there."""
+
+    @property
+    def follows_wakes(self) -> bool:
+        """Whether that is of interest."""
 
 
 class Watch:
@@ -80,7 +87,7 @@ class Watch:
     async def _follow(self) -> None:
         """Take events until the stream ends. Raises what the client raises."""
         stager, residency = self._client.address, self._residency
-        async for event in self._client.watch(self._heartbeat_s(), copies=True, load=True):
+        async for event in self._client.watch(self._heartbeat_s(), copies=True, load=True, wakes=self._observer.follows_wakes):
             match event:
                 case NodeState():
                     await self._node(event)
@@ -110,6 +117,8 @@ class Watch:
                 case Refreshed(adapter):
                     residency.refreshed(stager, adapter)
                     self._models.changed(stager)
+                case Woken(adapter):
+                    self._observer.woken(stager, adapter)
                 case Refused(adapter):
                     residency.copies.drop(stager, adapter)
                     self._models.changed(stager)

@@ -26,8 +26,10 @@ from ..errors import (
     InvalidAdapter,
     LoraExtprocError,
     ModelNotFound,
+    NodeDraining,
     NoSpace,
     OriginRefused,
+    PrefetchGivenUp,
 )
 from ..flight import SingleFlight, to_the_end
 from ..metrics import StagerMetrics
@@ -58,6 +60,7 @@ from .work.evict import Remover
 from .work.flights import Flights
 from .work.housekeeping import Housekeeping
 from .work.kept import Kept
+from .work.prefetch import Prefetches
 from .work.refresh import Freshness
 from .work.repair import Repair, named_as
 from .work.room import Room
@@ -81,6 +84,7 @@ class Ensured:
     lease_s: float
     waited_s: float
     model: str = ""  # what a request's `model` must be for the engine; "": the adapter's name, or nobody asked
+    loaded: bool = False  # of a prefetch: the engine has been told to know it
 
 
 class Stager:
@@ -110,6 +114,7 @@ class Stager:
         self._remover = Remover(self.node)
         self._room = Room(self.node, self._remover)
         self._fetcher = Fetcher(self.node, sources, peers or Peers(settings.peers, {}, self.instance), self._remover)
+        self._prefetches = Prefetches(self.node, self._flights, self._bring, self._show, self._fetcher.let_go)
         self._kept = Kept(self.node, self._remover)
         self._adopter = Adopter(settings, store, holdings, changes, disk, self._kept.check, self._kept.check_digest, self._replaced, clock)
         self._auditor = Auditor(self.node, self._remover, self._adopter)
@@ -173,6 +178,7 @@ class Stager:
         await self.drain.close()
         await self.meter.close()
         await self._freshness.close()
+        await self._prefetches.close()
         await self._in_flight.close()
         await self._resolving.close()
         await self.node.loads.close()
@@ -232,6 +238,8 @@ class Stager:
         if (refusal := self.node.refusals.answer(name, began)) is not None:
             self.node.metrics.negative_hits.inc()
             raise refusal
+        if await self._prefetches.join(name):
+            return await self._hold(name, priority, holder, sha256, loading)
         self._flights.hurry(name, priority)
         try:
             landed = await self._in_flight.join(name, lambda: self._fly(name, priority, holder, sha256, loading))
@@ -262,6 +270,37 @@ class Stager:
             again = self._lease(name, now, holder, staged=held.staged, waited_s=now - began)
             if again is not None and self.node.holdings.get(name) is named:
                 return replace(again, model=model, origin=held.origin)
+
+    async def prefetch(self, raw_name: str, *, sha256: str = "", loading: Loading = Loading.NONE, keep_s: float = 0.0) -> Ensured:
+        """Bring the adapter to the disk and, with `loading`, let the engine know it, as far as nobody else needs what that takes. Leases nothing.
+
+        `keep_s`: for how long somebody will probably ask for it. Raises PrefetchGivenUp, Overloaded, NodeDraining, or what a flight raises.
+        """
+        name, began = adapter_name(raw_name), self.node.clock()
+        try:
+            brought = await self._prefetch(name, sha256, loading, keep_s)
+        except LoraExtprocError as error:
+            self.node.metrics.node_prefetches.labels(error.reason).inc()
+            raise
+        self.node.metrics.node_prefetches.labels("staged" if brought.staged else "loaded" if brought.loaded else "hit").inc()
+        return replace(brought, waited_s=self.node.clock() - began)
+
+    async def _prefetch(self, name: AdapterName, sha256: str, loading: Loading, keep_s: float) -> Ensured:
+        if self.drain.is_on:
+            raise NodeDraining(f"{name}: this node drains, and prefetches nothing")
+        named, index = self.node.holdings.get(name), self.node.holdings.index
+        staged = named is None
+        if named is None:
+            if (refusal := self.node.refusals.answer(name, self.node.clock())) is not None:
+                raise refusal
+            if name in self._in_flight or (self.node.settings.adopt and await self._adopter.is_there(name)):
+                raise PrefetchGivenUp(f"{name} is about to be here without a prefetch")
+            named = await self._prefetches.fetch(name, sha256, keep_s)
+        entry = index.get(named.id)
+        if entry is None or named.refused:
+            raise PrefetchGivenUp(f"{name} is on its way out, or is refused by this node's settings")
+        model = await self._prefetches.load(name, named, loading, keep_s)
+        return Ensured(named.digest, entry.size, staged, named.origin, 0.0, 0.0, model, bool(model))
 
     def job(self, raw_name: str) -> Job | None:
         """The flight of an adapter that is on its way."""
@@ -412,8 +451,11 @@ class Stager:
     def _lease(self, name: AdapterName, now: float, holder: str, *, staged: bool, waited_s: float) -> Ensured | None:
         named = self.node.holdings.get(name)
         index, lease_s = self.node.holdings.index, self.drain.lease_s
+        wakes = named is not None and not index.is_leased(named.id, now)
         if named is None or named.refused or not index.lease(named.id, now + lease_s, now, holder):
             return None
+        if wakes:
+            self.node.changes.tell("woken", name)
         entry = index.get(named.id)
         assert entry is not None
         self._repair.look_soon(named.id)
@@ -421,25 +463,38 @@ class Stager:
 
     async def _fly(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
         """One flight, with its one log line and its metrics."""
-        async with self._flights.book(name, priority, "staged") as job:
-            kept = await self._already(name, holder)
-            if kept is None:
-                try:
-                    named = await self._fetcher.bring(name, job, expected=sha256)
-                except InvalidAdapter as error:
-                    error.stated = sha256 if error.what == "digest" else ""
-                    raise
-                assert named is not None
-                if loading is Loading.VERSIONED:
-                    self.node.loads.begin(name, named.id)  # the engine reads the artifact where it is: its own link can come meanwhile
-                try:
-                    return await to_the_end(self._show_under(name, named, holder))
-                finally:
-                    await self._fetcher.let_go(named)
-            job.outcome = "kept"
-            return kept
+        with self._prefetches.yielding():
+            async with self._flights.book(name, priority, "staged") as job:
+                kept = await self._already(name, holder)
+                if kept is None:
+                    named = await self._bring(name, job, sha256)
+                    if loading is Loading.VERSIONED:
+                        self.node.loads.begin(name, named.id)  # the engine reads the artifact where it is: its own link can come meanwhile
+                    try:
+                        return await to_the_end(self._show_under(name, named, holder))
+                    finally:
+                        await self._fetcher.let_go(named)
+                job.outcome = "kept"
+                return kept
+
+    async def _bring(self, name: AdapterName, job: Job, sha256: str) -> Named:
+        """Fetched and published, linked not yet, and held until the fetcher's `let_go`."""
+        try:
+            named = await self._fetcher.bring(name, job, expected=sha256)
+        except InvalidAdapter as error:
+            error.stated = sha256 if error.what == "digest" else ""
+            raise
+        assert named is not None
+        return named
 
     async def _show_under(self, name: AdapterName, named: Named, holder: str) -> Ensured:
+        await self._show(name, named)
+        ensured = self._lease(name, self.node.clock(), holder, staged=True, waited_s=0.0)
+        assert ensured is not None
+        return ensured
+
+    async def _show(self, name: AdapterName, named: Named) -> None:
+        """Let the name lead there, and tell so."""
         await self.node.disk.run(self.node.store.link, name, named.id)
         self.node.refusals.found(name)
         if self._is_full:
@@ -447,11 +502,8 @@ class Stager:
             log.info("the node has room again")
         nameless = self.node.holdings.put(name, named)
         self.node.changes.tell("published", name)
-        ensured = self._lease(name, self.node.clock(), holder, staged=True, waited_s=0.0)
-        assert ensured is not None
         if nameless is not None:  # it was refused, and what came is not
             await self._remover.drop_unnamed(nameless)
-        return ensured
 
     async def _already(self, name: AdapterName, holder: str) -> Ensured | None:
         """What needs no fetch after all: a removal that ended in keeping it, or something that others put here."""

@@ -114,6 +114,50 @@ def test_the_index_shows_its_books() -> None:
     assert repr(index) == "<Index 1 artifacts, 4096 used + 8192 reserved of 40960 bytes>"
 
 
+# ---- what nobody has asked for yet
+
+
+def test_what_nobody_has_asked_for_goes_first_the_one_whose_time_is_over_first() -> None:
+    """However late it came; what somebody has asked for since has its own place."""
+    index = filled("a", "b", "c", "d", blocks=4)
+    for id_, until in (("b", 90.0), ("c", 70.0), ("d", 80.0)):
+        index.expect(id_, until)
+    index.lease("b", until=10, now=9)
+    assert [index.is_expected(id_) for id_ in "abcd"] == [False, False, True, True]
+    assert [entry.id for entry in index.next_to_go(9, 20)] == ["c", "d", "a", "b"]
+    assert index.surplus(3 * B, 20) == ["c"]
+    index.kept("c")
+    assert index.reserve("flight", 3 * B, 20) == ["c", "d", "a"]
+
+
+def test_it_takes_room_that_is_free_below_a_limit_or_expected_no_longer() -> None:
+    """And nothing else: then nothing has changed."""
+    index = filled("a", "b", blocks=6)
+    assert index.reserve_free("flight", B, 10, 4 * B) == []
+    index.commit("flight", "c", B, 10)
+    index.expect("c", 20.0)
+    assert index.reserve_free("other", B, 10, 4 * B) == []
+    before = books(index)
+    for now in (15, 20):
+        index.pin("c", pinned=now == 20)
+        with pytest.raises(NoSpace, match="0 of 16384 are free for what nobody asks for yet"):
+            index.reserve_free("third", B, now, 4 * B)
+    index.pin("c", pinned=False)
+    assert books(index) == before
+    assert index.reserve_free("third", B, 20, 4 * B) == ["c"]
+    index.removed("c")
+    assert not index.is_expected("c")
+
+
+def test_as_many_as_a_node_brings_in_the_time_are_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more the first counts as used when it came; what is not there is not expected."""
+    monkeypatch.setattr("extproc.core.lru.MAX_EXPECTED", 2)
+    index = filled("a", "b", "c")
+    for id_ in ("a", "b", "c", "never"):
+        index.expect(id_, 10.0)
+    assert [index.is_expected(id_) for id_ in ("a", "b", "c", "never")] == [False, True, True, False]
+
+
 # ---- choosing
 
 
@@ -709,6 +753,12 @@ class Calls(RuleBasedStateMachine):
         if heir in self.sizes and from_id in self.leases:
             held = self.leases.setdefault(heir, {})
             held |= {holder: max(held.get(holder, until), until) for holder, until in self.leases[from_id].items()}
+
+    @rule(data=st.data(), length=st.integers(0, 20))
+    def expect(self, data: st.DataObject, length: int) -> None:
+        id_ = self._id(data)
+        self.index.expect(id_, self.now + length)
+        assert self.index.is_expected(id_) == (id_ in self.sizes)
 
     @rule(data=st.data(), pinned=st.booleans())
     def pin(self, data: st.DataObject, pinned: bool) -> None:

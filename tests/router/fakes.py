@@ -29,6 +29,7 @@ from extproc.router.judging import Judges
 from extproc.router.membership import Membership
 from extproc.router.models import Models as FleetModels
 from extproc.router.moving import Moves, Senders
+from extproc.router.prefetching import Prefetching
 from extproc.router.probe import Probe
 from extproc.router.processor import Processor, Services
 from extproc.router.residency import Residency
@@ -49,7 +50,11 @@ class ScriptedStager(StagerClient):
     def __init__(self, address: str) -> None:
         self.address = address
         self.asked: list[str] = []
+        self.prefetched: list[str] = []
+        self.kept_s: list[float] = []
+        self.has_slots = False  # for what is prefetched
         self.watched = 0
+        self.wakes = False  # whether the last watch wanted them
         self.heartbeats: list[float] = []
         self.first_state: NodeState | None = NodeState(True, "", "first")
         self.released: list[str] = []
@@ -82,11 +87,13 @@ class ScriptedStager(StagerClient):
         sha256: str = "",
         *,
         prefetch: bool = False,
+        keep_s: float = 0.0,
         loading: Loading = Loading.NONE,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Staged:
-        self.asked.append(adapter)
+        (self.prefetched if prefetch else self.asked).append(adapter)
         self.loadings.append(loading)
+        self.kept_s.append(keep_s)
         told = asyncio.create_task(self._tell(on_progress))
         try:
             await self._answer()
@@ -95,6 +102,8 @@ class ScriptedStager(StagerClient):
         staged = adapter not in self.known
         self.known.add(adapter)
         model = f"{adapter}@sha256:{self.digest[:12]}" if self.renames and loading is Loading.VERSIONED else adapter
+        if prefetch:
+            return Staged(self.digest, staged, "file", 0.0, 0.1, 1000, "", self.has_slots and loading is not Loading.NONE)
         return Staged(self.digest, staged, "file", self.lease_s, 0.1, 1000, model)
 
     async def _tell(self, on_progress: Callable[[Progress], None] | None) -> None:
@@ -151,9 +160,10 @@ class ScriptedStager(StagerClient):
         if self.error is not None:
             raise type(self.error)(self.error.message)
 
-    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False) -> AsyncIterator[WatchEvent]:
+    async def watch(self, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False, wakes: bool = False) -> AsyncIterator[WatchEvent]:
         self.watched += 1
         self.heartbeats.append(heartbeat_s)
+        self.wakes = wakes
         if self.first_state is not None:
             yield self.first_state
         while (event := await self.events.get()) is not None:
@@ -262,6 +272,19 @@ class Router:
             body_deadline_s=self.settings.body_deadline_s,
             clock=clock,
         )
+        rules = self.settings.rules(lambda _: 0)
+        self.prefetching = Prefetching(
+            self.membership,
+            self.residency,
+            cast("dict[str, StagerClient]", self.stagers),
+            rules,
+            self.metrics,
+            into_engine=self.settings.prefetch == "engine",
+            per_s=self.settings.prefetch_per_s,
+            clock=clock,
+        )
+        if self.settings.prefetch != "off":
+            self.membership.on_woken.append(self.prefetching.woken)
         self.staging = Staging(
             self.residency,
             self.admission,
@@ -269,10 +292,11 @@ class Router:
             loads=self.membership.loads,
             popularity=self.popularity,
             prefixes=self.prefixes,
-            rules=self.settings.rules(lambda _: 0),
+            rules=rules,
             no_space_wait_s=no_space_wait_s,
             hedge_s=self.settings.hedge_s,
             max_endpoints=self.settings.max_retry_endpoints,
+            prefetching=self.prefetching if self.settings.prefetch != "off" else None,
             clock=clock,
         )
         self.services = Services(
@@ -308,6 +332,7 @@ class Router:
 
     async def stop(self) -> None:
         """End what the parts do by themselves."""
+        await self.prefetching.close()
         await self.membership.stop()
         await self.models.close()
         await self.residency.close()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -168,7 +169,7 @@ class StagerService:
                 yield pb.VerifyResult(adapter=found.name, digest=found.digest, ok=not found.why, why=found.why, removed=found.removed, bytes=found.size)
 
     async def watch(self, request: pb.WatchRequest, _context: Context) -> AsyncIterator[pb.WatchEvent]:
-        wants = {"copies": request.copies, "load": request.load}
+        wants = {"copies": request.copies, "load": request.load, "wakes": request.wakes}
         async with contextlib.aclosing(watch_events(self._stager, request.instance, request.after, request.heartbeat_seconds, **wants)) as events:
             async for event in events:
                 yield event
@@ -233,6 +234,8 @@ class StagerService:
     async def _ensure(self, request: pb.EnsureRequest) -> Ensured:
         sha256 = stated_sha256(request.sha256)
         loading = _loading(request.loading)
+        if request.priority == pb.PREFETCH:
+            return await self._stager.prefetch(request.adapter, sha256=sha256, loading=loading, keep_s=_seconds("keep_seconds", request.keep_seconds))
         return await self._stager.ensure(request.adapter, priority=request.priority, holder=request.holder, sha256=sha256, loading=loading)
 
 
@@ -241,6 +244,12 @@ def _loading(number: int) -> Loading:
         return Loading(number)
     except ValueError:
         raise InvalidRequest(f"loading: {number} is not known here") from None
+
+
+def _seconds(field: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidRequest(f"{field}: {value} is no number of seconds")
+    return value
 
 
 def stated_sha256(text: str) -> str:

@@ -20,7 +20,6 @@ from ...core.artifact import adapter_name
 from ...errors import InvalidRequest, LoraExtprocError, NotPermitted
 from ...process.http import control_app
 from ..stager import Stager
-from ..supply.job import Job
 from ..work.audit import Verified
 from .grpc import stated_sha256
 from .replies import drain_reply, ensure_reply, list_parts
@@ -43,7 +42,8 @@ class Stage(Adapter):
     """What to put on disk."""
 
     sha256: str = Field("", description="What the weights file must have, in hex. Empty: whatever the origin has.")
-    prefetch: bool = Field(False, description="Nobody waits for it yet: requests go first.")
+    prefetch: bool = Field(False, description="Nobody waits for it yet: it is not leased, takes only room that nobody needs, and every request goes first.")
+    keep_seconds: float = Field(0.0, ge=0, allow_inf_nan=False, description="Of a prefetch: how long its room is not given to another one.")
     holder: str = Field("", description="Whose lease it is.")
 
 
@@ -99,10 +99,12 @@ def stager_app(stager: Stager, accepts: Callable[[str | None], bool] | None = No
     async def adapters() -> StreamingResponse:
         return StreamingResponse(_list_text(stager), media_type="application/json")
 
-    @app.post("/v1/stage", summary="Put an adapter on disk, lease it, and answer when it is there.", dependencies=may_ask)
+    @app.post("/v1/stage", summary="Put an adapter on disk, lease it unless it is a prefetch, and answer when it is there.", dependencies=may_ask)
     async def stage(asked: Stage) -> dict[str, Any]:
-        priority = Job.PREFETCH if asked.prefetch else Job.REQUEST
-        return _plain(ensure_reply(await stager.ensure(asked.adapter, priority=priority, holder=asked.holder, sha256=stated_sha256(asked.sha256))))
+        sha256 = stated_sha256(asked.sha256)
+        if asked.prefetch:
+            return _plain(ensure_reply(await stager.prefetch(asked.adapter, sha256=sha256, keep_s=asked.keep_seconds)))
+        return _plain(ensure_reply(await stager.ensure(asked.adapter, holder=asked.holder, sha256=sha256)))
 
     @app.post("/v1/release", summary="Give back leases.", dependencies=may_ask)
     async def release(asked: Release) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def ensure_reply(held: Ensured) -> pb.EnsureReply:
         waited_seconds=held.waited_s,
         bytes=held.size,
         model=held.model,
+        loaded=held.loaded,
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 
 from ...pb import stager_pb2 as pb
 from ..books.changes import Change
@@ -14,16 +14,17 @@ MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 60.0  # whatever a watcher asks for
 
 
 async def watch_events(
-    stager: Stager, instance: str = "", after: int = 0, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False
+    stager: Stager, instance: str = "", after: int = 0, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False, wakes: bool = False
 ) -> AsyncGenerator[pb.WatchEvent, None]:
     """What was missed since change `after` of that `instance`, the node's state, then every change. Ends for a watcher that is too slow.
 
     After `heartbeat_s` without a change comes a heartbeat; 0: never. This loop sends it, so that a loop that is stopped is noticed. With `copies` a state
     that is not resumed is followed by all copies, as they were told when it was made; changes come after the last part. With `load` what the engine works
-    on comes in between, always the latest.
+    on comes in between, always the latest. With `wakes` it is told of each adapter that a request asks for and nobody leased.
     """
     beat_s = min(max(heartbeat_s, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
     changes = stager.node.changes
+    hidden = {*(() if copies else ("loaded", "unloaded")), *(() if wakes else ("woken",))}
     with contextlib.ExitStack() as stack:
         queue, complete = stack.enter_context(changes.since(after if instance == stager.instance else -1))
         if load:
@@ -32,7 +33,7 @@ async def watch_events(
         while not queue.empty():  # what was missed, before the node may count as ready again
             if (change := queue.get_nowait()) is None:
                 return
-            if _concerns(change, copies=copies):
+            if _concerns(change, hidden):
                 yield _event(stager, change)
         whole = stager.copies.whole() if copies and not complete else None
         position = changes.last
@@ -57,16 +58,16 @@ async def watch_events(
                 else:
                     if change is None:
                         return
-                    if _concerns(change, copies=copies):
+                    if _concerns(change, hidden):
                         event = _event(stager, change, beat_s)
             if event is not None:  # what does not concern this watcher is no sign of life to it
                 said_at = loop.time()
                 yield event
 
 
-def _concerns(change: Change, *, copies: bool) -> bool:
+def _concerns(change: Change, hidden: Collection[str]) -> bool:
     """Whether a watcher is told the change. What has no number only wakes it."""
-    return bool(change.sequence) and (copies or change.kind not in ("loaded", "unloaded"))
+    return bool(change.sequence) and change.kind not in hidden
 
 
 async def _inventory(whole: Iterator[Part], position: int) -> AsyncGenerator[pb.WatchEvent, None]:
@@ -91,6 +92,8 @@ def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.Watch
             return pb.WatchEvent(sequence=change.sequence, loaded=change.adapter)
         case "unloaded":
             return pb.WatchEvent(sequence=change.sequence, unloaded=change.adapter)
+        case "woken":
+            return pb.WatchEvent(sequence=change.sequence, woken=change.adapter)
         case "space":
             index = stager.node.holdings.index
             space = pb.Space(used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)

@@ -11,7 +11,7 @@ KEPT = 10_000  # the last changes; who missed more must start anew
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`kind` is "node", "published", "refreshed", "evicted", "refused", "loaded", "unloaded", "space" or "demand"; of what passes, "load", and `sequence` is 0."""
+    """`kind` is "node", "published", "refreshed", "evicted", "refused", "loaded", "unloaded", "woken", "space" or "demand"; of what passes, "load", and `sequence` is 0."""
 
     sequence: int
     kind: str

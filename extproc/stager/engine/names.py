@@ -97,14 +97,14 @@ class Loads:
         """The engine has these names in memory now: it works on requests by them. Names that are not ours say nothing."""
         for name in names:
             if name in self._known:
-                self._tell_moved(self._resident.used(name, self._slots))
+                self._tell_moved(self._resident.used(name, self.slots))
 
     def trim(self) -> None:
         """The number of the engine's slots was learned, or may have been."""
-        self._tell_moved(self._resident.trim(self._slots))
+        self._tell_moved(self._resident.trim(self.slots))
 
     @property
-    def _slots(self) -> int:
+    def slots(self) -> int:
         """Adapters in the engine's memory at most; 0: not known. A vLLM that is told nothing else keeps as many as it runs."""
         return self._engine.limits.max_cpu_loras or self._engine.limits.max_loras
 
@@ -192,6 +192,17 @@ class Loads:
     def knows(self, name: str) -> bool:
         """Whether the engine knows the name because of us."""
         return name in self._known
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a load is in progress, or waits for its turn."""
+        return len(self._flights) > 0
+
+    def next_out(self) -> ArtifactId | None:
+        """What falls out of the engine's memory when one more adapter is loaded; None where nothing of ours does."""
+        name = self._resident.next_out(self.slots)
+        load = self._known.get(name) if name is not None else None
+        return load.id if load is not None else None
 
     def is_loading(self, id_: ArtifactId) -> bool:
         """Whether the engine is about to know the artifact, and does not list it yet."""
@@ -310,7 +321,7 @@ class Loads:
         self._known[name] = load
         self._names.setdefault(load.id, set()).add(name)
         self._holdings.index.stands(load.id, State.LOADED)
-        self._tell_moved({name, *self._resident.used(name, self._slots)})
+        self._tell_moved({name, *self._resident.used(name, self.slots)})
 
     def _unlearn(self, name: str) -> None:
         load = self._known.pop(name, None)

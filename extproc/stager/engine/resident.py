@@ -37,6 +37,10 @@ class Resident:
             del self._names[name]
         return gone
 
+    def next_out(self, slots: int) -> str | None:
+        """The name that falls out when one more comes; None where there is room for it."""
+        return next(iter(self._names), None) if len(self._names) >= min(slots or self._max_names, self._max_names) else None
+
     def drop(self, name: str) -> None:
         """It is not in memory any more, and its place is free."""
         self._names.pop(name, None)

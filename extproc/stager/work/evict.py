@@ -18,7 +18,7 @@ from typing import Any
 from ...core.artifact import AdapterName, ArtifactId
 from ...core.life import State
 from ...core.lru import Entry
-from ...errors import AdapterInUse, DiskFailed, EngineUnreachable, LoraExtprocError, NoSpace
+from ...errors import AdapterInUse, DiskFailed, EngineUnreachable, LoraExtprocError, NoSpace, PrefetchGivenUp
 from ..engine.rest import Look, Rest, Standing
 from ..node import Node
 from .removal import Removal, Stays
@@ -95,6 +95,24 @@ class Remover:
             passed_over.clear()
             unread_only = False
             await asyncio.sleep(LOOK_S)
+
+    async def take_free(self, token: str, size: int) -> None:
+        """Set room aside for what nobody has asked for: what is free below the mark from which on the disk is emptied, or taken by what was expected and did
+        not come. Raises PrefetchGivenUp, DiskFailed.
+        """
+        index, settings = self._node.holdings.index, self._node.settings
+        before = index.reserved_by(token)
+        await self.measure()
+        try:
+            victims = index.reserve_free(token, size, self._node.clock(), int(settings.high_watermark * index.limit))
+        except NoSpace as error:
+            raise PrefetchGivenUp(error.message) from None
+        stayed = [removal for removal in await self._remove_all(victims, "room") if removal.stays is not None]
+        if stayed:
+            index.give_back(token, before)
+            if isinstance(stayed[0].error, DiskFailed):
+                raise stayed[0].error
+            raise PrefetchGivenUp(f"{token} needs {size} bytes; what could go for it may still be read by the engine")
 
     async def measure(self) -> None:
         """Let the index know what the file system has room for: others write there too, and it may be smaller than the budget."""

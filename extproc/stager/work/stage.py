@@ -291,14 +291,18 @@ class Fetcher:
         async with self._phase(job, "fetch"), following as follower, self._fetching(plan, weights, directory, job) as download:
             if weights.size is not None and weights.path == WEIGHTS_FILE:
                 download.follow(follower)
-                judge = self._judge(plan, weights.size, config, job, follower, lambda: self._remover.reserve(token, size))
+                judge = self._judge(plan, weights.size, config, job, follower, lambda: self._reserve(token, size, job))
                 download.hold_for(judge, min(PREFIX_BYTES, weights.size))
             else:
                 async with self._phase(job, "reserve", inside="fetch"):
-                    await self._remover.reserve(token, size)
+                    await self._reserve(token, size, job)
             await plan.source.go_on(listing, download, job)
             files.append(await self._finish(plan, download))
             return Brought(config, files, await follower.end())
+
+    async def _reserve(self, token: str, size: int, job: Job) -> None:
+        """Room for `size` bytes more; for a prefetch that nobody waits for, such as nobody misses."""
+        await (self._remover.take_free(token, size) if job.priority == Job.PREFETCH else self._remover.reserve(token, size))
 
     def _judge(self, plan: Plan, size: int, config: AdapterConfig, job: Job, follower: Follower, reserve: Callable[[], Awaitable[None]]) -> Judge:
         """Judges the header of the weights when it has arrived, makes room for the rest, and lets `follower` look through that."""
@@ -341,10 +345,10 @@ class Fetcher:
         job.total_bytes = file.size or 0
         async with self._phase(job, "fetch"), self._fetching(plan, file, directory, job) as download:
             if file.size is not None:
-                download.hold_for(self._judge_archive(plan, file.size, job, lambda: self._remover.reserve(token, size)), min(FIRST_HEAD_BYTES, file.size))
+                download.hold_for(self._judge_archive(plan, file.size, job, lambda: self._reserve(token, size, job)), min(FIRST_HEAD_BYTES, file.size))
             else:
                 async with self._phase(job, "reserve", inside="fetch"):
-                    await self._remover.reserve(token, size)
+                    await self._reserve(token, size, job)
             await plan.source.go_on(plan.listing, download, job)
             await self._finish(plan, download)
         async with self._phase(job, "unpack"):
@@ -356,7 +360,7 @@ class Fetcher:
                 raise InvalidAdapter(f"{file.path} holds no {CONFIG_FILE}", "archive")
             unpacked = self._check_listing(inside)
             await self._check_packed(packed, chosen)
-            await self._remover.reserve(token, unpacked)
+            await self._reserve(token, unpacked, job)
             await self._on_disk(archive.unpack, packed, chosen, directory)
             await self._on_disk(packed.unlink)
             files = [await self._on_disk(hash_file, directory / member.path, member.path) for member in chosen]

@@ -11,12 +11,16 @@ import pytest
 from extproc.client import (
     SERVICE,
     Evicted,
+    Loading,
+    NodeState,
     Progress,
+    Published,
     Refreshed,
     Staged,
     StagerClient,
+    Woken,
 )
-from extproc.config import EngineSettings, OriginSettings, PeerSettings, StagerSettings
+from extproc.config import OriginSettings, PeerSettings
 from extproc.core.artifact import ArtifactId, adapter_name
 from extproc.errors import (
     BY_NAME,
@@ -27,20 +31,17 @@ from extproc.errors import (
     ModelNotFound,
     NotPermitted,
     Overloaded,
+    PrefetchGivenUp,
 )
-from extproc.metrics import StagerMetrics
 from extproc.pb import stager_pb2 as pb
 from extproc.stager.api import grpc as service_module
 from extproc.stager.api.grpc import READ_BYTES
 from extproc.stager.books.holdings import Named
-from extproc.stager.engine.api import Engine
-from extproc.stager.stager import Stager
 from extproc.stager.supply.origins.file import FileOrigin
-from extproc.stager.supply.source import Source
 from extproc.up.demo import write_adapter
 from tests.fakes.adapters import CONFIG, WEIGHTS, sha256, size_of, small_files, write_small
 from tests.fakes.origin import FakeOrigin
-from tests.fakes.wait import Clock, turns, until
+from tests.fakes.wait import Clock, until
 
 from ..conftest import ServeNode, labels_of, next_of
 
@@ -67,32 +68,53 @@ async def test_a_deadline_that_passes_ends_the_wait_not_the_fetch(serve_node: Se
     assert set(origin.fetched.values()) == {1}
 
 
-async def test_who_waits_goes_before_who_prefetches(origin: FakeOrigin, serve_node: ServeNode, tmp_path: Path, clock: Clock) -> None:
-    """With one place at the origin, the request that came last is served first; a prefetch that a request joins is a request."""
-    names = ("acme/first", "acme/prefetched", "acme/joined", "acme/asked")
-    for seed, name in enumerate(names):
-        origin.add(name, small_files(seed=seed))
-    stall = origin.stall("acme/first", WEIGHTS)
-    settings = StagerSettings(dir=str(tmp_path / "node"), engine=EngineSettings(url=""))
-    one_place = OriginSettings(type="file", path="/", max_fetches=1)
-    stager = Stager(settings, [Source(origin, one_place, clock)], Engine(settings.engine), StagerMetrics(), clock)
-    await stager.open()
-    client = (await serve_node(stager=stager)).ask()
+async def test_a_prefetch_leases_nothing_and_keeps_its_room_for_as_long_as_it_says(origin: FakeOrigin, serve_node: ServeNode, clock: Clock) -> None:
+    """As Ensure and as Stage."""
+    for number in range(3):
+        origin.add(f"acme/{number}", small_files(seed=number))
+    node = await serve_node(max_bytes=SIZE, high_watermark=1.0)
+    router = node.ask("router")
+    brought = await router.ensure("acme/0", prefetch=True, keep_s=100.0, loading=Loading.VERSIONED)
+    assert (brought.staged, brought.lease_s, brought.loaded) == (True, 0.0, False)
+    assert await router.release() == 0
+    said: list[Progress] = []
+    with pytest.raises(PrefetchGivenUp):
+        await router.ensure("acme/1", prefetch=True, keep_s=100.0)
+    clock.now += 101
+    assert (await router.ensure("acme/1", prefetch=True, keep_s=100.0, on_progress=said.append)).staged
+    assert (await router.ensure("acme/2")).staged
+    assert [adapter.name for adapter in (await router.list()).adapters] == ["acme/2"]
 
-    async def is_in_line(name: str, count: int) -> None:
-        await until(lambda: (job := stager.job(name)) is not None and job.phase == "check")
-        await until(lambda: sum(map(stager._in_flight.waiters, stager._flights.names())) == count)
 
-    calls = [asyncio.create_task(client.ensure("acme/first"))]
-    await stall.reached.wait()
-    for name, prefetch in (("acme/prefetched", True), ("acme/joined", True), ("acme/joined", False), ("acme/asked", False)):
-        calls.append(asyncio.create_task(client.ensure(name, prefetch=prefetch)))
-        await is_in_line(name, len(calls))
-    await turns()
-    stall.release()
-    await asyncio.gather(*calls)
-    assert [name for name, path in origin.fetched if path == CONFIG] == ["acme/first", "acme/joined", "acme/asked", "acme/prefetched"]
-    await stager.close()
+@pytest.mark.parametrize("keep_s", [float("nan"), float("inf"), -1.0])
+async def test_a_prefetch_is_kept_for_a_time(serve_node: ServeNode, origin: FakeOrigin, keep_s: float) -> None:
+    """And not for what is none."""
+    origin.add("acme/0", small_files())
+    with pytest.raises(InvalidRequest, match=r"keep_seconds: .* is no number of seconds"):
+        await (await serve_node()).ask().ensure("acme/0", prefetch=True, keep_s=keep_s)
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+async def test_a_wake_up_is_told_to_watchers_who_want_it(serve_node: ServeNode, origin: FakeOrigin, wakes: bool) -> None:
+    """Behind what tells that the adapter is there. A prefetch is none."""
+    for number in range(2):
+        origin.add(f"acme/{number}", small_files(seed=number))
+    node = await serve_node()
+    client = node.ask("router")
+    watching = client.watch(wakes=wakes)
+    await next_of(watching, NodeState)
+    await client.ensure("acme/0", prefetch=True)
+    for name in ("acme/0", "acme/0", "acme/1"):
+        await client.ensure(name)
+    await client.evict("acme/1") if await client.release("acme/1") else None
+    seen = []
+    async for event in watching:
+        if isinstance(event, Woken | Published | Evicted):
+            seen.append(event)
+        if isinstance(event, Evicted):
+            break
+    expected = [Published("acme/0"), Woken("acme/0"), Published("acme/1"), Woken("acme/1"), Evicted("acme/1")]
+    assert seen == [event for event in expected if wakes or not isinstance(event, Woken)]
 
 
 async def test_an_adapter_stays_until_every_holder_gave_it_back(serve_node: ServeNode, origin: FakeOrigin) -> None:
