@@ -165,7 +165,7 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What the engine works on, `age_s` seconds before this was sent. Slots of 0: not known."""
+    """What the engine works on, `age_s` seconds before this was sent. Slots of 0: not known. It is looked at `every_s`, and told `routers`."""
 
     running: float
     waiting: float
@@ -173,6 +173,8 @@ class EngineLoad:
     slots: int
     cpu_slots: int
     age_s: float
+    every_s: float = 0.0
+    routers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -580,7 +582,10 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
             return Woken(message.woken)
         case "load":
             load = message.load
-            return EngineLoad(load.running, load.waiting, load.kv_usage, load.slots, load.cpu_slots, load.age_seconds) if load.known else None
+            if not load.known:
+                return None
+            shown = (load.running, load.waiting, load.kv_usage, load.slots, load.cpu_slots, load.age_seconds)
+            return EngineLoad(*shown, load.every_seconds, max(1, load.routers))
         case "space":
             return Space(message.space.used_bytes, message.space.reserved_bytes, message.space.max_bytes)
         case _:

@@ -4,9 +4,10 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 
 | where the adapter is | the request | in the background |
 | --- | --- | --- |
-| leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; the next one, if all are within EARLY of the bound |
+| leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there |
 | leased here, none below the bound | waits for the next one; without one, goes to the one with the least in flight | |
 | leased here only where an endpoint drains | that one | the best place |
+| not leased here, and in no engine's memory but one's whose endpoint drains | waits for that one, which costs one call | the best place |
 | not leased here, but in some engine's memory, below the bound | waits for the one of those with the least in flight, which costs one call | |
 | elsewhere or nowhere | waits for the best place | |
 
@@ -31,7 +32,6 @@ from .endpoint import Endpoint
 from .load import Loads
 
 Balance = Literal["bounded", "maglev", "hrw", "random", "least_adapters", "least_latency", "bin_pack"]
-EARLY = 0.96  # of the bound: from there the next copy is prepared, since requests come while it is made
 SAMPLED = 8  # endpoints that a base model's request chooses among
 _REMEMBERED = 65_536  # adapters whose pattern was looked for
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
@@ -44,6 +44,7 @@ class At(Enum):
 
     LEASED = "leased and in the engine's memory: served at once"
     LEAVING = "leased, on an endpoint that drains"
+    PARTING = "in the memory of an engine whose endpoint drains: a lease costs one call, and is not for long"
     WARM = "in the engine's memory, as its stager says: a lease costs one call"
     COLD = "on disk alone: a request costs a load into the engine, whether it is leased or not"
 
@@ -106,11 +107,11 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
     least = leased[0] if len(leased) == 1 else _least(leased, loads, order)
     in_flight = loads[least.address].in_flight
     serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].in_flight < bound else least
-    if in_flight < EARLY * bound:
+    if in_flight < bound:
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(copies, order, loads, bound, rule)
-    if following is None or in_flight < bound:
-        return Choice(serve, prepare=following)
+    if following is None:
+        return Choice(least)
     has_files = any(copy.endpoint == following for copy in copies)
     return Choice(None, (following, least)) if has_files or loads[least.address].is_queueing else Choice(least, prepare=following)
 
@@ -123,6 +124,9 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
         first = _best_place(copies, order, loads, bound, must_be_below=first is not None) or first
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=first)
+    parting = [] if warm else [copy.endpoint for copy in copies if copy.at is At.PARTING]
+    if parting:
+        return Choice(None, (*parting, *order), first)
     return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)))
 
 

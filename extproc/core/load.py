@@ -1,47 +1,59 @@
-"""How many requests are in flight at each endpoint of a pool: what its engine said last, and what this router has sent there since.
+"""How many requests are in flight at each endpoint of a pool: what its engine said last, what routers have sent there since, and what is held for it here.
 
-An engine's word is up to 2 s old, and counts everybody's requests; what was sent after it was taken is added one by one, and dropped with the next word.
+An engine's word counts everybody's requests. What was sent after it was taken is added, as many times as there are routers: what the others send is not heard of
+sooner, and is as much. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before its last look
+is in the number, or as many have ended. If the stager says how often it looks, only what was sent since then counts: half of that time, as it is on average.
+Else everything since the word does.
 Of an endpoint whose engine says nothing, what was sent in the last FORGOTTEN_S counts: it is all that is known, and a request ends some time.
-The sum over what is `ready` is kept up to date, since every decision asks for the mean.
+
+The mean is that of the engines' words, since as many requests end between two looks as are sent; what is sent beyond that, as to an idle fleet, is added.
+Its sums over what is `ready` are kept up to date, since every decision asks for the mean.
 """
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FORGOTTEN_S = 4.0  # of a request of which no engine has spoken: the mean time of a chat completion
 STALE_S = 6.0  # an engine's word counts so long: three of those that come every 2 s are missing by then
+LATE_S = 0.01  # that a stager's look and its word take
+ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does
 MAX_SENT = 1024  # requests remembered per endpoint between two words; more than an engine takes in 2 s
 FEW = 2.0  # requests in flight are never too many: below that, integers alone make an endpoint look busy
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What an engine said: requests that it computes and that it queues, and how many adapters it keeps in memory (0: not known)."""
+    """What an engine said, and its stager of it: requests that it computes and that it queues, how many adapters it keeps in memory (0: not known),
+    how often the stager looks (0: it does not say), and how many routers listen to it, this one included."""
 
     running: float = 0.0
     waiting: float = 0.0
     slots: int = 0
+    every_s: float = 0.0
+    routers: int = 1
 
 
 SILENT = Engine()
 
 
 class Load:
-    """One endpoint's."""
+    """One endpoint's. `in_flight` is kept by `Loads`."""
 
-    __slots__ = ("adapters", "counts", "engine", "said_at", "sent")
+    __slots__ = ("adapters", "counts", "engine", "held", "in_flight", "said_at", "sent")
 
     def __init__(self) -> None:
         self.engine = SILENT
         self.said_at = float("-inf")  # when its metrics were read
         self.sent: deque[float] = deque(maxlen=MAX_SENT)  # times, since then
+        self.held = 0  # requests that wait here until the adapter is there
         self.adapters = 0  # that are in demand there
         self.counts = True  # towards the mean
+        self.in_flight = 0.0
 
     @property
-    def in_flight(self) -> float:
-        return self.engine.running + self.engine.waiting + len(self.sent)
+    def said(self) -> float:
+        return self.engine.running + self.engine.waiting
 
     @property
     def is_queueing(self) -> bool:
@@ -59,7 +71,7 @@ class Loads:
 
     def __init__(self, addresses: Iterable[str] = ()) -> None:
         self._of: dict[str, Load] = {address: Load() for address in addresses}
-        self._total = 0.0
+        self._said = self._total = 0.0  # over those that count
         self._ready = len(self._of)
 
     def __getitem__(self, address: str) -> Load:
@@ -83,57 +95,86 @@ class Loads:
     def send(self, address: str, now: float) -> None:
         """A request goes there."""
         load = self._of.get(address)
-        if load is None:
-            return
-        before = len(load.sent)
-        _expire(load, now)
-        load.sent.append(now)
-        if load.counts:
-            self._total += len(load.sent) - before
+        if load is not None:
+            said = load.said
+            _expire(load, now)
+            load.sent.append(now)
+            self._update(load, said)
+
+    def hold(self, address: str) -> None:
+        """A request waits here for what that endpoint will have. `release` must follow."""
+        self._hold(address, 1)
+
+    def release(self, address: str) -> None:
+        """It waits no more."""
+        self._hold(address, -1)
+
+    def _hold(self, address: str, requests: int) -> None:
+        load = self._of.get(address)
+        if load is not None:
+            load.held = max(0, load.held + requests)  # another endpoint may have come under the address meanwhile
+            self._update(load, load.said)
 
     def say(self, address: str, engine: Engine, taken_at: float) -> None:
         """The engine's word, of the time `taken_at`."""
         load = self._of.get(address)
         if load is None or taken_at < load.said_at:
             return
-        before = load.in_flight
+        said = load.said
         load.engine, load.said_at = engine, taken_at
         while load.sent and load.sent[0] <= taken_at:
             load.sent.popleft()
-        if load.counts:
-            self._total += load.in_flight - before
+        self._update(load, said)
 
     def demand(self, address: str, adapters: int, slots: int) -> None:
         """How many adapters are in demand there; `slots` 0: as the engine said."""
         load = self._of.get(address)
         if load is not None:
             load.adapters = adapters
-            if slots:
-                load.engine = Engine(load.engine.running, load.engine.waiting, slots)
+            if slots != load.engine.slots and slots:
+                load.engine = replace(load.engine, slots=slots)
 
     def sweep(self, now: float) -> None:
-        """Drop what is too old to count, which `send` does only for endpoints that are sent something. To be called every second or so."""
+        """Drop what is too old to count, which `send` does only for endpoints that are sent something. To be called a few times a second."""
         for load in self._of.values():
-            _expire(load, now)
+            if load.sent or now - load.said_at > STALE_S:
+                _expire(load, now)
+                load.in_flight = _in_flight(load)
         self._add_up()
 
     def mean(self) -> float:
         """Requests in flight per ready endpoint."""
-        return self._total / self._ready if self._ready else 0.0
+        return max(self._said, self._total - ENDING * self._said) / self._ready if self._ready else 0.0
 
     def bound(self, factor: float) -> float:
         """From so many requests in flight on, an endpoint carries too much: `factor` times the mean."""
         return max(factor * self.mean(), FEW)
 
+    def _update(self, load: Load, said: float) -> None:
+        """`said`: what its word was before."""
+        before, load.in_flight = load.in_flight, _in_flight(load)
+        if load.counts:
+            self._said += load.said - said
+            self._total += load.in_flight - before
+
     def _add_up(self) -> None:
         counted = [load for load in self._of.values() if load.counts]
-        self._total, self._ready = sum(load.in_flight for load in counted), len(counted)
+        self._said, self._total, self._ready = sum(load.said for load in counted), sum(load.in_flight for load in counted), len(counted)
+
+
+def _in_flight(load: Load) -> float:
+    return load.said + load.engine.routers * len(load.sent) + load.held
 
 
 def _expire(load: Load, now: float) -> None:
-    if now - load.said_at <= STALE_S:
+    """Forget what was sent and counts no longer, and a word that is too old."""
+    engine = load.engine
+    if now - load.said_at > STALE_S:
+        load.engine = Engine(slots=engine.slots)
+        counts_s = FORGOTTEN_S
+    elif engine.every_s:
+        counts_s = engine.every_s / 2 + LATE_S
+    else:
         return
-    if load.engine.running or load.engine.waiting:
-        load.engine = Engine(slots=load.engine.slots)
-    while load.sent and load.sent[0] <= now - FORGOTTEN_S:
+    while load.sent and load.sent[0] <= now - counts_s:
         load.sent.popleft()

@@ -274,7 +274,7 @@ class Inventory(_message.Message):
     def __init__(self, cold: _Optional[_Iterable[str]] = ..., warm: _Optional[_Iterable[str]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "slots", "cpu_slots", "age_seconds", "known")
+    __slots__ = ("running", "waiting", "kv_usage", "slots", "cpu_slots", "age_seconds", "known", "every_seconds", "routers")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,8 @@ class EngineLoad(_message.Message):
     CPU_SLOTS_FIELD_NUMBER: _ClassVar[int]
     AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
+    EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     running: float
     waiting: float
     kv_usage: float
@@ -289,7 +291,9 @@ class EngineLoad(_message.Message):
     cpu_slots: int
     age_seconds: float
     known: bool
-    def __init__(self, running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., slots: _Optional[int] = ..., cpu_slots: _Optional[int] = ..., age_seconds: _Optional[float] = ..., known: _Optional[bool] = ...) -> None: ...
+    every_seconds: float
+    routers: int
+    def __init__(self, running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., slots: _Optional[int] = ..., cpu_slots: _Optional[int] = ..., age_seconds: _Optional[float] = ..., known: _Optional[bool] = ..., every_seconds: _Optional[float] = ..., routers: _Optional[int] = ...) -> None: ...
 
 class Space(_message.Message):
     __slots__ = ("used_bytes", "reserved_bytes", "max_bytes")

@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 WATCHES_PER_S = 400.0  # heartbeats of all stagers together that this router listens to: a few percent of a core
 MISSED_S = 5.0  # an endpoint that the proxy could not reach is tried again after so long
-TICK_S = 1.0  # what is too old to count as load is dropped so often
+TICK_S = 0.25  # what is too old to count as load is dropped so often: some 0.3 ms of 1,000 endpoints
 _SIZES = (DEFAULT_TABLE_SIZE, 655_373, MAX_TABLE_SIZE)  # a table that the fleet has outgrown is replaced by the next, on every router alike
-WINDOW_TICKS = 30  # and after so many of those a window of popularity ends
+WINDOW_TICKS = 120  # and after so many of those a window of popularity ends
 
 
 @dataclass(slots=True)

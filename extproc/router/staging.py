@@ -153,8 +153,10 @@ class Staging:
                 if standing is Standing.READY:
                     leased = warm and self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None
                     found.append(Copy(endpoint, At.LEASED if leased else At.WARM if warm else At.COLD))
-                elif standing is Standing.DRAINING and self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None:
-                    found.append(Copy(endpoint, At.LEAVING))
+                elif standing is Standing.DRAINING:
+                    leased = self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None
+                    if leased or warm:
+                        found.append(Copy(endpoint, At.LEAVING if leased else At.PARTING))
         return found
 
     def _order(self, forward: Forward, rule: Rule, copies: int) -> Sequence[Endpoint]:
@@ -236,6 +238,7 @@ class Staging:
     async def _walk(self, forward: Forward, began: float) -> Placed:
         """Ask the candidates in turn, and beside one that makes no progress the next. The first that has the adapter is the place."""
         choice = self._choose(forward)
+        loads = self._loads[forward.pool.name]
         candidates = choice.wait_for[:MAX_CANDIDATES] if choice.serve is None else (choice.serve,)
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")
         asked: dict[asyncio.Task[Staged], Endpoint] = {}
@@ -246,6 +249,7 @@ class Staging:
                     endpoint = candidates[entered]
                     self._tell_of_hedge(forward, asked, endpoint)
                     entered += 1
+                    loads.hold(endpoint.address)
                     asked.setdefault(self._residency.ask(endpoint, forward.adapter, plain=forward.plain), endpoint)  # endpoints of one stager share a call
                 hedge_in_s = self._until_stuck_s(forward, asked) if entered < len(candidates) else None
                 done, _ = await asyncio.wait(asked, timeout=hedge_in_s, return_when=asyncio.FIRST_COMPLETED)
@@ -260,6 +264,7 @@ class Staging:
                     failure = error.bare()
         finally:
             for endpoint in candidates[:entered]:
+                loads.release(endpoint.address)
                 self._residency.leave(endpoint, forward.adapter, plain=forward.plain)
         raise failure
 

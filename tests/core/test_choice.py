@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import EARLY, SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of
+from extproc.core.choice import SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
 
@@ -44,15 +44,8 @@ def test_the_copy_with_the_longest_prefix_serves_while_it_is_below_the_bound() -
     assert choose(leased(A, B), ENDPOINTS, loads_of(11, 9, 10, 10), RULE, preferred=A).serve == A
     assert choose(leased(A, B), ENDPOINTS, loads_of(20, 9, 10, 10), RULE, preferred=A).serve == B
     assert choose(leased(A, B), ENDPOINTS, loads_of(11, 9), RULE, preferred=C).serve == B
-    near = loads_of(12.8, 12.6, 9.2, 9.2, 9.2, 9.2)  # 12.96 is the bound: the next copy is prepared
-    assert choose(leased(A, B), ENDPOINTS, near, RULE, preferred=A) == Choice(A, prepare=C)
-
-
-def test_near_the_bound_the_next_copy_is_prepared_while_this_one_serves() -> None:
-    """Requests go on coming while a copy is made."""
-    loads = loads_of(EARLY * 1.25 * 10 + 0.1, 10, 9, 9, 9, 9)
-    choice = choose(leased(A), ENDPOINTS, loads, RULE)
-    assert (choice.serve, choice.prepare) == (A, B)
+    near = loads_of(12.8, 12.6, 9.2, 9.2, 9.2, 9.2)  # 12.96 is the bound
+    assert choose(leased(A, B), ENDPOINTS, near, RULE, preferred=A) == Choice(A)
 
 
 def test_above_the_bound_a_request_waits_for_a_load_and_not_for_a_fetch() -> None:
@@ -156,6 +149,13 @@ def test_what_drains_serves_what_is_leased_there_until_another_has_it() -> None:
     assert choose([Copy(A, At.LEAVING)], (), loads_of(10), RULE) == Choice(A)
 
 
+def test_what_only_a_draining_engine_has_is_leased_there_while_another_is_given_it() -> None:
+    """A call takes milliseconds, and a fetch seconds: another router had the lease."""
+    assert choose([Copy(A, At.PARTING)], (B, C), loads_of(10), RULE) == Choice(None, (A, B, C), prepare=B)
+    assert choose([Copy(A, At.PARTING), Copy(C, At.WARM)], (B, C), loads_of(10), RULE).wait_for[0] == C
+    assert choose([Copy(A, At.PARTING), *leased(B)], (B, C), loads_of(10), RULE) == Choice(B)
+
+
 def test_without_any_endpoint_there_is_nothing_to_wait_for() -> None:
     """The caller says so to the client."""
     assert choose([], (), loads_of(10), RULE) == Choice()
@@ -176,7 +176,7 @@ def test_whatever_is_known_a_choice_can_be_followed(
 ) -> None:
     """Only a leased copy serves at once, nothing is made where it is in memory, and a request is refused only if there is nowhere to go."""
     copies = [Copy(endpoint, at) for endpoint, at in known]
-    ready = [e for e in order if all(copy.endpoint != e or copy.at is not At.LEAVING for copy in copies)][:count]
+    ready = [e for e in order if all(copy.endpoint != e or copy.at not in (At.LEAVING, At.PARTING) for copy in copies)][:count]
     choice = choose(copies, ready, loads_of(*in_flight), RULE, is_hot=is_hot)
     at = dict(known)
     assert choice.serve is None or at[choice.serve] in (At.LEASED, At.LEAVING)

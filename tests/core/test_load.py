@@ -2,7 +2,7 @@
 
 import pytest
 
-from extproc.core.load import FEW, FORGOTTEN_S, MAX_SENT, STALE_S, Engine, Loads
+from extproc.core.load import ENDING, FEW, FORGOTTEN_S, MAX_SENT, STALE_S, Engine, Loads
 
 
 def test_what_was_sent_after_an_engines_word_is_added_to_it() -> None:
@@ -12,7 +12,53 @@ def test_what_was_sent_after_an_engines_word_is_added_to_it() -> None:
         loads.send("a", at)
     loads.say("a", Engine(running=5, waiting=2), taken_at=2.0)
     assert loads["a"].in_flight == 8
-    assert loads.mean() == 4
+
+
+def test_what_was_sent_before_the_last_look_is_in_the_number_or_was_replaced() -> None:
+    """A stager that has looked since and said nothing has seen no step; its last look was half of the time between two ago, on average."""
+    loads = Loads(["a"])
+    loads.say("a", Engine(running=5, every_s=0.5), taken_at=0.0)
+    loads.send("a", 0.1)
+    loads.send("a", 0.3)
+    assert loads["a"].in_flight == 7
+    loads.sweep(0.5)
+    assert loads["a"].in_flight == 6
+    loads.send("a", 0.9)
+    assert loads["a"].in_flight == 6
+
+
+def test_what_was_sent_counts_once_for_each_router() -> None:
+    """The others send as much, of which nothing is heard before the next word."""
+    loads = Loads(["a"])
+    loads.say("a", Engine(running=5, routers=4), taken_at=0.0)
+    loads.send("a", 0.1)
+    assert loads["a"].in_flight == 9
+
+
+def test_what_waits_here_for_an_adapter_counts_at_the_endpoint_that_will_have_it() -> None:
+    """A hundred requests for cold adapters that come within a fetch's time are spread."""
+    loads = Loads(["a"])
+    loads.hold("a")
+    loads.hold("a")
+    loads.release("a")
+    assert loads["a"].in_flight == loads.mean() == 1
+    loads.follow(["b"])
+    loads.release("a")
+    loads.release("b")
+    assert loads["b"].in_flight == 0
+
+
+def test_the_mean_takes_what_was_sent_to_replace_what_ended() -> None:
+    """Up to ENDING of what runs; else a router that sends all requests would take the fleet for busier the longer no word came. A burst counts."""
+    loads = Loads(["a", "b"])
+    loads.say("a", Engine(running=16), taken_at=0.0)
+    loads.say("b", Engine(running=16), taken_at=0.0)
+    for _ in range(int(ENDING * 32)):
+        loads.send("a", 0.1)
+    assert loads.mean() == 16
+    loads.send("a", 0.1)
+    loads.send("b", 0.1)
+    assert loads.mean() == 17
 
 
 def test_a_word_that_is_older_than_the_last_is_ignored() -> None:
@@ -49,7 +95,8 @@ def test_the_mean_is_that_of_the_ready_endpoints() -> None:
     loads.say("c", Engine(running=100), taken_at=0.0)
     loads.stand(ready=["a", "b"])
     assert loads.mean() == 2
-    loads.send("c", 1.0)
+    for _ in range(9):
+        loads.send("c", 1.0)
     assert loads.mean() == 2
 
 

@@ -11,6 +11,7 @@ from extproc.core.artifact import AdapterName
 from extproc.core.decision import Forward
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine
+from extproc.core.standing import Stager
 from extproc.errors import ModelNotFound, NoSpace, OriginDown, StageDeadline, StagerUnavailable
 from extproc.router.staging import MAX_CANDIDATES, Placed
 from tests.fakes.wait import VirtualLoop, turns, until
@@ -144,6 +145,32 @@ async def test_a_cold_adapter_goes_to_the_less_loaded_of_its_first_two() -> None
     for _ in range(2):
         assert (await serve(router, chat("a"))).first_destination() == second.address
     assert router.stager_of(owner).asked == []
+
+
+async def test_what_is_held_for_an_endpoint_counts_there_before_it_is_sent() -> None:
+    """Else all cold requests that come within a fetch's time would choose the same place."""
+    router = Router()
+    place = router.pool.candidates("a")[0]
+    stager = router.stager_of(place)
+    stager.gate.clear()
+    request = asyncio.create_task(serve(router, chat("a")))
+    await until(lambda: stager.asked == ["a"])
+    load = router.membership.loads["models"][place.address]
+    assert (load.held, load.in_flight) == (1, 1)
+    stager.gate.set()
+    await request
+    assert (load.held, load.in_flight) == (0, 1)
+
+
+async def test_what_another_router_has_leased_on_a_draining_node_is_leased_there() -> None:
+    """The other places would have to fetch it first. Its successor is prepared."""
+    router = Router()
+    draining, other, *_ = router.pool.candidates("a")
+    router.residency.copies.put(draining.stager, "a", warm=True)
+    router.membership.observe(draining, stager=Stager.DRAINING, why="maintenance")
+    router.stager_of(other).gate.clear()
+    assert (await serve(router, chat("a"))).first_destination() == draining.address
+    assert router.stager_of(other).asked == ["a"]
 
 
 async def test_above_the_bound_another_copy_is_made_and_both_serve() -> None:

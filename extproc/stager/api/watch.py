@@ -109,6 +109,7 @@ def _load(stager: Stager, reading: Reading) -> pb.WatchEvent:
     limits, work = stager.node.engine.limits, reading.work
     age_s = asyncio.get_running_loop().time() - reading.at
     load = pb.EngineLoad(slots=limits.max_loras, cpu_slots=limits.max_cpu_loras, age_seconds=age_s, known=work is not None)
+    load.every_seconds, load.routers = stager.meter.every_s, stager.meter.wanting
     if work is not None:
         load.running, load.waiting, load.kv_usage = work.running, work.waiting, work.kv_usage
     return pb.WatchEvent(load=load)

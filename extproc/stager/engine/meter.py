@@ -25,7 +25,7 @@ BUSY_S, IDLE_S, MAX_S = 0.25, 0.5, 2.0
 SHARE = 0.02  # of the engine's time that its answers may take. A vLLM's client library needs 3 ms for the few series that tell the load
 NAMES_S = 2.0  # between two questions after the names at work
 NAMES_SHARE = 0.005  # of the engine's time: a vLLM that is up for weeks has thousands of series of names, and needs 30 ms for each thousand, in one piece
-STEP, STEP_PART = 2.0, 0.1  # requests more or less, and as a part of those that were told: whichever is more
+STEP, STEP_PART = 1.0, 0.05  # requests more or less, and as a part of those that were told: whichever is more. 1.5 words a second where 19 are in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +46,22 @@ class Meter:
         self._used = used
         self.reading: Reading | None = None  # the latest; None: nobody wants to know, or nothing was read yet
         self.told: Reading | None = None  # the latest that was to be told
-        self._wanting = 0
+        self.every_s = 0.0  # until the next look, as of the last one
+        self.wanting = 0  # those who want to know: routers, but for a drain
         self._names_due = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def wanted(self) -> Iterator[None]:
         """Keep `reading` current until the end of the block."""
-        self._wanting += 1
+        self.wanting += 1
         if self._task is None:
             self._task = asyncio.create_task(self._keep_reading(), name="engine load")
         try:
             yield
         finally:
-            self._wanting -= 1
-            if not self._wanting and self._task is not None:
+            self.wanting -= 1
+            if not self.wanting and self._task is not None:
                 self._task.cancel()
                 self._task = self.reading = self.told = None
 
@@ -81,7 +82,8 @@ class Meter:
             took_s = loop.time() - began
             if wants_names:
                 self._names_due = began + max(NAMES_S, took_s / NAMES_SHARE)
-            await asyncio.sleep(max(0.0, self._every_s(0.0 if wants_names else took_s) - took_s))
+            self.every_s = self._every_s(0.0 if wants_names else took_s)
+            await asyncio.sleep(max(0.0, self.every_s - took_s))
 
     async def _read(self, now: float, *, wants_names: bool) -> Reading:
         try:
@@ -94,7 +96,7 @@ class Meter:
 
     def _take(self, reading: Reading) -> None:
         self.reading, before = reading, self.told
-        if before is None or _is_step(before.work, reading.work) or (reading.work is not None and reading.at - before.at >= MAX_S - BUSY_S):
+        if before is None or is_step(before.work, reading.work) or (reading.work is not None and reading.at - before.at >= MAX_S - BUSY_S):
             self.told = reading
             self._tell()
 
@@ -104,7 +106,7 @@ class Meter:
         return min(MAX_S, max(usual_s, took_s / SHARE))
 
 
-def _is_step(before: Work | None, now: Work | None) -> bool:
+def is_step(before: Work | None, now: Work | None) -> bool:
     """Whether what was told says too little of what is: the number of requests, whether any waits, whether it is known."""
     if before is None or now is None:
         return before is not now

@@ -83,10 +83,18 @@ def test_nobody_asks_the_engine_unless_somebody_wants_to_know(metered: Metered) 
 
 
 def test_a_step_is_told_with_the_reading_that_shows_it(metered: Metered) -> None:
-    """More than two requests or a tenth, whichever is more; the first and the last that waits."""
-    metered.run((busy(100), 1.0), (busy(110), 0.5), (busy(111), 0.5), (busy(111, 1), 0.5), (busy(112), 0.5))
+    """More than one request or a twentieth, whichever is more; the first and the last that waits."""
+    metered.run((busy(100), 1.0), (busy(105), 0.5), (busy(106), 0.5), (busy(106, 1), 0.5), (busy(107), 0.5))
     shown = [work for _, work in metered.told]
-    assert shown == [busy(100), busy(111), busy(111, 1), busy(112)]
+    assert shown == [busy(100), busy(106), busy(106, 1), busy(107)]
+
+
+def test_how_often_the_engine_is_looked_at_is_said(metered: Metered) -> None:
+    """Routers conclude from silence as far as the last look."""
+    metered.run((busy(5), 1.0))
+    assert metered.meter.every_s == BUSY_S
+    metered.run((busy(0), 1.0))
+    assert metered.meter.every_s == IDLE_S
 
 
 def test_a_small_change_is_told_within_two_seconds(metered: Metered) -> None:
