@@ -113,14 +113,21 @@ def up(
     raise typer.Exit(0 if succeeded else 1)
 
 
-@app.command()
-def router(config: RequiredConfigFile) -> None:
-    """Run the ext_proc service."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def router(context: typer.Context, config: ConfigFile = None) -> None:
+    """Run the ext_proc service.
+
+    Beside --config, or instead of it, the flags that charts pass to an Endpoint Picker: --pool-name, --pool-namespace, --pool-group, or --endpoint-selector
+    and --endpoint-target-ports, --kubeconfig; --grpc-port, --grpc-health-port, --metrics-port; --secure-serving[=false], --cert-path; --zap-encoder.
+    """
+    from .picker import with_flags
     from .process.cores import cores
     from .process.logs import set_up_logging
     from .process.loop import run
 
-    settings = load(config)
+    if config is None and not context.args:
+        raise StartError("router: --config FILE is needed, or --pool-name")
+    settings = with_flags(_settings(config), context.args)
     set_up_logging(settings.log.level, settings.log.format)
     workers = settings.router.workers or cores()
     if workers > 1:

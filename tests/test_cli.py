@@ -108,3 +108,12 @@ def test_other_origins_are_refused(text: str) -> None:
 def test_the_readme_lists_every_setting() -> None:
     """`lora-extproc settings` prints the table that stands there."""
     assert settings_table() in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_a_router_needs_settings_or_the_flags_of_a_picker() -> None:
+    """And refuses a flag that is neither: code 2, in one sentence."""
+    done = cli("router")
+    assert (done.returncode, done.stderr) == (2, "lora-extproc: router: --config FILE is needed, or --pool-name\n")
+    done = cli("router", "--pool-name", "llama", "--leader-elect")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --leader-elect" in done.stderr
