@@ -370,7 +370,7 @@ class RouterSettings(Group):
     prefetch: Literal["off", "disk", "engine"] = "off"
     """Whether adapters are brought to their nodes before they are asked for, by how long each was idle before and by what it did at this time yesterday.
     `disk`: to the node's disk, into room that nobody needs. `engine`: those whose idle times repeat also into the engine's memory, where a slot is free.
-    Off by default: of three adapters that are brought one or two are not asked for in time, which origins may have to be paid for."""
+    Off by default: of five adapters that are brought about two are not asked for in time, and origins may charge for each."""
     prefetch_per_s: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How many nodes are asked for one per second, all together; each has one of this router's in progress at most. Every replica and worker expects the
     same, and a node brings it once."""

@@ -8,7 +8,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | leased here, none below the bound | waits for the next one; without one, goes to the one with the least in flight | |
 | leased here only where an endpoint drains | that one | the best place |
 | not leased here, and in no engine's memory but one's whose endpoint drains | waits for that one, which costs one call | the best place |
-| not leased here, but in some engine's memory, below the bound | waits for the one of those with the least in flight, which costs one call | |
+| not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
 | elsewhere or nowhere | waits for the best place | |
 
 The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy. Waiting for it pays
@@ -112,22 +112,31 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
     following = _following(copies, order, loads, bound, rule)
     if following is None:
         return Choice(least)
-    has_files = any(copy.endpoint == following for copy in copies)
-    return Choice(None, (following, least)) if has_files or loads[least.address].is_queueing else Choice(least, prepare=following)
+    return Choice(None, (following, least)) if _pays(following, least, copies, loads) else Choice(least, prepare=following)
+
+
+def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads) -> bool:
+    """Whether a request should wait for `place`, rather than go to one above the bound that has the adapter in memory."""
+    return any(copy.endpoint == place for copy in copies) or loads[instead.address].is_queueing
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
     warm = [copy.endpoint for copy in copies if copy.at is At.WARM]
     leaving = [copy.endpoint for copy in copies if copy.at is At.LEAVING]
-    first = _least(warm, loads, order) if warm else None
-    if first is None or loads[first.address].in_flight >= bound:
-        first = _best_place(copies, order, loads, bound, must_be_below=first is not None) or first
+    first = _least(warm, loads, order) if warm else _best_place(copies, order, loads, bound)
+    prepare = None
+    if warm and first is not None and loads[first.address].in_flight >= bound:
+        place = _best_place(copies, order, loads, bound, must_be_below=True)
+        if place is not None and _pays(place, first, copies, loads):
+            first = place
+        else:
+            prepare = place
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=first)
     parting = [] if warm else [copy.endpoint for copy in copies if copy.at is At.PARTING]
     if parting:
         return Choice(None, (*parting, *order), first)
-    return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)))
+    return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)), prepare)
 
 
 def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
@@ -161,7 +170,7 @@ def _home(leased: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[En
     home = order[:HOME]
     if not home or leased[0] in home:
         return None
-    at_home = [copy for copy in copies if copy.endpoint in home and copy.at is not At.COLD]
+    at_home = [copy for copy in copies if copy.at is not At.COLD and copy.endpoint in home]
     if not at_home:
         return _best_place(copies, home, loads, bound, must_be_below=True)
     return None if any(copy.at is At.LEASED for copy in at_home) else at_home[0].endpoint
@@ -169,23 +178,29 @@ def _home(leased: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[En
 
 def _best_place(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, *, must_be_below: bool = False) -> Endpoint | None:
     """Where a new copy is made: not where one is in memory already."""
-    taken = [copy.endpoint for copy in copies if copy.at is not At.COLD]
-    free = [endpoint for endpoint in order if endpoint not in taken]
-    below = [endpoint for endpoint in free if loads[endpoint.address].in_flight < bound]
-    home = [endpoint for endpoint in below if endpoint in order[:HOME]]
+    taken = {copy.endpoint.address for copy in copies if copy.at is not At.COLD}
+    home = [endpoint for endpoint in order[:HOME] if endpoint.address not in taken and loads[endpoint.address].in_flight < bound]
     if home:
-        has_files = [copy.endpoint for copy in copies if copy.at is At.COLD]
-        return min(home, key=lambda endpoint: (loads[endpoint.address].is_full, endpoint not in has_files, loads[endpoint.address].in_flight))
-    roomy = [endpoint for endpoint in below if not loads[endpoint.address].is_full]
-    if roomy or below:
-        return (roomy or below)[0]
-    return None if must_be_below or not free else _least(free, loads, order)
+        has_files = [copy.endpoint.address for copy in copies if copy.at is At.COLD]
+        return min(home, key=lambda endpoint: (loads[endpoint.address].is_full, endpoint.address not in has_files, loads[endpoint.address].in_flight))
+    below = None
+    for endpoint in order[HOME:]:
+        load = loads[endpoint.address]
+        if load.in_flight < bound and endpoint.address not in taken:
+            if not load.is_full:
+                return endpoint
+            below = below or endpoint
+    if below is not None or must_be_below:
+        return below
+    free = [endpoint for endpoint in order if endpoint.address not in taken]
+    return _least(free, loads, order) if free else None
 
 
 def _least(endpoints: Sequence[Endpoint], loads: Loads, order: Sequence[Endpoint]) -> Endpoint:
     """The one with the least in flight; of equals the first in the key's order, which every router has."""
-    places = {endpoint: place for place, endpoint in enumerate(order)}
-    return min(endpoints, key=lambda endpoint: (loads[endpoint.address].in_flight, places.get(endpoint, len(places))))
+    least = min([loads[endpoint.address].in_flight for endpoint in endpoints])
+    equals = [endpoint for endpoint in endpoints if loads[endpoint.address].in_flight == least]
+    return equals[0] if len(equals) == 1 else next((endpoint for endpoint in order if endpoint in equals), equals[0])
 
 
 # ---- the rules that others use

@@ -3,7 +3,8 @@
 An engine's word counts everybody's requests. What was sent after it was taken is added, as many times as there are routers: what the others send is not heard of
 sooner, and is as much. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before its last look
 is in the number, or as many have ended. If the stager says how often it looks, only what was sent since then counts: half of that time, as it is on average.
-Else everything since the word does.
+Where there are other routers, all of that time: what they sent is an estimate, and one that is too low sends an engine more than the bound. If the stager does
+not say, everything since the word counts.
 Of an endpoint whose engine says nothing, what was sent in the last FORGOTTEN_S counts: it is all that is known, and a request ends some time.
 
 The mean is that of the engines' words, since as many requests end between two looks as are sent; what is sent beyond that, as to an idle fleet, is added.
@@ -173,7 +174,7 @@ def _expire(load: Load, now: float) -> None:
         load.engine = Engine(slots=engine.slots)
         counts_s = FORGOTTEN_S
     elif engine.every_s:
-        counts_s = engine.every_s / 2 + LATE_S
+        counts_s = engine.every_s / (2 if engine.routers == 1 else 1) + LATE_S
     else:
         return
     while load.sent and load.sent[0] <= now - counts_s:

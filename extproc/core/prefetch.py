@@ -15,9 +15,10 @@ Idle times "repeat" where the counters vary by more than chance. The paper wants
 so that any 47 idle times, no two alike, pass. Therefore the counters' variance must be REPEATS times their mean, too: idle times that fall anywhere have a
 ratio of 1, however many they are. Three equal ones suffice, ten suffice where they spread over ten minutes.
 
-The second rule is for days: what wakes up after a night was idle for longer than the histogram. Measured on ServeGen's two weeks, more than half of the
-wake-ups after an hour are of adapters that were active at that time the day before, and a quarter of what was active then wakes up: good enough for a disk,
-which is cheap, and not for an engine's memory. The day before that adds a tenth to what is found, and a third to what is brought (tests/bench/prefetch.py).
+The second rule is for days: what wakes up after a night was idle for longer than the histogram. Measured on ServeGen's two weeks, 56-66 % of the wake-ups
+after an hour are of adapters that were active within ten minutes of that time on one of the two days before, and a quarter to a third of what was active
+yesterday wakes up: good enough for a disk, which is cheap, and not for an engine's memory. On the trace of tests/bench/prefetch.py the day before
+yesterday would add a tenth to what is found and a third to what is brought, so it is left out.
 """
 
 from dataclasses import dataclass

@@ -127,18 +127,11 @@ class Api:
         self, method: str, path: str, params: Mapping[str, str], body: Body | None = None, content_type: str = "", silence_s: float | None = None
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """To be entered for its answer. No redirect is followed, since it would take the token elsewhere."""
-        if self._is_distrusted:
-            self._is_distrusted = False
-            await self._close()
-        if self._session is None:
-            tls = await asyncio.to_thread(self.access.tls) if self.access.url.startswith("https") else True
-            # identity: the API server compresses large answers, which costs both sides more than the bytes do within a cluster
-            general = {"Accept": "application/json", "Accept-Encoding": "identity"}
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls), headers=general)
         headers = {"Content-Type": content_type or "application/json"} if body is not None else {}
         if bearer := await asyncio.to_thread(self.access.bearer):
             headers["Authorization"] = f"Bearer {bearer}"
-        return self._session.request(
+        session = await self._connected()
+        return session.request(
             method,
             self.access.url + path,
             params=params,
@@ -147,6 +140,19 @@ class Api:
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=None, sock_read=silence_s),
         )
+
+    async def _connected(self) -> aiohttp.ClientSession:
+        """The session of all requests. Two that find none at once make one: the second looks again after reading the certificates."""
+        if self._is_distrusted:
+            self._is_distrusted = False
+            await self._close()
+        if self._session is None:
+            tls = await asyncio.to_thread(self.access.tls) if self.access.url.startswith("https") else True
+            if self._session is None:
+                # identity: the API server compresses large answers, which costs both sides more than the bytes do within a cluster
+                headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+                self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls), headers=headers)
+        return self._session
 
     async def _refuse(self, response: aiohttp.ClientResponse) -> None:
         if response.status < 300:

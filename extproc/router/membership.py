@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 WATCHES_PER_S = 400.0  # heartbeats of all stagers together that this router listens to: a few percent of a core
 MISSED_S = 5.0  # an endpoint that the proxy could not reach is tried again after so long
+TIMER_S = 0.001  # the shortest time that event loops tell apart
 TICK_S = 0.25  # what is too old to count as load is dropped so often: some 0.3 ms of 1,000 endpoints
 _SIZES = (DEFAULT_TABLE_SIZE, 655_373, MAX_TABLE_SIZE)  # a table that the fleet has outgrown is replaced by the next, on every router alike
 WINDOW_TICKS = 120  # and after so many of those a window of popularity ends
@@ -303,15 +304,14 @@ class Membership:
             until = self._gone.get(endpoint.address)
             if until is None:
                 until = self._gone[endpoint.address] = now + self._hold_down_s
-                self._later(self._hold_down_s, self._let_go)
+                self._do(self._let_go(until), "hold down")
             if until > now:
                 yield endpoint
 
-    def _let_go(self) -> None:
-        """Some endpoint's time is over."""
-        self._do(self._follow_again(), "fleet")
-
-    async def _follow_again(self) -> None:
+    async def _let_go(self, until: float) -> None:
+        """Follow the fleet again when some endpoint's time is over by our clock, which a timer may be ahead of: uvloop's count whole milliseconds."""
+        while (left_s := until - self._clock()) > 0:  # noqa: ASYNC110  # a clock sets no event
+            await asyncio.sleep(max(left_s, TIMER_S))
         async with self._applying:
             await self._follow_fleet()
 

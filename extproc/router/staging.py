@@ -165,7 +165,7 @@ class Staging:
         if rule.looks_at_all:
             order = snapshot.usable(pool.table.endpoints, forward.subset)
         elif copies > 1 and forward.subset is None:  # as many more as there are copies, in powers of two, since orders are remembered by length
-            order = snapshot.usable(pool.candidates(forward.key, FIRST << copies.bit_length())) or forward.candidates
+            order = snapshot.usable(pool.candidates(forward.key, FIRST << copies.bit_length() - 1)) or forward.candidates
         else:
             order = forward.candidates
         return [endpoint for endpoint in snapshot.stageable(order) if endpoint.stager]

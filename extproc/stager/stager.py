@@ -455,7 +455,7 @@ class Stager:
         if named is None or named.refused or not index.lease(named.id, now + lease_s, now, holder):
             return None
         if wakes:
-            self.node.changes.tell("woken", name)
+            self.node.changes.woken(name)
         entry = index.get(named.id)
         assert entry is not None
         self._repair.look_soon(named.id)

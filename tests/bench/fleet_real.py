@@ -43,6 +43,7 @@ LATE_MS = 100.0
 SHARE = 0.6  # of what the engines can do
 WINDOW_S, LOOK_S = 10.0, 0.5
 ANSWER_S = 120.0  # a client's own deadline: what queues for longer is as good as failed
+LEAD_S = 3.0  # of the load before anything is counted: it begins at once, with routers that have seen an idle fleet
 LOG_S = 1.0  # by then Envoy has written what it has answered
 
 
@@ -85,7 +86,7 @@ class Seen:
     @property
     def failed(self) -> list[Mapping[str, Any]]:
         """Requests that failed although no engine died of them."""
-        return [record for record in self.records if record["status"] != 200 and not self._is_victims_own(record)]
+        return [record for record in self.records if record["status"] != 200 and record["at"] >= self.began and not self._is_victims_own(record)]
 
     @property
     def own(self) -> int:
@@ -122,7 +123,7 @@ async def measure(size: Size, balance: str, directory: Path, say: Callable[[str]
                 await _warm_up(fleet, clients)
                 say(f"{balance}: {size.adapters} adapters are warm")
                 before = _cpu(fleet)
-                seen.began = time.time()
+                seen.began = time.time() + LEAD_S
                 busy = fleet.nodes[: size.nodes]
                 looking = asyncio.create_task(_look(fleet, busy, seen))
                 moving = asyncio.create_task(_move(fleet, size, busy, seen, say))

@@ -120,9 +120,14 @@ def test_a_copy_in_another_engines_memory_is_waited_for() -> None:
     assert choose([Copy(D, At.WARM), Copy(E, At.COLD)], ENDPOINTS, loads_of(10), RULE).wait_for[:2] == (D, A)
 
 
-def test_one_that_has_too_much_is_left_alone_if_another_has_not() -> None:
-    """A hundred requests that arrive while it is loaded would all join it."""
-    assert choose([Copy(A, At.WARM)], ENDPOINTS, loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for[0] == B
+def test_one_that_has_too_much_is_left_alone_for_another_that_has_the_files() -> None:
+    """A load takes half a second. Where it would have to be fetched, it is prepared meanwhile, unless the engine that has it queues."""
+    loads = loads_of(40, 10, 10, 10, 10, 10)
+    assert choose([Copy(A, At.WARM), Copy(B, At.COLD)], ENDPOINTS, loads, RULE).wait_for[0] == B
+    choice = choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE)
+    assert (choice.wait_for[0], choice.prepare) == (A, B)
+    loads.say(A.address, Engine(running=30, waiting=10), 1.0)
+    assert choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE).wait_for[0] == B
     assert choose([Copy(A, At.WARM)], (A,), loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for == (A,)
 
 

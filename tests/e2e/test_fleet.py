@@ -18,22 +18,28 @@ from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
+from extproc.client import StagerClient
 from extproc.up.stack import Node
-from tests.bench.fleet_real import BOUNDS, Size, complaints, measure
+from tests.bench.fleet_real import Size, complaints, measure
 from tests.fakes.fleet import POOL, Fleet, Layout
 from tests.fakes.wait import PATIENCE_S
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 REQUESTS_PER_S = 40
-SHORT = Size(seconds=24.0, per_s=30.0, nodes=4, adapters=40)
+SHORT = Size(seconds=20.0, per_s=30.0, nodes=4, adapters=40, load_ms=20.0)
+MOST_LATE = 0.02  # of all requests: another process of this machine may hold up a load
 
 
 async def test_a_fleet_that_moves_fails_nobody_and_holds_nothing_that_is_warm(tmp_path: Path) -> None:
-    """A join, a drain and a death under Zipf's load. Balance is for the benchmark to judge, which looks for longer."""
+    """A join, a drain and a death under Zipf's load. The exact bounds are for the benchmark to judge, which has the machine to itself."""
     seen = await measure(SHORT, "bounded", tmp_path)
     assert seen.steps.keys() == {"join", "drain", "death"}
-    broken = [bound.what for bound in BOUNDS[:2] if bound.figure(seen) > bound.most]
-    assert not broken, "\n".join(complaints(seen))
+    assert not seen.failed, "\n".join(complaints(seen))
+    assert not seen.refused
+    assert len(seen.late()) <= MOST_LATE * len(seen.records), "\n".join(complaints(seen))
 
 
 # ---- what befalls a fleet
@@ -45,7 +51,6 @@ class Load:
 
     fleet: Fleet
     answers: list[tuple[float, int, str]] = field(default_factory=list)  # when it began, status, and the text of an error
-    slowest_s: float = 0.0
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Load"]:
@@ -56,7 +61,6 @@ class Load:
                 while await self._ask(session, name) != 200:
                     await asyncio.sleep(0.1)
             self.answers.clear()
-            self.slowest_s = 0.0
             loading = asyncio.create_task(self._send(session, requests))
             try:
                 await self.more(2 * len(self.fleet.adapters))
@@ -81,7 +85,6 @@ class Load:
         async with session.post(f"http://{self.fleet.address}/v1/chat/completions", data=body, headers={"content-type": "application/json"}) as response:
             text = await response.text()
             self.answers.append((began, response.status, "" if response.status == 200 else text))
-        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
         return response.status
 
     async def more(self, count: int) -> None:
@@ -96,17 +99,32 @@ class Load:
         return Counter((status, text) for _, status, text in self.answers if status != 200)
 
 
-@contextlib.asynccontextmanager
-async def loaded(directory: Path, nodes: int = 3, late_nodes: int = 0, routers: int = 2, **router: object) -> AsyncIterator[tuple[Fleet, Load]]:
-    """A fleet under load."""
-    layout = Layout(nodes, late_nodes, routers, engine={"token-ms": "2"}, settings={"router": router})
-    async with Fleet(layout, directory) as fleet, Load(fleet).running() as load:
-        yield fleet, load
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
+    """Three nodes in the file, and two that are in none yet."""
+    layout = Layout(3, 2, engine={"token-ms": "2"}, settings={"router": {"hold_down_s": 1.0}})
+    async with Fleet(layout, tmp_path_factory.mktemp("fleet")) as fleet:
+        yield fleet
 
 
-async def test_a_file_that_loses_its_content_under_load_costs_nothing(tmp_path: Path) -> None:
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(shared: Fleet) -> AsyncIterator[Fleet]:
+    """The same for each test: all three are ready, and there is no other."""
+    yield shared
+    for node in shared.nodes:
+        async with StagerClient(node.stager) as client:
+            await client.undrain()
+    shared.show(shared.nodes[:3])
+
+    async def is_whole() -> bool:
+        return all([await shared.standings(router) == dict.fromkeys(("node-1", "node-2", "node-3"), "ready") for router in shared.routers])
+
+    await shared.until(is_whole, "the fleet is not whole again")
+
+
+async def test_a_file_that_loses_its_content_under_load_costs_nothing(fleet: Fleet) -> None:
     """Emptied, cut short, gone, and a list of none: the last good endpoints count on. What it says afterwards is followed."""
-    async with loaded(tmp_path, late_nodes=1) as (fleet, load):
+    async with Load(fleet).running() as load:
         whole = fleet.file.read_bytes()
         for damage in (b"", whole[:40], b"{}", b"[]", None):
             if damage is None:
@@ -115,15 +133,15 @@ async def test_a_file_that_loses_its_content_under_load_costs_nothing(tmp_path: 
                 fleet.file.write_bytes(damage)
             await load.more(REQUESTS_PER_S)
         assert {standing for router in fleet.routers for standing in (await fleet.standings(router)).values()} == {"ready"}
-        fleet.show(fleet.nodes)
-        await fleet.until_standing("ready", *fleet.nodes)
+        fleet.show(fleet.nodes[:4])
+        await fleet.until_standing("ready", *fleet.nodes[:4])
         await load.more(REQUESTS_PER_S)
     assert not load.failed
 
 
-async def test_a_stager_that_hangs_while_it_drains_costs_nothing(tmp_path: Path) -> None:
+async def test_a_stager_that_hangs_while_it_drains_costs_nothing(fleet: Fleet) -> None:
     """What is leased there is served by its engine meanwhile. Afterwards the drain goes on to its end."""
-    async with loaded(tmp_path) as (fleet, load):
+    async with Load(fleet).running() as load:
         node = fleet.nodes[0]
         await fleet.run("drain", node.stager)
         fleet.signal("node-1-stager", signal.SIGSTOP)
@@ -135,9 +153,9 @@ async def test_a_stager_that_hangs_while_it_drains_costs_nothing(tmp_path: Path)
     assert not load.failed
 
 
-async def test_two_nodes_that_join_while_one_drains_cost_nothing(tmp_path: Path) -> None:
+async def test_two_nodes_that_join_while_one_drains_cost_nothing(fleet: Fleet) -> None:
     """All at once; the drained node is empty in the end, and the new ones are ready."""
-    async with loaded(tmp_path, late_nodes=2) as (fleet, load):
+    async with Load(fleet).running() as load:
         draining = asyncio.create_task(fleet.run("drain", fleet.nodes[0].stager, "--wait", "--timeout", "60"))
         fleet.show(fleet.nodes)
         await fleet.until_standing("ready", *fleet.nodes[1:])
@@ -147,34 +165,33 @@ async def test_two_nodes_that_join_while_one_drains_cost_nothing(tmp_path: Path)
     assert not load.failed
 
 
-async def test_an_endpoint_that_is_replaced_under_its_address_is_a_new_one(tmp_path: Path) -> None:
+async def test_an_endpoint_that_is_replaced_under_its_address_is_a_new_one(fleet: Fleet) -> None:
     """Both processes are killed, others started in their place, and the file names another instance. Only what the dead engine had is lost."""
-    async with loaded(tmp_path) as (fleet, load):
+    async with Load(fleet).running() as load:
         node = fleet.nodes[0]
-        killed = time.monotonic()
         await fleet.kill("node-1-engine", "node-1-stager")
         gone = time.monotonic()
         await fleet.start_again("node-1-engine")
         await fleet.start_again("node-1-stager")
-        fleet.show(fleet.nodes, node_1="another")
+        fleet.show(fleet.nodes[:3], node_1="another")
         await load.more(REQUESTS_PER_S)
         await fleet.until_standing("ready", node)
         await load.more(2 * REQUESTS_PER_S)
     late = [answer for answer in load.answers if answer[1] != 200 and answer[0] > gone]
     assert not late, Counter(answer[1:] for answer in late)
-    assert len([answer for answer in load.answers if answer[1] != 200]) <= 5, (killed, load.failed)
+    assert len([answer for answer in load.answers if answer[1] != 200]) <= 5, load.failed
 
 
-async def test_routers_that_are_killed_under_load_find_the_fleet_again(tmp_path: Path) -> None:
+async def test_routers_that_are_killed_under_load_find_the_fleet_again(fleet: Fleet) -> None:
     """Each in turn. Envoy keeps its endpoints, follows the other, and loses no more than what the dead router was answering."""
-    async with loaded(tmp_path, late_nodes=1) as (fleet, load):
+    async with Load(fleet).running() as load:
         for number, router in enumerate(fleet.routers, 1):
             await fleet.kill(f"router-{number}")
             await load.more(REQUESTS_PER_S)
             await fleet.start_again(f"router-{number}")
             await fleet.until_standing("ready", *fleet.nodes[:3])
             await fleet.until_envoy_sees([router])
-        fleet.show(fleet.nodes)  # by whichever Envoy follows now
+        fleet.show(fleet.nodes[:4])  # by whichever Envoy follows now
         await fleet.until_standing("ready", fleet.nodes[3])
         await load.more(2 * REQUESTS_PER_S)
     assert load.failed.total() <= 5, load.failed
@@ -182,16 +199,17 @@ async def test_routers_that_are_killed_under_load_find_the_fleet_again(tmp_path:
 
 async def test_workers_that_are_killed_find_the_fleet_again(tmp_path: Path) -> None:
     """Each in turn, the one among them that Envoy follows; a node that joins afterwards is used."""
-    async with loaded(tmp_path, late_nodes=1, routers=1, workers=2) as (fleet, load):
+    layout = Layout(2, 1, 1, engine={"token-ms": "2"}, settings={"router": {"workers": 2}})
+    async with Fleet(layout, tmp_path) as fleet, Load(fleet).running() as load:
         pid = fleet.children["router-1"].process.pid
         for worker in _children(pid):
             os.kill(worker, signal.SIGKILL)
             await load.more(2 * REQUESTS_PER_S)
             await fleet.until(lambda: _both_serve(fleet), "a worker was not replaced")
         fleet.show(fleet.nodes)
-        await fleet.until_standing("ready", fleet.nodes[3])
+        await fleet.until_standing("ready", fleet.nodes[2])
         await load.more(2 * REQUESTS_PER_S)
-        await fleet.until(lambda: _is_used(fleet, fleet.nodes[3]), "the new node is not used")
+        await fleet.until(lambda: _is_used(fleet, fleet.nodes[2]), "the new node is not used")
     assert load.failed.total() <= 5, load.failed
 
 
@@ -207,12 +225,11 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-async def test_a_file_of_a_thousand_endpoints_of_which_three_answer_is_served_by_those(tmp_path: Path) -> None:
+async def test_a_file_of_a_thousand_endpoints_of_which_three_answer_is_served_by_those(fleet: Fleet) -> None:
     """The dead are down, and nobody is sent there."""
-    async with loaded(tmp_path) as (fleet, load):
+    async with Load(fleet).running() as load:
         dead = [{"address": f"127.9.{n // 250}.{n % 250 + 1}:7", "stager": f"127.9.{n // 250}.{n % 250 + 1}:9", "node": f"dead-{n}"} for n in range(997)]
-        alive = [{"address": node.engine, "stager": node.stager, "node": node.name} for node in fleet.nodes]
-        fleet.write(alive + dead)
+        fleet.write([*map(fleet.entry, fleet.nodes[:3]), *dead])
 
         async def all_down() -> bool:
             shown = [await fleet.standings(router) for router in fleet.routers]
@@ -239,7 +256,8 @@ def tells_who_served(bootstrap: dict[str, Any]) -> None:
 async def test_an_engine_that_only_the_proxy_cannot_reach_is_down_while_its_stager_lives(tmp_path: Path, is_silent: bool) -> None:
     """Two requests that the proxy sent elsewhere are enough; from then on another endpoint is named first, but for one try every few seconds."""
     layout = Layout(
-        nodes=3,
+        nodes=2,
+        routers=1,
         engine={"token-ms": "2"},
         hosts={"node-1": "127.0.0.2"},
         settings={"envoy": {"endpoints": "static"}, "router": {"copies": [{"match": "*", "min": 2}]}},

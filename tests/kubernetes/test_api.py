@@ -1,8 +1,10 @@
 """The verbs, and how a refusal is told."""
 
+import asyncio
 import ssl
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -121,8 +123,16 @@ async def test_a_token_that_is_replaced_is_used_at_once(tmp_path: Any) -> None:
             await api.get(PODS, "llm", "one", Object)
 
 
-async def test_a_certificate_authority_that_is_replaced_is_read_after_the_next_failure(tmp_path: Any) -> None:
-    """The failure is told; the request after it succeeds."""
+async def test_a_certificate_authority_that_is_replaced_is_read_after_the_next_failure(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure is told; the requests after it succeed, over one session for all."""
+    made: list[aiohttp.ClientSession] = []
+    inner = aiohttp.ClientSession
+
+    def session(**arguments: Any) -> aiohttp.ClientSession:
+        made.append(inner(**arguments))
+        return made[-1]
+
+    monkeypatch.setattr(aiohttp, "ClientSession", session)
     old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
     pair = new.pair("server", "127.0.0.1")
     trusted = tmp_path / "ca.crt"
@@ -143,6 +153,8 @@ async def test_a_certificate_authority_that_is_replaced_is_read_after_the_next_f
             with pytest.raises(KubernetesFailed, match="certificate verify failed"):
                 await api.get(PODS, "llm", "one", Object)
             trusted.write_bytes(new.ca_file.read_bytes())
-            assert (await api.get(PODS, "llm", "one", Object)).metadata.name == "one"
+            both = await asyncio.gather(*(api.get(PODS, "llm", "one", Object) for _ in range(2)))
+            assert [one.metadata.name for one in both] == ["one", "one"]
+            assert len(made) == 2
     finally:
         await runner.cleanup()

@@ -325,6 +325,23 @@ def test_a_stager_that_is_lost_moves_nothing() -> None:
     in_virtual_time(main)
 
 
+def test_an_endpoint_is_let_go_although_its_timer_is_early() -> None:
+    """It is looked at again: nobody else would, until the fleet changes once more, and it would stand as down for good."""
+
+    async def main() -> None:
+        router = Router(3, clock=lambda: now() * 0.9999, hold_down_s=10.0)
+        router.membership.start()
+        old = list(router.pool.table.endpoints)
+        await router.membership.apply(fleet(old))
+        await router.membership.apply(fleet(old[:2]))
+        await asyncio.sleep(9)
+        assert len(addresses(router)) == 3
+        await in_time(lambda: addresses(router) == [e.address for e in old[:2]])
+        await router.stop()
+
+    in_virtual_time(main)
+
+
 def test_a_lease_that_could_not_be_given_back_is_given_back_later() -> None:
     """A stager that hangs while its node drains: it would count as needed until the lease ends by itself."""
 

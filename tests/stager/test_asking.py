@@ -214,8 +214,8 @@ async def test_missing_here_and_forbidden_there_is_forbidden(tmp_path: Path, ser
 # -- in whose interest
 
 
-async def test_a_request_in_the_same_turn_hurries_a_prefetch(tmp_path: Path) -> None:
-    """The order of events: a prefetch starts the flight, a request joins it before the flight has made its first step."""
+async def test_a_request_in_the_same_turn_hurries_what_is_less_urgent(tmp_path: Path) -> None:
+    """The order of events: who refreshes starts the flight, a request joins it before the flight has made its first step."""
     origin = FakeOrigin()
     for number, name in enumerate(("acme/first", "acme/between", "acme/both")):
         origin.add(name, small_files(seed=number))
@@ -227,7 +227,7 @@ async def test_a_request_in_the_same_turn_hurries_a_prefetch(tmp_path: Path) -> 
         await stall.reached.wait()
         others = [asyncio.create_task(stager.ensure("acme/between", priority=Job.REFRESH))]
         await turns(100)
-        others += [asyncio.create_task(stager.ensure("acme/both", priority=priority)) for priority in (Job.PREFETCH, Job.REQUEST)]
+        others += [asyncio.create_task(stager.ensure("acme/both", priority=priority)) for priority in (Job.REFRESH, Job.REQUEST)]
         await until(lambda: all((job := stager.job(name)) is not None and job.phase == "check" for name in ("acme/between", "acme/both")))
         await turns()
         stall.release()

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 from ...pb import stager_pb2 as pb
 from ..books.changes import Change
@@ -24,16 +24,15 @@ async def watch_events(
     """
     beat_s = min(max(heartbeat_s, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
     changes = stager.node.changes
-    hidden = {*(() if copies else ("loaded", "unloaded")), *(() if wakes else ("woken",))}
     with contextlib.ExitStack() as stack:
-        queue, complete = stack.enter_context(changes.since(after if instance == stager.instance else -1))
+        queue, complete = stack.enter_context(changes.since(after if instance == stager.instance else -1, wakes=wakes))
         if load:
             stack.enter_context(stager.meter.wanted())
         shown: Reading | None = None
         while not queue.empty():  # what was missed, before the node may count as ready again
             if (change := queue.get_nowait()) is None:
                 return
-            if _concerns(change, hidden):
+            if _concerns(change, copies=copies):
                 yield _event(stager, change)
         whole = stager.copies.whole() if copies and not complete else None
         position = changes.last
@@ -58,16 +57,16 @@ async def watch_events(
                 else:
                     if change is None:
                         return
-                    if _concerns(change, hidden):
+                    if _concerns(change, copies=copies):
                         event = _event(stager, change, beat_s)
             if event is not None:  # what does not concern this watcher is no sign of life to it
                 said_at = loop.time()
                 yield event
 
 
-def _concerns(change: Change, hidden: Collection[str]) -> bool:
-    """Whether a watcher is told the change. What has no number only wakes it."""
-    return bool(change.sequence) and change.kind not in hidden
+def _concerns(change: Change, *, copies: bool) -> bool:
+    """Whether a watcher is told the change. What has no number only wakes it, but for a wake-up, which is told to who wants it."""
+    return change.kind == "woken" or (bool(change.sequence) and (copies or change.kind not in ("loaded", "unloaded")))
 
 
 async def _inventory(whole: Iterator[Part], position: int) -> AsyncGenerator[pb.WatchEvent, None]:

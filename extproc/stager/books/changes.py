@@ -11,7 +11,7 @@ KEPT = 10_000  # the last changes; who missed more must start anew
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`kind` is "node", "published", "refreshed", "evicted", "refused", "loaded", "unloaded", "woken", "space" or "demand"; of what passes, "load", and `sequence` is 0."""
+    """`kind` is "node", "published", "refreshed", "evicted", "refused", "loaded", "unloaded", "space" or "demand"; of what passes, "load" or "woken", and `sequence` is 0."""
 
     sequence: int
     kind: str
@@ -25,6 +25,7 @@ class Changes:
         self.last = 0
         self._kept: deque[Change] = deque(maxlen=KEPT)
         self._watchers: set[asyncio.Queue[Change | None]] = set()
+        self._follow_wakes: set[asyncio.Queue[Change | None]] = set()  # of the watchers, who want them
         self._heard: Callable[[str, str], None] | None = None
 
     def follow(self, heard: Callable[[str, str], None]) -> None:
@@ -45,6 +46,12 @@ class Changes:
             if queue.empty():
                 queue.put_nowait(Change(0, kind))
 
+    def woken(self, adapter: str) -> None:
+        """Tell who wants to know that a request asks for what nobody leased. It is no change: whoever misses it has missed nothing that stays."""
+        for queue in self._follow_wakes:
+            if queue.qsize() < KEPT:  # the rest of its room is for changes
+                queue.put_nowait(Change(0, "woken", adapter))
+
     def _give(self, change: Change) -> None:
         for queue in list(self._watchers):
             try:
@@ -56,8 +63,9 @@ class Changes:
                 queue.put_nowait(None)
 
     @contextmanager
-    def since(self, sequence: int) -> Iterator["tuple[asyncio.Queue[Change | None], bool]"]:
-        """A queue of all changes after `sequence`, and whether it has all of them; if not, of those from now on. None in it: the watcher was too slow."""
+    def since(self, sequence: int, *, wakes: bool = False) -> Iterator["tuple[asyncio.Queue[Change | None], bool]"]:
+        """A queue of all changes after `sequence`, and whether it has all of them; if not, of those from now on. None in it: the watcher was too slow.
+        With `wakes` it is told of those, too."""
         oldest = self._kept[0].sequence if self._kept else self.last + 1
         complete = oldest - 1 <= sequence <= self.last
         queue: asyncio.Queue[Change | None] = asyncio.Queue(2 * KEPT)
@@ -65,7 +73,10 @@ class Changes:
             if complete and change.sequence > sequence:
                 queue.put_nowait(change)
         self._watchers.add(queue)
+        if wakes:
+            self._follow_wakes.add(queue)
         try:
             yield queue, complete
         finally:
             self._watchers.discard(queue)
+            self._follow_wakes.discard(queue)

@@ -24,7 +24,7 @@ class Core:
         if self._rule.looks_at_all:
             order = snapshot.usable(pool.table.endpoints)
         elif len(copies) > 1:
-            order = snapshot.usable(pool.candidates(adapter, FIRST << len(copies).bit_length())) or snapshot.candidates(pool, adapter)
+            order = snapshot.usable(pool.candidates(adapter, FIRST << len(copies).bit_length() - 1)) or snapshot.candidates(pool, adapter)
         else:
             order = snapshot.candidates(pool, adapter)
         return choose(copies, snapshot.stageable(order), router.loads, self._rule, is_hot=adapter in router.popularity.hottest)

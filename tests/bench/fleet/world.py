@@ -57,7 +57,7 @@ class Figures:
     queued_p99_s: float = 0.0
     queued: float = 0.0  # part of the requests
     waited: float = 0.0  # part of the requests that waited for a fetch or a load
-    drain_waits: int = 0  # requests for what a draining node had that were held, although some engine had it in memory
+    drain_waits: int = 0  # requests for what a draining node had that were held, although some engine had it in memory, as its stager told
     death_waits: int = 0  # the same of a node that died
     misread: int = 0  # those of both that were not held, and found that the engine they were sent to had it only on its disk
     orphan_waits: int = 0  # and those for what no other engine had in memory
@@ -65,8 +65,9 @@ class Figures:
 
 @dataclass
 class _Move:
-    """What a node that goes had in memory."""
+    """A node goes, and what it had in memory."""
 
+    node: Node
     adapters: set[str]  # that were not asked for since
     until: float
     blames: Callable[[Request], None]
@@ -163,8 +164,12 @@ class World:
         adapter = self._names[bisect_left(self._weights, draw.random() * self._weights[-1])]
         request = Request(adapter, draw.lognormvariate(self._mu, SIGMA), now, is_counted=now >= self.case.warm_up_s)
         self._came += request.is_counted
-        if any(adapter in move.adapters for move in self._moves):
-            request.was_there = any(node.is_alive and node.memory.get(adapter, now + 1) <= now for node in self._nodes.values())
+        going = [move.node for move in self._moves if adapter in move.adapters]
+        if going:
+            standing = self._routers[0].snapshot.standing
+            told = [self._nodes[stager] for stager, is_warm in self._copies.of(adapter) if is_warm]
+            there = [node for node in told if node.memory.get(adapter, now + 1) <= now]
+            request.was_there = any(node.is_alive and (node in going or standing(node.endpoint) is Standing.READY) for node in there)
         self._routers[draw.randrange(len(self._routers))].take(request)
         self.clock.after(draw.expovariate(self._rate), self._arrive)
 
@@ -208,7 +213,7 @@ class World:
             self._figures.drain_waits += request.was_there and request.held_s > 0
             self._figures.misread += request.was_there and not request.held_s
 
-        self._moves.append(_Move(set(node.memory), self.clock.now + AFTER_S, blame))
+        self._moves.append(_Move(node, set(node.memory), self.clock.now + AFTER_S, blame))
         for router in self._routers:
             router.observe(node.endpoint, stager=Stager.DRAINING)
             router.leave(node.endpoint)
@@ -221,7 +226,7 @@ class World:
             self._figures.misread += request.was_there and not request.held_s
             self._figures.orphan_waits += not request.was_there
 
-        self._moves.append(_Move(set(node.memory), self.clock.now + AFTER_S, blame))
+        self._moves.append(_Move(node, set(node.memory), self.clock.now + AFTER_S, blame))
         waiting = node.die()
         self._copies.forget(node.endpoint.stager)
         for router in self._routers:

@@ -45,3 +45,16 @@ def test_a_dropped_name_gives_its_place_back() -> None:
     resident.drop("b")
     resident.drop("never there")
     assert resident.used("c", 2) == ["c"]
+
+
+def test_what_falls_out_next_is_what_was_used_longest_ago() -> None:
+    """Nothing, while there is room for one more."""
+    resident = Resident(max_names=3)
+    for name in "ab":
+        resident.used(name, 3)
+    assert resident.next_out(3) is None
+    assert resident.next_out(2) == "a"
+    resident.used("a", 3)
+    assert resident.next_out(2) == "b"
+    resident.used("c", 0)
+    assert resident.next_out(0) == "b"

@@ -1,8 +1,8 @@
 """What is brought before anybody asks for it, and everything that goes before it."""
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from extproc.config import EngineSettings, StagerPrefetchSettings
 from extproc.core.artifact import AdapterName
 from extproc.errors import EngineUnreachable, ModelNotFound, NodeDraining, OriginFailed, Overloaded, PrefetchGivenUp
 from extproc.stager.stager import Ensured, Stager
+from extproc.stager.supply.job import Job
 from extproc.stager.work import prefetch as module
 from extproc.stager.work.prefetch import ATTEMPTS
 from extproc.up.demo import BASE_MODEL
@@ -54,9 +55,16 @@ async def used(stager: Stager, clock: Clock, count: int) -> list[str]:
     return [f"acme/{number}" for number in range(count)]
 
 
-def kinds(stager: Stager) -> Counter[str]:
-    """What watchers were told."""
-    return Counter(change.kind for change in stager.node.changes._kept if change.adapter)
+@contextmanager
+def told(stager: Stager) -> Iterator[Callable[[], list[str]]]:
+    """What watchers are told of adapters from now on, when it is called."""
+    with stager.node.changes.since(stager.node.changes.last, wakes=True) as (queue, _):
+
+        def kinds() -> list[str]:
+            changes = [queue.get_nowait() for _ in range(queue.qsize())]
+            return [change.kind for change in changes if change is not None and change.adapter]
+
+        yield kinds
 
 
 # ---- it is no demand
@@ -65,15 +73,16 @@ def kinds(stager: Stager) -> Counter[str]:
 async def test_it_is_on_disk_then_and_nobody_leases_it(open_stager: OpenStager, origin: FakeOrigin) -> None:
     """It counts neither for the engine's slots nor as a wake-up, and one who asks finds it there."""
     stager = await open_stager(origin)
-    brought = await prefetch(stager, "acme/0")
-    assert (brought.staged, brought.lease_s, brought.origin) == (True, 0.0, "fake")
-    assert stager.demand[0] == 0
-    assert kinds(stager) == {"published": 1}
-    again = await prefetch(stager, "acme/0")
-    assert (again.staged, again.digest) == (False, brought.digest)
-    assert not (await stager.ensure("acme/0")).staged
-    assert stager.demand[0] == 1
-    assert kinds(stager) == {"published": 1, "woken": 1}
+    with told(stager) as kinds:
+        brought = await prefetch(stager, "acme/0")
+        assert (brought.staged, brought.lease_s, brought.origin) == (True, 0.0, "fake")
+        assert stager.demand[0] == 0
+        assert kinds() == ["published"]
+        again = await prefetch(stager, "acme/0")
+        assert (again.staged, again.digest) == (False, brought.digest)
+        assert not (await stager.ensure("acme/0")).staged
+        assert stager.demand[0] == 1
+        assert kinds() == ["woken"]
     assert labels_of(stager, "lora_extproc_node_prefetches_total") == {("staged",): 1, ("hit",): 1}
     assert labels_of(stager, "lora_extproc_ensures_total") == {("hit",): 1}
 
@@ -91,12 +100,13 @@ async def test_what_is_there_keeps_its_place_in_the_order_of_use(open_stager: Op
 async def test_a_wake_up_is_told_once_while_somebody_leases_it(open_stager: OpenStager, origin: FakeOrigin, clock: Clock) -> None:
     """Whoever that is: routers count idle times by it."""
     stager = await open_stager(origin)
-    for router in ("one", "other", "one"):
-        await stager.ensure("acme/0", holder=router)
-    assert kinds(stager)["woken"] == 1
-    clock.now += LEASE_S + 1
-    await stager.ensure("acme/0", holder="other")
-    assert kinds(stager)["woken"] == 2
+    with told(stager) as kinds:
+        for router in ("one", "other", "one"):
+            await stager.ensure("acme/0", holder=router)
+        assert kinds() == ["published", "woken"]
+        clock.now += LEASE_S + 1
+        await stager.ensure("acme/0", holder="other")
+        assert kinds() == ["woken"]
 
 
 # ---- room
@@ -300,15 +310,30 @@ async def test_a_request_flies_itself_where_the_prefetch_came_to_nothing(open_st
     await stall.reached.wait()
     asking = asyncio.create_task(stager.ensure("acme/0"))
     await turns()
-    origin.state("acme/0", CONFIG, sha256="0" * 64)
     (flight,) = stager._prefetches._on_their_way.values()
     assert flight.task is not None
     flight.task.cancel()
-    origin.says.clear()
     stall.release()
     assert (await asking).staged
     with pytest.raises(PrefetchGivenUp):
         await fetching
+
+
+async def test_a_request_in_the_same_turn_makes_the_flight_its_own(open_stager: OpenStager, origin: FakeOrigin) -> None:
+    """The order of events: the prefetch has its turn, the request joins it before the flight has made its first step."""
+    stager = await open_stager(origin)
+    stall = origin.stall("acme/0", CONFIG)
+    fetching = asyncio.create_task(prefetch(stager, "acme/0"))
+    await until(lambda: any(flight.task for flight in stager._prefetches._on_their_way.values()))
+    assert stager.job("acme/0") is None
+    asking = asyncio.create_task(stager.ensure("acme/0"))
+    await stall.reached.wait()
+    job = stager.job("acme/0")
+    assert job is not None
+    assert job.priority == Job.REQUEST
+    stall.release()
+    assert (await asking).lease_s == LEASE_S
+    await fetching
 
 
 async def test_a_request_for_what_waits_for_its_turn_brings_it_itself(open_stager: OpenStager, origin: FakeOrigin) -> None:
