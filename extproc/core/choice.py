@@ -9,6 +9,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | leased here only where an endpoint drains | that one | the best place |
 | not leased here, and in no engine's memory but one's whose endpoint drains | waits for that one, which costs one call | the best place |
 | not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
+| nowhere in memory, but on its way to an endpoint that is below the bound and that fewer than JOINED requests wait for | waits for that one | |
 | elsewhere or nowhere | waits for the best place | |
 
 The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy. Waiting for it pays
@@ -29,11 +30,12 @@ from functools import lru_cache
 from typing import Literal
 
 from .endpoint import Endpoint
-from .load import Loads
+from .load import Load, Loads
 
 Balance = Literal["bounded", "maglev", "hrw", "random", "least_adapters", "least_latency", "bin_pack"]
 SAMPLED = 8  # endpoints that a base model's request chooses among
 _REMEMBERED = 65_536  # adapters whose pattern was looked for
+JOINED = 32  # requests that wait for one copy; an engine computes some hundreds at once, and what more of them gain waits for no fetch of its own
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 
 
@@ -46,6 +48,7 @@ class At(Enum):
     LEAVING = "leased, on an endpoint that drains"
     PARTING = "in the memory of an engine whose endpoint drains: a lease costs one call, and is not for long"
     WARM = "in the engine's memory, as its stager says: a lease costs one call"
+    COMING = "on its way, since this router has asked for it: who waits for it costs nobody anything more"
     COLD = "on disk alone: a request costs a load into the engine, whether it is leased or not"
 
 
@@ -117,13 +120,14 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
 
 def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads) -> bool:
     """Whether a request should wait for `place`, rather than go to one above the bound that has the adapter in memory."""
-    return any(copy.endpoint == place for copy in copies) or loads[instead.address].is_queueing
+    return any(copy.endpoint == place and copy.at is not At.COMING for copy in copies) or loads[instead.address].is_queueing
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
     warm = [copy.endpoint for copy in copies if copy.at is At.WARM]
+    coming = [] if warm else [copy.endpoint for copy in copies if copy.at is At.COMING and _may_be_joined(loads[copy.endpoint.address], bound)]
     leaving = [copy.endpoint for copy in copies if copy.at is At.LEAVING]
-    first = _least(warm, loads, order) if warm else _best_place(copies, order, loads, bound)
+    first = _least(warm or coming, loads, order) if warm or coming else _best_place(copies, order, loads, bound) or _coming(copies)
     prepare = None
     if warm and first is not None and loads[first.address].in_flight >= bound:
         place = _best_place(copies, order, loads, bound, must_be_below=True)
@@ -139,6 +143,16 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
     return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)), prepare)
 
 
+def _may_be_joined(load: Load, bound: float) -> bool:
+    """What is held there waits for this very copy, or for another that is loaded before it."""
+    return load.held < JOINED and load.in_flight - load.held < bound
+
+
+def _coming(copies: Sequence[Copy]) -> Endpoint | None:
+    """A copy that is on its way, if any."""
+    return next((copy.endpoint for copy in copies if copy.at is At.COMING), None)
+
+
 def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
     """The next copy to use: one that is there, else one to make, else none."""
     warm = [copy.endpoint for copy in copies if copy.at is At.WARM and loads[copy.endpoint.address].in_flight < bound]
@@ -146,7 +160,7 @@ def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, 
         return _least(warm, loads, order)
     if 0 < rule.max_copies <= _in_memory(copies):
         return None
-    return _best_place(copies, order, loads, bound, must_be_below=True)
+    return _coming(copies) or _best_place(copies, order, loads, bound, must_be_below=True)
 
 
 def _spare(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, *, is_hot: bool) -> Endpoint | None:

@@ -127,6 +127,10 @@ class Residency:
         preparing.add(key)
         self._flights.start(key, lambda: self._prepare(key))
 
+    def is_asked(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> bool:
+        """Whether its stager has been asked, and has not answered."""
+        return (endpoint.stager, adapter, plain) in self._flights
+
     def stuck_s(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> float:
         """For how many seconds the call in flight has told nothing new; 0 without one."""
         call = self._calls.get((endpoint.stager, adapter, plain))

@@ -157,6 +157,10 @@ class Staging:
                     leased = self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None
                     if leased or warm:
                         found.append(Copy(endpoint, At.LEAVING if leased else At.PARTING))
+        if not any(copy.at is At.LEASED for copy in found):
+            there = [copy.endpoint for copy in found if copy.at is not At.COLD]
+            asked = [e for e in snapshot.stageable(forward.candidates) if e not in there and self._residency.is_asked(e, forward.adapter, plain=forward.plain)]
+            found = [*(copy for copy in found if copy.endpoint not in asked), *(Copy(endpoint, At.COMING) for endpoint in asked)]
         return found
 
     def _order(self, forward: Forward, rule: Rule, copies: int) -> Sequence[Endpoint]:

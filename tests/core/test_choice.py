@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of
+from extproc.core.choice import JOINED, SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
 
@@ -186,7 +186,7 @@ def test_whatever_is_known_a_choice_can_be_followed(
     at = dict(known)
     assert choice.serve is None or at[choice.serve] in (At.LEASED, At.LEAVING)
     assert (choice.serve is None) != (not choice.wait_for) or not (copies or ready) or all(copy.at is At.COLD for copy in copies)
-    assert choice.prepare is None or at.get(choice.prepare) in (None, At.WARM, At.COLD)
+    assert choice.prepare is None or at.get(choice.prepare) in (None, At.WARM, At.COLD, At.COMING)
     assert len(set(choice.wait_for)) == len(choice.wait_for)
 
 
@@ -228,3 +228,29 @@ def test_a_base_models_request_goes_to_the_least_loaded_of_a_few() -> None:
     chosen = [least_of(many, Loads(e.address for e in many), turn) for turn in range(100)]
     assert {choice[0] for choice in chosen} == set(many)
     assert {len(choice) for choice in chosen} == {SAMPLED}
+
+
+# ---- copies on their way
+
+
+def test_who_comes_while_a_copy_is_made_waits_for_that_one() -> None:
+    """Though the key's other endpoint has less in flight by now: a second fetch of the same adapter helps nobody."""
+    loads = loads_of(0)
+    for _ in range(5):
+        loads.hold(A.address)
+    assert choose([Copy(A, At.COMING)], ENDPOINTS, loads, RULE).wait_for[0] == A
+    assert choose([Copy(A, At.COMING), Copy(D, At.WARM)], ENDPOINTS, loads, RULE).wait_for[0] == D
+
+
+def test_a_crowd_that_waits_for_one_copy_has_another_made() -> None:
+    """All of them would come to one engine at the same moment."""
+    loads = loads_of(0)
+    for _ in range(JOINED):
+        loads.hold(A.address)
+    assert choose([Copy(A, At.COMING)], ENDPOINTS, loads, RULE).wait_for[0] == B
+    assert choose([Copy(A, At.COMING)], (A,), loads, RULE).wait_for == (A,)
+
+
+def test_a_copy_on_its_way_to_an_engine_that_has_too_much_by_now_is_not_joined() -> None:
+    """Others have sent it more meanwhile."""
+    assert choose([Copy(A, At.COMING)], ENDPOINTS, loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for[0] == B

@@ -3,9 +3,10 @@
 import asyncio
 import selectors
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 PATIENCE_S = 60.0  # only a test that would hang reaches it
+THREAD_S = 0.05  # real seconds after which a loop looks whether its threads are back, should nobody wake it
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -50,11 +51,22 @@ class Clock:
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop whose time stands still while anything is ready, and else jumps to the next timer: hours pass at once, and to the digit."""
+    """A loop whose time stands still while anything is ready or a thread works for it, and else jumps to the next timer: hours pass at once, and to the
+    digit."""
 
     def __init__(self) -> None:
         self._now = 1000.0
+        self.in_threads = 0
         super().__init__(_Jumping(self))
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        self.in_threads += 1
+        future = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._thread_is_back)
+        return future
+
+    def _thread_is_back(self, _: asyncio.Future[Any]) -> None:
+        self.in_threads -= 1
 
     def time(self) -> float:
         return self._now
@@ -69,6 +81,8 @@ class _Jumping(selectors.DefaultSelector):
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if self._loop.in_threads:
+            return super().select(timeout if timeout is None else min(timeout, THREAD_S))
         if timeout:
             self._loop.jump(timeout)
         return super().select(None if timeout is None else 0)
