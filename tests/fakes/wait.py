@@ -59,7 +59,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.in_threads = 0
         super().__init__(_Jumping(self))
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]  # without their generics
         self.in_threads += 1
         future = super().run_in_executor(executor, func, *args)
         future.add_done_callback(self._thread_is_back)

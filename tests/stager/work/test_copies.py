@@ -156,7 +156,8 @@ async def test_watchers_hear_what_the_engine_works_on(serve_node: ServeNode, eng
     models = [(await client.ensure(name, loading=Loading.VERSIONED)).model for name in (A, B, C)]
     follower = Follower(node.ask()).start()
     await until(lambda: follower.loads)
-    assert follower.loads[0] == EngineLoad(0, 0, 0.0, 2, 2, follower.loads[0].age_s)
+    first = follower.loads[0]
+    assert first == EngineLoad(0, 0, 0.0, 2, 2, first.age_s, first.every_s, routers=1)
     async with engine.adapters.use(models[0], tokens=1000), engine.adapters.use(models[1], tokens=1000):
         waiting = asyncio.create_task(engine.ask(models[2]))
         await until(lambda: follower.loads[-1].waiting == 1)
