@@ -93,6 +93,16 @@ class Loads:
             load.counts = address in counted
         self._add_up()
 
+    def stand_one(self, address: str, *, ready: bool) -> None:
+        """The same of one of them."""
+        load = self._of.get(address)
+        if load is not None and load.counts is not ready:
+            sign = 1 if ready else -1
+            load.counts = ready
+            self._said += sign * load.said
+            self._total += sign * load.in_flight
+            self._ready += sign
+
     def send(self, address: str, now: float) -> None:
         """A request goes there."""
         load = self._of.get(address)

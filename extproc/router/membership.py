@@ -208,9 +208,8 @@ class Membership:
         if not is_other:
             return
         self._publish(Snapshot(self.snapshot.pools, standings, self.snapshot.version + 1))
-        for name in {self._pool_of[endpoint.address] for endpoint, _, _ in others}:
-            self._stand(name)
         for endpoint, standing, why in others:
+            self.loads[self._pool_of[endpoint.address]].stand_one(endpoint.address, ready=standing is Standing.READY)
             self._tell(endpoint, standing, why)
             self._move(endpoint, standing)
 
@@ -235,11 +234,6 @@ class Membership:
         self._count()
         for tell in self.on_change:
             tell(snapshot)
-
-    def _stand(self, name: str) -> None:
-        pool = self.snapshot.pool(name)
-        if pool is not None:
-            self.loads[name].stand(e.address for e in pool.table.endpoints if self.snapshot.standing(e) is Standing.READY)
 
     def _tell(self, endpoint: Endpoint, standing: Standing, why: str) -> None:
         now = self._clock()
@@ -284,7 +278,9 @@ class Membership:
             places[pool.name] = [*(f.endpoint for f in found.values()), *self._held(pool, found, now)]
         others = [pool for pool in self.snapshot.pools if _differ(pool.table.endpoints, places[pool.name])]
         tables = await asyncio.to_thread(_tables, [(pool, places[pool.name]) for pool in others])
+        old = {e.address for pool in others for e in pool.table.endpoints}
         self._replace(tables)
+        await asyncio.to_thread(self._shares, {name: slots for name, (_, slots) in tables.items()}, old)
         seen = []
         leaving = {f.endpoint.address for shown in self._fleet.values() for f in shown if f.is_leaving}
         for pool in self.snapshot.pools:
@@ -339,11 +335,10 @@ class Membership:
             pool = self.snapshot.pool(name)
             assert pool is not None
             self.loads[name].follow(e.address for e in pool.table.endpoints)
-            self._stand(name)
+            self.loads[name].stand(e.address for e in pool.table.endpoints if e.address not in standings)
         instances = {endpoint.stager for endpoint in came if endpoint.address in old}  # a new instance, under an address that others had
         for stager in (stagers_before - set(self._at)) | (instances & stagers_before):
             self._disconnect(stager)
-        self._shares({name: slots for name, (_, slots) in tables.items()}, [e.address for e in left if e.address not in new])
         self._models.follow(pools)
         self._publish(self.snapshot)
         if left or came:
@@ -362,8 +357,9 @@ class Membership:
                     at[endpoint.stager] = (*at.get(endpoint.stager, ()), endpoint)
         self._at = at
 
-    def _shares(self, shares: Mapping[str, Mapping[str, int]], left: Iterable[str]) -> None:
-        for address in left:
+    def _shares(self, shares: Mapping[str, Mapping[str, int]], old: Collection[str]) -> None:
+        """For a thread: show who owns how much. `old`: who had a share before."""
+        for address in set(old).difference(*shares.values()):
             with contextlib.suppress(KeyError):
                 self._metrics.share.remove(address)
         for slots in shares.values():

@@ -8,6 +8,7 @@ import logging
 import random
 import secrets
 import socket
+import sys
 from collections.abc import Mapping
 
 from ..client import StagerClient
@@ -43,6 +44,7 @@ from .xds import Xds
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.001  # a thread that fills a lookup table or ranks adapters gives way to the event loop this soon; Python's own 5 ms would show in every request
 CERTIFICATE_CHECK_S = 10.0  # a renewed one is in use this soon; the old one is valid for days yet
 MESSAGE_OVERHEAD_BYTES = 2**20  # of a message beside the body: headers, metadata; a body that is over its limit by less is answered 413
 PROCESS_METHOD = f"/{EXT_PROC_SERVICE}/Process"
@@ -149,6 +151,7 @@ class Server:
 
     async def start(self) -> None:
         """Bind everything, then say SERVING. Raises StartError for an address that cannot be had."""
+        sys.setswitchinterval(SWITCH_S)
         if self._settings.http_listen:
             app = router_app(self.services, self._why_not_ready)
             self._http = HttpServer(app, self._settings.http_listen)
