@@ -254,7 +254,7 @@ def tells_who_served(bootstrap: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("is_silent", [False, True], ids=["refuses", "is silent"])
 async def test_an_engine_that_only_the_proxy_cannot_reach_is_down_while_its_stager_lives(tmp_path: Path, is_silent: bool) -> None:
-    """Two requests that the proxy sent elsewhere are enough; from then on another endpoint is named first, but for one try every few seconds."""
+    """Two requests that the proxy sent elsewhere are enough; from then on another endpoint is named first, but for a try every few seconds."""
     layout = Layout(
         nodes=2,
         routers=1,
@@ -271,7 +271,8 @@ async def test_an_engine_that_only_the_proxy_cannot_reach_is_down_while_its_stag
         load = await stack.enter_async_context(Load(fleet).running())
         await fleet.until_standing("down", fleet.nodes[0])
         await load.more(8 * REQUESTS_PER_S)
-        assert sum([await fleet.metric(router.http, 'lora_extproc_served_total{first="false"}') for router in fleet.routers]) < len(load.answers) / 10
+        # Half of all would be, if it counted as ready. A try lasts for as long as Envoy waits for a connection, and everybody takes part in it.
+        assert sum([await fleet.metric(router.http, 'lora_extproc_served_total{first="false"}') for router in fleet.routers]) < len(load.answers) / 4
     assert not load.failed
 
 
