@@ -9,7 +9,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | leased here only where an endpoint drains | that one | the best place |
 | not leased here, and in no engine's memory but one's whose endpoint drains | waits for that one, which costs one call | the best place |
 | not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
-| nowhere in memory, but on its way to an endpoint that is below the bound and that fewer than JOINED requests wait for | waits for that one | |
+| nowhere in memory, but on its way to an endpoint that works on less than the bound | waits for that one, however many do: one fetch is enough | |
 | elsewhere or nowhere | waits for the best place | |
 
 The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy. Waiting for it pays
@@ -35,7 +35,6 @@ from .load import Load, Loads
 Balance = Literal["bounded", "maglev", "hrw", "random", "least_adapters", "least_latency", "bin_pack"]
 SAMPLED = 8  # endpoints that a base model's request chooses among
 _REMEMBERED = 65_536  # adapters whose pattern was looked for
-JOINED = 32  # requests that wait for one copy; an engine computes some hundreds at once, and what more of them gain waits for no fetch of its own
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 
 
@@ -144,8 +143,8 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
 
 
 def _may_be_joined(load: Load, bound: float) -> bool:
-    """What is held there waits for this very copy, or for another that is loaded before it."""
-    return load.held < JOINED and load.in_flight - load.held < bound
+    """What is held there waits for this very copy, or for one that is loaded before it."""
+    return load.in_flight - load.held < bound
 
 
 def _coming(copies: Sequence[Copy]) -> Endpoint | None:
