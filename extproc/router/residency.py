@@ -12,7 +12,7 @@ from ..client import Claimed, Loading, Staged, StagerClient
 from ..core.copies import Copies
 from ..core.endpoint import Endpoint
 from ..core.events import Mutation
-from ..errors import LoraExtprocError, StagerUnavailable
+from ..errors import LoraExtprocError, NodeDraining, StagerUnavailable
 from ..flight import SingleFlight
 from ..metrics import RouterMetrics
 
@@ -287,6 +287,8 @@ class Residency:
             staged = await client.ensure(adapter, loading=_loading(plain=plain), on_progress=lambda _: self._moved(call))
         except LoraExtprocError as error:
             log.info("%s on %s: %s: %s", adapter, stager, error.reason, error.message)
+            if isinstance(error, NodeDraining):
+                self.copies.drop(stager, adapter)  # it would serve what it has in memory
             raise
         finally:
             del self._calls[key]

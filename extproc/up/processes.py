@@ -71,7 +71,8 @@ async def stop(children: Sequence[Child], grace_s: float) -> None:
         if child.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 child.process.kill()
-    await asyncio.gather(*waits)
+    if waits:
+        await asyncio.wait(waits, timeout=grace_s)  # a killed process is gone; what it started may hold its output open
     for child in children:
         kill_family(child)
 

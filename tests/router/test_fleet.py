@@ -14,7 +14,7 @@ from extproc.core.load import FORGOTTEN_S, Engine
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
 from extproc.core.standing import MISSED, Standing
-from extproc.errors import NoSpace, StagerUnavailable
+from extproc.errors import NodeDraining, NoSpace, StagerUnavailable
 from extproc.router import membership as membership_module
 from tests.fakes.wait import VirtualLoop, turns, until
 
@@ -291,6 +291,39 @@ def test_what_drains_serves_until_its_successors_are_warm_and_is_left_empty() ->
         await router.stop()
 
     in_virtual_time(main)
+
+
+def test_what_nobody_asks_for_any_more_is_given_back_at_once() -> None:
+    """A node that drains is not kept by leases that no request has used for a minute, whether others have room for them or not."""
+
+    async def main() -> None:
+        router, old = await started()
+        owner = router.owner("a")
+        await serve(router, chat("a"))
+        for _ in range(3):
+            router.popularity.roll()
+        for endpoint in old:
+            if endpoint != owner:
+                router.stager_of(endpoint).error = NoSpace("full")
+        router.stager_of(owner).events.put_nowait(NodeState(True, "maintenance", "first", resumed=True, draining=True))
+        await asyncio.sleep(10)
+        assert router.residency.leased_at(owner.stager) == []
+        assert router.stager_of(owner).released == ["a"]
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+async def test_a_node_that_drains_and_refuses_an_adapter_is_not_asked_for_it_again() -> None:
+    """What it was believed to have in memory it has not."""
+    router = Router(1)
+    owner = router.owner("a")
+    router.residency.copies.put(owner.stager, "a", warm=True)
+    router.stager_of(owner).error = NodeDraining("this node drains")
+    with pytest.raises(NodeDraining):
+        await router.residency.ensure(owner, "a")
+    assert router.residency.copies.of("a") == []
+    await router.stop()
 
 
 def test_a_source_that_says_so_drains_an_endpoint_and_takes_it_back() -> None:
