@@ -7,7 +7,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there |
 | leased here, none below the bound | waits for the next one; without one, goes to the one with the least in flight | |
 | leased here only where an endpoint drains | that one | the best place |
-| not leased here, and in no engine's memory but one's whose endpoint drains | waits for that one, which costs one call | the best place |
+| not leased here, and nowhere but at endpoints that drain, in an engine's memory there | waits for that one, which costs one call and no fetch | the best place |
 | not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
 | nowhere in memory, but on its way to an endpoint that works on less than the bound | waits for that one, however many do: one fetch is enough | |
 | elsewhere or nowhere | waits for the best place | |
@@ -136,7 +136,8 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
             prepare = place
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=first)
-    parting = [] if warm else [copy.endpoint for copy in copies if copy.at is At.PARTING]
+    has_files = warm or any(copy.at is At.COLD for copy in copies)
+    parting = [] if has_files else [copy.endpoint for copy in copies if copy.at is At.PARTING]
     if parting:
         return Choice(None, (*parting, *order), first)
     return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)), prepare)

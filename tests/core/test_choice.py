@@ -245,3 +245,9 @@ def test_who_comes_while_a_copy_is_made_waits_for_that_one() -> None:
 def test_a_copy_on_its_way_to_an_engine_that_has_too_much_by_now_is_not_joined() -> None:
     """Others have sent it more meanwhile."""
     assert choose([Copy(A, At.COMING)], ENDPOINTS, loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for[0] == B
+
+
+def test_a_drain_ends_where_engines_hold_fewer_adapters_than_are_asked_for() -> None:
+    """What fell out of the successor's memory is loaded there again: as long as the draining engine were asked for it, that one would never be empty."""
+    assert choose([Copy(A, At.PARTING)], (B, C), loads_of(10), RULE) == Choice(None, (A, B, C), B)
+    assert choose([Copy(A, At.PARTING), Copy(B, At.COLD)], (B, C), loads_of(10), RULE).wait_for[0] == B
