@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
 NO_SPACE_PAUSE_S, MAX_NO_SPACE_PAUSE_S = 0.25, 2.0
+WARM_S = 0.5  # a stager that has the adapter in its engine's memory answers within milliseconds, or hangs
 USUAL_GAPS = 3  # silence of a stager counts as none of its usual ones above this many of them
 
 
@@ -288,8 +289,10 @@ class Staging:
 
     def _until_stuck_s(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint]) -> float:
         """Seconds until all that were asked will have told nothing new for longer than they may."""
+        warm = {stager for stager, is_warm in self._residency.copies.of(forward.adapter) if is_warm}
         return max(
-            max(self._hedge_s, USUAL_GAPS * self._residency.usual_gap_s(e)) - self._residency.stuck_s(e, forward.adapter, plain=forward.plain)
+            (WARM_S if e.stager in warm else max(self._hedge_s, USUAL_GAPS * self._residency.usual_gap_s(e)))
+            - self._residency.stuck_s(e, forward.adapter, plain=forward.plain)
             for e in asked.values()
         )
 

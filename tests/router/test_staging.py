@@ -252,6 +252,22 @@ def test_beside_a_candidate_without_progress_the_next_is_asked_and_the_first_ans
     assert f"no progress for 3.0 s; {_second()} is asked too" in caplog.text
 
 
+def test_a_stager_that_has_it_in_memory_and_does_not_answer_is_not_waited_for() -> None:
+    """Another router had the copy made, and the stager hangs since: a lease on it would be a matter of milliseconds."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(3, hedge_s=3.0)
+        router.residency.copies.put(stagers[0].address, "a", warm=True)
+        stagers[0].gate.clear()
+        began = now()
+        assert (await serve(router, chat("a"))).first_destination() == order[1].address
+        assert now() - began == pytest.approx(0.5, abs=0.1)
+        stagers[0].gate.set()
+        await turns()
+
+    in_virtual_time(main)
+
+
 def _second() -> str:
     return Router(4).pool.candidates("a")[1].stager
 

@@ -104,7 +104,7 @@ async def test_the_originals_outlive_the_links(tmp_path: Path, root: Path, in_pl
             assert nothing_there(stager)
         if how == "refresh":
             replace(root / NAME, OTHER)
-            assert await stager.refresh(NAME)
+            assert await stager.refresh(NAME) or (await stager.ensure(NAME)).staged  # a look behind the first request may have been quicker
             assert visible(tmp_path / "node") == {NAME: OTHER}
             assert len(stored(tmp_path / "node")) == 1
     if how == "restart":
