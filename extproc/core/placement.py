@@ -54,6 +54,10 @@ class Pool:
         """Every endpoint, in the key's order."""
         return self.table.by_weight(key) if self.by_weight else self.table.order(key)
 
+    def has_another_ready(self, endpoint: Endpoint, standings: Mapping[str, tuple[Standing, str]]) -> bool:
+        """Whether some other endpoint than that one is ready, by these standings of those that are not."""
+        return any(e != endpoint and e.address not in standings for e in self.table.endpoints)
+
     def at(self, stager: str) -> tuple[Endpoint, ...]:
         """The endpoints whose directory that stager fills."""
         return self._at.get(stager, ())

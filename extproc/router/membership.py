@@ -215,7 +215,7 @@ class Membership:
 
     def _others_are_ready(self, endpoint: Endpoint, standings: Mapping[str, tuple[Standing, str]]) -> bool:
         pool = self.snapshot.pool(self._pool_of[endpoint.address])
-        return pool is not None and any(e != endpoint and e.address not in standings for e in pool.table.endpoints)
+        return pool is not None and pool.has_another_ready(endpoint, standings)
 
     def _move(self, endpoint: Endpoint, standing: Standing) -> None:
         """Have what the new standing asks for done in the background; it ends when the standing does."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Protocol
 
 from ..core.endpoint import Endpoint
-from ..core.load import Loads
 from ..core.placement import Snapshot
 from ..core.popularity import Popularity
 from ..core.standing import Standing
@@ -32,7 +31,6 @@ class Fleet(Protocol):
     """What moves are made by."""
 
     snapshot: Snapshot
-    loads: dict[str, Loads]
 
 
 class Senders(Protocol):
@@ -104,7 +102,8 @@ class Moves:
         given = given_bytes = 0
         try:
             async with asyncio.timeout(self._join_s):
-                if endpoint.stager and _others_serve(fleet.snapshot, name, endpoint):
+                pool = fleet.snapshot.pool(name)
+                if endpoint.stager and pool is not None and pool.has_another_ready(endpoint, fleet.snapshot.standings):  # requests can go elsewhere meanwhile
                     owned = await self._owned(fleet, name, endpoint)
                     for first in range(0, len(owned), AT_ONCE):
                         sizes = await asyncio.gather(*(self._give(endpoint, adapter) for adapter in owned[first : first + AT_ONCE]))
@@ -178,9 +177,3 @@ class Moves:
                 return False
         self._residency.give_back(endpoint.stager, adapter, plain=plain)
         return True
-
-
-def _others_serve(snapshot: Snapshot, name: str, endpoint: Endpoint) -> bool:
-    """Whether requests can go elsewhere meanwhile."""
-    pool = snapshot.pool(name)
-    return pool is not None and any(e != endpoint and snapshot.standing(e) is Standing.READY for e in pool.table.endpoints)

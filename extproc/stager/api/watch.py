@@ -79,20 +79,10 @@ async def _inventory(whole: Iterator[Part], position: int) -> AsyncGenerator[pb.
 
 def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.WatchEvent:
     match change.kind:
-        case "published":
-            return pb.WatchEvent(sequence=change.sequence, published=change.adapter)
-        case "refreshed":
-            return pb.WatchEvent(sequence=change.sequence, refreshed=change.adapter)
-        case "evicted":
-            return pb.WatchEvent(sequence=change.sequence, evicted=change.adapter)
-        case "refused":
-            return pb.WatchEvent(sequence=change.sequence, refused=change.adapter)
-        case "loaded":
-            return pb.WatchEvent(sequence=change.sequence, loaded=change.adapter)
-        case "unloaded":
-            return pb.WatchEvent(sequence=change.sequence, unloaded=change.adapter)
-        case "woken":
-            return pb.WatchEvent(sequence=change.sequence, woken=change.adapter)
+        case "published" | "refreshed" | "evicted" | "refused" | "loaded" | "unloaded" | "woken" as kind:
+            event = pb.WatchEvent(sequence=change.sequence)
+            setattr(event, kind, change.adapter)
+            return event
         case "space":
             index = stager.node.holdings.index
             space = pb.Space(used_bytes=index.used_bytes, reserved_bytes=index.reserved_bytes, max_bytes=index.max_bytes)

@@ -24,7 +24,7 @@ from extproc.stager.work.copies import PART
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.adapters import small_files
 from tests.fakes.engine import RunningEngine, running_engine
-from tests.fakes.origin import FakeOrigin
+from tests.fakes.origin import FakeOrigin, origin_of
 from tests.fakes.relay import Relay
 from tests.fakes.wait import Turns, turns, until
 
@@ -35,10 +35,7 @@ A, B, C = "acme/a", "acme/b", "acme/c"
 
 @pytest.fixture
 def origin() -> FakeOrigin:
-    origin = FakeOrigin()
-    for seed, name in enumerate((A, B, C)):
-        origin.add(name, small_files(seed=seed))
-    return origin
+    return origin_of(A, B, C)
 
 
 @pytest.fixture

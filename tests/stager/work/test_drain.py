@@ -16,10 +16,10 @@ from extproc.stager.work import drain as drain_module
 from extproc.stager.work.drain import DRAIN_FILE, LEASE_S
 from extproc.up.demo import BASE_MODEL
 from extproc.up.processes import free_ports
-from tests.fakes.adapters import small_files, write_small
+from tests.fakes.adapters import write_small
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.gate import Gate
-from tests.fakes.origin import FakeOrigin
+from tests.fakes.origin import FakeOrigin, origin_of
 from tests.fakes.wait import Clock, until
 
 from ..conftest import OpenStager, ServeNode, next_of
@@ -40,10 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def origin() -> FakeOrigin:
-    origin = FakeOrigin()
-    for seed, name in enumerate((A, B, C)):
-        origin.add(name, small_files(seed=seed))
-    return origin
+    return origin_of(A, B, C)
 
 
 @pytest.fixture
