@@ -24,7 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def manifest(way: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((RBAC / f"{way}.yaml").read_text()))
+    return list(yaml.safe_load_all((RBAC / way / "rights.yaml").read_text()))
 
 
 def rights() -> list[tuple[str, int, str]]:
@@ -90,4 +90,4 @@ def test_the_files_differ_in_their_rules_alone() -> None:
     """One account and one role, so that a change of the way is one `kubectl apply`."""
     names = {tuple((one["kind"], one["metadata"]["name"], one["metadata"]["namespace"]) for one in manifest(way)) for way in WAYS}
     assert len(names) == 1
-    assert {path.stem for path in RBAC.glob("*.yaml")} == set(WAYS)
+    assert {path.parent.name for path in RBAC.glob("*/rights.yaml")} == set(WAYS)
