@@ -33,7 +33,7 @@ PAGE_OBJECTS = 500  # as client-go's; so many pods of 6 KB are decoded in 3 ms, 
 MAX_OBJECTS = 100_000  # a hundred times what this is built for; more is a selector that is wrong
 FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0  # as client-go's
-STEADY_S = 5.0  # a watch that lasted this long was a good one: the next pause is the first again
+STEADY_S = 5.0  # a watch that lasted this long, or half as long as it was to last, was a good one: the next is begun at once, the next pause is the first again
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Reflector(Generic[T]):
                         if news.put or news.gone:
                             yield news
                 finally:
-                    is_steady = now() - began >= STEADY_S
+                    is_steady = now() - began >= min(STEADY_S, seconds / 2)
                     if is_steady:
                         self._pause.reset()
             if not is_steady:

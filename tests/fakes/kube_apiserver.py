@@ -1,18 +1,21 @@
 """A real kube-apiserver on a real etcd: objects without anything that acts on them. Where one of the two is missing, what needs them is skipped.
 
 No controller and no kubelet runs, so a test writes the status of its pods and its EndpointSlices itself. The API server refuses loopback addresses in
-EndpointSlices, so endpoints have addresses of 10.77.0.0/24, which nobody sends anything to.
+EndpointSlices, so endpoints have addresses of 10.77.0.0/24: outside a network namespace nobody sends anything there, inside one (netns.py) they are those
+of its `lo`, and the cluster that is started there runs there.
 """
 
+import asyncio
 import contextlib
 import json
+import os
 import shutil
 import ssl
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import yaml
 from extproc.kubernetes.access import Access
 from extproc.kubernetes.api import Api
 from extproc.kubernetes.failures import KubernetesFailed
-from extproc.kubernetes.objects import ENDPOINT_SLICES, PODS, Kind, Object
+from extproc.kubernetes.objects import ENDPOINT_SLICES, INFERENCE_POOLS, PODS, Kind, Object
 from extproc.up.processes import free_ports
 
 from .assets import asset
@@ -129,21 +132,40 @@ class Cluster:
             return result
 
 
+def crds(*projects: str) -> list[Path]:
+    """The files of these projects, `envoy-gateway`, `gaie`, `gateway-api`, `istio`, as each ships its CRDs. Where they are missing, the test is skipped."""
+    folder = os.environ.get("LORA_EXTPROC_CRDS", "")
+    if not folder:
+        pytest.skip("LORA_EXTPROC_CRDS names no folder with the CRDs of the gateways")
+    files = [file for project in projects for file in sorted(Path(folder).glob(f"{project}-[0-9]*.yaml"))]
+    if len(files) != len(projects):
+        pytest.skip(f"in {folder}, which LORA_EXTPROC_CRDS names, there is not one file each for {', '.join(projects)}")
+    return files
+
+
 @contextlib.contextmanager
-def running_cluster(directory: Path) -> Iterator[Cluster]:
-    """With an empty namespace `llm`."""
+def running_cluster(directory: Path, crds: Sequence[Path] = ()) -> Iterator[Cluster]:
+    """With an empty namespace `llm`, and the kinds of these files."""
     cluster = Cluster(directory)
     try:
         cluster.start()
+        asyncio.run(_prepare(cluster.server, crds))
         yield cluster
     finally:
         cluster.stop()
+
+
+async def _prepare(server: KubeApiServer, files: Sequence[Path]) -> None:
+    async with Admin(server) as admin, asyncio.TaskGroup() as installing:
+        for body in (body for file in files for body in yaml.load_all(file.read_text(), yaml.CSafeLoader) if body):
+            installing.create_task(admin.install(body))
 
 
 class Admin:
     """Writes objects, and what controllers and kubelets would write. `async with Admin(server) as admin`."""
 
     def __init__(self, server: KubeApiServer, namespace: str = "llm") -> None:
+        self.server = server
         self.api = Api(server.access(), 30)
         self.namespace = namespace
 
@@ -157,9 +179,22 @@ class Admin:
     async def apply(self, body: dict[str, Any], subresource: str = "") -> Object:
         """Any object of a manifest."""
         group, _, version = body["apiVersion"].rpartition("/")
-        kind = Kind(group, version, body["kind"].lower() + "s")
+        kind = Kind(group, version, _plural(body["kind"]))
         metadata = body["metadata"]
         return await self.api.apply(kind, metadata.get("namespace", ""), metadata["name"], body, "test", Object, subresource=subresource)
+
+    async def install(self, body: dict[str, Any]) -> None:
+        """An object that is there before tests begin; a CRD is waited for until the API server serves its kind."""
+        await self.apply(body)
+        if body["kind"] == "CustomResourceDefinition":
+            spec = body["spec"]
+            kind = Kind(spec["group"], next(one["name"] for one in spec["versions"] if one["served"]), spec["names"]["plural"])
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    with contextlib.suppress(KubernetesFailed):
+                        await self.api.page(kind, "", {"limit": "1"}, Object)
+                        return
+                    await asyncio.sleep(0.1)
 
     async def pod(
         self, name: str, ip: str, *, is_ready: bool = True, labels: dict[str, str] | None = None, annotations: dict[str, str] | None = None
@@ -200,6 +235,14 @@ class Admin:
 
     async def clear(self) -> None:
         """Delete all that discovery looks at."""
-        for kind in (PODS, ENDPOINT_SLICES, Kind("inference.networking.k8s.io", "v1", "inferencepools")):
+        for kind in (PODS, ENDPOINT_SLICES, INFERENCE_POOLS):
             with contextlib.suppress(KubernetesFailed):
                 await self.api._call("DELETE", kind.path(self.namespace), {"gracePeriodSeconds": "0"})
+
+
+def _plural(kind: str) -> str:
+    """As the API server's URLs spell a kind."""
+    word = kind.lower()
+    if word.endswith("y") and word[-2] not in "aeiou":
+        return word[:-1] + "ies"
+    return word + ("es" if word.endswith("s") else "s")

@@ -1,13 +1,11 @@
 """One kube-apiserver for the tests of each module, and discovery as a router runs it."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from extproc.config import DiscoverySettings, PoolSettings
 from extproc.discovery.discovery import Discovery
@@ -15,16 +13,23 @@ from extproc.discovery.sources import build_sources
 from extproc.metrics import RouterMetrics
 from tests.discovery.scripted import Taken
 from tests.fakes.kube_apiserver import Admin, Cluster, running_cluster
+from tests.fakes.netns import network_of_its_own
 
 DiscoveryFactory = Callable[..., AbstractAsyncContextManager[Taken]]
 CRD = Path(__file__).parent / "inferencepools.yaml"
 
 
 @pytest.fixture(scope="module")
+def network() -> Iterator[None]:
+    """The module's tests, and all that they start, are in a network namespace. Named before `cluster`."""
+    with network_of_its_own():
+        yield
+
+
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """With InferencePools."""
-    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        asyncio.run(_install(cluster))
+    with running_cluster(tmp_path_factory.mktemp("cluster"), [CRD]) as cluster:
         yield cluster
 
 
@@ -56,15 +61,3 @@ def discovering(cluster: Cluster, tmp_path: Path) -> DiscoveryFactory:
             await discovery.stop()
 
     return discovering
-
-
-async def _install(cluster: Cluster) -> None:
-    async with Admin(cluster.server) as admin:
-        await admin.apply(yaml.safe_load(CRD.read_text()))
-        async with asyncio.timeout(30):  # until the API server serves what it was told of
-            while True:
-                try:
-                    await admin.pool("llama", [8000])
-                    return
-                except Exception:
-                    await asyncio.sleep(0.1)

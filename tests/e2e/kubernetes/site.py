@@ -1,0 +1,265 @@
+"""Pods, routers and a proxy in a network namespace, as a cluster would run them: the objects are in a real kube-apiserver, the processes are ours.
+
+| address | who listens there |
+| --- | --- |
+| 127.0.0.1 | etcd, the API server, and a gateway's control plane |
+| PROXIES | an Envoy each: clients at 10080, its administration at 9901 |
+| ROUTERS | a router each: ext_proc at 9002, health at 9003, HTTP at 9090 |
+| 10.77.0.11 and up | a pod each, `a`, `b`, ...: the engine at 8000, the stager at 9102 and 9190 |
+
+No controller runs. A site writes what controllers and kubelets would write of its pods: their status, and the EndpointSlices of the Services that select them.
+The thread of the test has to be in the namespace (tests/fakes/netns.py), as `network` in conftest.py has it.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from extproc.config import parse
+from extproc.envoyconfig import render
+from extproc.up import demo
+from extproc.up.processes import Child, python, spawn, stop
+from extproc.up.stack import envoy_binary
+from tests.e2e.client import Client, weights_of
+from tests.fakes.kube_apiserver import Admin
+from tests.fakes.netns import NETWORK
+from tests.fakes.wait import PATIENCE_S
+
+NAMES = ("team/a", "team/b", "team/c", "flat")  # adapters of the origin
+
+ROUTERS, PROXIES = (f"{NETWORK}.3", f"{NETWORK}.4"), (f"{NETWORK}.5", f"{NETWORK}.6")
+FRONT, ENVOY_ADMIN = 10080, 9901  # ports of a proxy
+ENGINE, STAGER, STAGER_HTTP = 8000, 9102, 9190  # ports of a pod
+DRAIN_S = 30.0  # what a pod has from SIGTERM on, as terminationGracePeriodSeconds
+
+
+@dataclass(slots=True)
+class Pod:
+    """One that runs."""
+
+    name: str
+    ip: str
+    stager: Child
+    engine: Child
+    uid: str = ""  # of its object; "" before there is one
+    is_leaving: bool = False
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self.ip}:{ENGINE}"
+
+
+class Site:
+    """`async with Site(admin, origin, directory) as site`. Everything that it has started ends with it."""
+
+    def __init__(self, admin: Admin, origin: Path, directory: Path, services: Sequence[str] = ()) -> None:
+        """`services`: the names of Services that select all pods, with the engine's port alone."""
+        self.admin = admin
+        self.pods: dict[str, Pod] = {}
+        self.routers: list[Child] = []
+        self.others: list[Child] = []  # Envoy, and whatever a test starts beside it; ended in reverse
+        self.directory = directory
+        self._origin = origin
+        self._services = services
+        self._started = 0  # pods; each has a directory of its own, though a name comes again
+        self._publishing = asyncio.Lock()
+
+    async def __aenter__(self) -> "Site":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await stop([*self.others[::-1], *self.routers], 2.0)
+        await stop([child for pod in self.pods.values() for child in (pod.stager, pod.engine)], 1.0)
+
+    # ---- routers and proxies
+
+    async def start_router(self, raw: dict[str, Any], ip: str = ROUTERS[0]) -> None:
+        """With these settings, in which addresses are replaced, and the way to the API server."""
+        file = self.directory / f"router-{ip}.yaml"
+        file.write_text(yaml.safe_dump(self.placed(raw, ip)))
+        self.routers.append(await spawn(f"router-{ip}", python("router", "--config", str(file)), self.directory))
+
+    def placed(self, raw: dict[str, Any], ip: str) -> dict[str, Any]:
+        """Settings as a pod has them, for a process that has an address and no service account."""
+        kubeconfig = self.admin.server.kubeconfig(self.directory / "kubeconfig")
+        listen = {"listen": f"{ip}:9002", "health_listen": f"{ip}:9003", "http_listen": f"{ip}:9090"}
+        pools = [{**pool, "discovery": [{**source, "kubeconfig": kubeconfig} for source in pool["discovery"]]} for pool in raw["pools"]]
+        return {**raw, "pools": pools, "router": {**raw.get("router", {}), **listen}}
+
+    async def start_envoy(self, raw: dict[str, Any], router: str = ROUTERS[0], ip: str = PROXIES[0]) -> None:
+        """A plain Envoy, which knows of no endpoint but through this router."""
+        envoy = {**raw.get("envoy", {}), "listen": f"{ip}:{FRONT}", "admin": f"{ip}:{ENVOY_ADMIN}", "router": f"{router}:9002"}
+        bootstrap = self.directory / f"envoy-{ip}.yaml"
+        bootstrap.write_text(await asyncio.to_thread(render, parse({**raw, "envoy": envoy}, source="test")))
+        await self.spawn(f"envoy-{ip}", [str(envoy_binary()), "-c", str(bootstrap), "--concurrency", "1", "-l", "warning", "--use-dynamic-base-id"])
+
+    async def spawn(self, name: str, command: Sequence[str]) -> Child:
+        """A program that ends with the site."""
+        child = await spawn(name, command, self.directory)
+        self.others.append(child)
+        return child
+
+    # ---- pods
+
+    async def add(self, name: str, **pod: Any) -> None:
+        """A pod that is ready. `pod`: what Admin.pod takes beside."""
+        ip = self.ip(name)
+        self._started += 1
+        directory = self.directory / f"{name}-{self._started}"
+        directory.mkdir()
+        engine = {"url": f"http://{ip}:{ENGINE}", "base_model": demo.BASE_MODEL, "max_loras": 4, "max_cpu_loras": 8}
+        stager = {"listen": f"{ip}:{STAGER}", "http_listen": f"{ip}:{STAGER_HTTP}", "dir": str(directory), "engine": engine}
+        file = self.directory / f"{directory.name}.yaml"
+        file.write_text(yaml.safe_dump({"stager": {**stager, "origins": [{"type": "file", "path": str(self._origin)}]}}))
+        slots = ("--max-loras", "4", "--max-cpu-loras", "8")
+        sim = python("sim", "--listen", f"{ip}:{ENGINE}", "--dir", str(directory), "--base-model", demo.BASE_MODEL, *slots)
+        one = self.pods[name] = Pod(
+            name,
+            ip,
+            await spawn(f"{directory.name}-stager", python("stager", "--config", str(file)), self.directory),
+            await spawn(f"{directory.name}-engine", sim, self.directory),
+        )
+        await until_answered(f"http://{ip}:{ENGINE}/health", f"http://{ip}:{STAGER_HTTP}/readyz")
+        one.uid = (await self.admin.pod(name, ip, **pod)).metadata.uid
+        await self._publish()
+
+    async def drain(self, name: str) -> None:
+        """As `kubectl delete pod`: it is shown to terminate, its processes end in order, then it is gone."""
+        pod = self.pods[name]
+        await self.admin.terminate(name)
+        pod.is_leaving = True
+        await self._publish()
+        await stop([pod.stager], DRAIN_S)
+        await stop([pod.engine], 5.0)
+        await self._forget(name)
+
+    async def kill(self, name: str) -> None:
+        """Its node dies; the object goes later."""
+        pod = self.pods[name]
+        for child in (pod.stager, pod.engine):
+            child.process.kill()
+            await child.process.wait()
+        await self._forget(name)
+
+    async def have(self, *names: str) -> None:
+        """Exactly these pods: others are killed, those that are missing are started together."""
+        for name in self.pods.keys() - set(names):
+            await self.kill(name)
+        await asyncio.gather(*(self.add(name) for name in names if name not in self.pods))
+
+    def ip(self, name: str) -> str:
+        """Of the pod `a`, `b`, ..."""
+        return f"{NETWORK}.{11 + ord(name) - ord('a')}"
+
+    async def _forget(self, name: str) -> None:
+        await self.admin.remove(name)
+        del self.pods[name]
+        await self._publish()
+
+    async def _publish(self) -> None:
+        """Write the EndpointSlices, as their controller does."""
+        async with self._publishing:
+            for service in self._services:
+                endpoints = [
+                    {
+                        "addresses": [pod.ip],
+                        "conditions": {"ready": not pod.is_leaving, "serving": True, "terminating": pod.is_leaving},
+                        "targetRef": {"kind": "Pod", "name": pod.name, "namespace": self.admin.namespace, "uid": pod.uid},
+                        "nodeName": "n1",
+                    }
+                    for pod in self.pods.values()
+                    if pod.uid
+                ]
+                await self.admin.slice(f"{service}-1", service, endpoints, [{"name": "http", "port": ENGINE, "protocol": "TCP"}])
+
+    # ---- what is seen of it
+
+    async def until_known(self, *names: str, cluster: str = "llama", envoy_admin: str = f"{PROXIES[0]}:{ENVOY_ADMIN}") -> None:
+        """Until an Envoy has these pods in its cluster, and no others."""
+        wanted = {f"{self.ip(name)}:{ENGINE}" for name in names}
+        async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get(f"http://{envoy_admin}/clusters") as response:
+                        lines = [line.split("::") for line in (await response.text()).splitlines()]
+                    if {line[1] for line in lines if line[0] == cluster and line[2] == "cx_active"} == wanted:
+                        return
+                await asyncio.sleep(0.05)
+
+    @contextlib.asynccontextmanager
+    async def load(self, front: str = f"{PROXIES[0]}:{FRONT}") -> AsyncIterator["Load"]:
+        """While the block runs."""
+        load = Load(front, self._origin)
+        tasks = [asyncio.create_task(load.ask(name)) for name in NAMES]
+        try:
+            yield load
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request of a load that was answered."""
+
+    began_s: float  # by the loop's clock
+    took_s: float
+    status: int
+    words: str  # of an error; "" where the answer is what the adapter gives
+
+
+class Load:
+    """Requests for all adapters, of each one after another."""
+
+    def __init__(self, front: str, origin: Path) -> None:
+        self.asked: list[Asked] = []
+        self._front = front
+        self._origin = origin
+
+    def failed(self, since_s: float = 0.0) -> Counter[tuple[int, str]]:
+        """What went wrong with requests that began after `since_s`."""
+        return Counter((one.status, one.words) for one in self.asked if one.began_s > since_s and (one.status, one.words) != (200, ""))
+
+    async def more(self, count: int) -> None:
+        """Until so many more are answered."""
+        enough = len(self.asked) + count
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.asked) < enough:
+                await asyncio.sleep(0.01)
+
+    async def ask(self, name: str) -> None:
+        """For one adapter, until cancelled."""
+        client, weights, now = Client(self._front), weights_of(self._origin, name), asyncio.get_running_loop().time
+        try:
+            while True:
+                began_s = now()
+                try:
+                    answer = await client.chat(name)
+                    is_right = answer.status == 200 and answer.weights == weights
+                    status, words = answer.status, "" if is_right else answer.text[:200]
+                except aiohttp.ClientError as error:
+                    status, words = 0, str(error)
+                self.asked.append(Asked(began_s, now() - began_s, status, words))
+                await asyncio.sleep(0.01)
+        finally:
+            await client.close()
+
+
+async def until_answered(*urls: str) -> None:
+    """Until each of them answers 200."""
+    async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
+        for url in urls:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get(url) as response:
+                        if response.status == 200:
+                            break
+                await asyncio.sleep(0.05)
