@@ -1,0 +1,114 @@
+"""What deploy/kubernetes and deploy/helm render, by the real kubectl and the real helm, as plain values."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from extproc.config import Settings, parse
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+KUBERNETES, CHART = DEPLOY / "kubernetes", DEPLOY / "helm" / "lora-extproc"
+GOLDEN = Path(__file__).parent / "golden"
+OUR_IMAGE = "lora-extproc"
+Manifest = dict[str, Any]
+_HASH = re.compile(r"-[a-z0-9]{10}$")  # that kustomize appends to the name of a ConfigMap that it makes
+
+
+def kustomizations(kind: str = "Kustomization") -> list[str]:
+    """The folders of deploy/kubernetes that can be applied by themselves, or, as kind Component, be part of such a one."""
+    files = sorted(KUBERNETES.rglob("kustomization.yaml"))
+    return [str(file.parent.relative_to(KUBERNETES)) for file in files if yaml.safe_load(file.read_text()).get("kind", "Kustomization") == kind]
+
+
+@cache
+def rendered(kubectl: str, overlay: str) -> str:
+    """One of `kustomizations()`, as `kubectl apply -k` would apply it."""
+    return run([kubectl, "kustomize", str(KUBERNETES / overlay)])
+
+
+def read(text: str) -> list[Manifest]:
+    return [one for one in yaml.load_all(text, yaml.CSafeLoader) if one]
+
+
+def run(command: Sequence[str], text: str | None = None, **environment: str) -> str:
+    """What it says on its standard output. It must end well and have nothing to warn of."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=os.environ | environment, timeout=60, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    assert not done.stderr, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout
+
+
+# ---- what the objects say
+
+
+def named(found: Sequence[Manifest], kind: str, name: str) -> Manifest:
+    """The one object of that kind and name, whatever hash its name ends with."""
+    [one] = [one for one in found if one["kind"] == kind and _HASH.sub("", one["metadata"]["name"]) == name]
+    return one
+
+
+@dataclass(frozen=True)
+class Container:
+    """One of a pod's that run as long as the pod does, or, where it is no `sidecar` and an init container, before it."""
+
+    spec: Manifest
+    is_initial: bool
+
+    @property
+    def runs_on(self) -> bool:
+        return not self.is_initial or self.spec.get("restartPolicy") == "Always"
+
+    @property
+    def is_ours(self) -> bool:
+        return str(self.spec["image"]).partition(":")[0] == OUR_IMAGE
+
+
+@dataclass(frozen=True)
+class Pod:
+    """What an object makes pods of. `settings` are those of each of our containers that has a ConfigMap of them, by the container's name."""
+
+    owner: Manifest
+    spec: Manifest
+    labels: dict[str, str]
+    settings: dict[str, Settings]
+
+    @property
+    def containers(self) -> list[Container]:
+        initial = [Container(one, is_initial=True) for one in self.spec.get("initContainers", ())]
+        return initial + [Container(one, is_initial=False) for one in self.spec["containers"]]
+
+
+def pods(found: Sequence[Manifest]) -> Iterator[Pod]:
+    """Of every object that has a template of pods."""
+    for owner in found:
+        template = owner.get("spec", {}).get("template")
+        if isinstance(template, dict) and "containers" in template.get("spec", {}):
+            yield Pod(owner, template["spec"], template["metadata"].get("labels", {}), _settings(found, template["spec"]))
+
+
+def _settings(found: Sequence[Manifest], spec: Manifest) -> dict[str, Settings]:
+    maps = {one["metadata"]["name"]: one["data"] for one in found if one["kind"] == "ConfigMap"}
+    volumes = {one["name"]: one["configMap"]["name"] for one in spec.get("volumes", ()) if "configMap" in one}
+    read: dict[str, Settings] = {}
+    for container in (*spec.get("initContainers", ()), *spec["containers"]):
+        for mount in container.get("volumeMounts", ()):
+            if mount["name"] in volumes and "settings.yaml" in maps[volumes[mount["name"]]]:
+                read[container["name"]] = parse(yaml.safe_load(maps[volumes[mount["name"]]]["settings.yaml"]), source=container["name"])
+    return read
+
+
+_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def quantity(text: str) -> float:
+    """Bytes of a quantity, or CPUs."""
+    if text[-2:] in _UNITS:
+        return float(text[:-2]) * _UNITS[text[-2:]]
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
