@@ -46,6 +46,16 @@ def steps(readme: str) -> Iterator[Step]:
     yield from map(Step, commands)
 
 
+def differs(said: str, step: Step) -> str:
+    """What is wrong with what a command has said; "": nothing."""
+    lines = [line.strip() for line in said.splitlines()]
+    for wanted in step.seen:
+        pattern = re.sub(r"([*?[])", r"[\1]", wanted.strip()).replace("…", "*")
+        if not any(fnmatchcase(line, pattern) for line in lines):
+            return f"no line like {wanted.strip()!r} in {said.strip()[-300:]!r}"
+    return ""
+
+
 class Follower:
     """Carries steps out against a topology."""
 
@@ -54,13 +64,7 @@ class Follower:
 
     def follow(self, step: Step) -> str:
         """What is wrong with what came; "": nothing."""
-        said = self._carry_out(step.command)
-        lines = [line.strip() for line in said.splitlines()]
-        for wanted in step.seen:
-            pattern = re.sub(r"([*?[])", r"[\1]", wanted.strip()).replace("…", "*")
-            if not any(fnmatchcase(line, pattern) for line in lines):
-                return f"no line like {wanted.strip()!r} in {said.strip()[-300:]!r}"
-        return ""
+        return differs(self._carry_out(step.command), step)
 
     def _carry_out(self, command: str) -> str:
         match shlex.split(command):

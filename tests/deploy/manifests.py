@@ -3,7 +3,7 @@
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,8 +17,13 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES, CHART = DEPLOY / "kubernetes", DEPLOY / "helm" / "lora-extproc"
 GOLDEN = Path(__file__).parent / "golden"
 OUR_IMAGE = "lora-extproc"
+NO_CRD_HERE = (
+    "monitoring.coreos.com",
+    "networking.gke.io",
+)  # groups whose CRDs are not among those of LORA_EXTPROC_CRDS: golden files keep what was compared by hand
 Manifest = dict[str, Any]
-_HASH = re.compile(r"-[a-z0-9]{10}$")  # that kustomize appends to the name of a ConfigMap that it makes
+_CRD = re.compile(r"^  group: (\S+)\n.*?^    kind: (\S+)\n", re.MULTILINE | re.DOTALL)
+_HASH = re.compile(r"-[2456789bcdfghkmt]{10}$")  # that kustomize appends to the name of a ConfigMap that it makes: ten digits of a hash in its own letters
 
 
 def kustomizations(kind: str = "Kustomization") -> list[str]:
@@ -45,17 +50,28 @@ def run(command: Sequence[str], text: str | None = None, **environment: str) -> 
     return done.stdout
 
 
+def crds(files: Iterable[Path], kinds: Container[tuple[str, str]]) -> list[Manifest]:
+    """Those of some kinds, each a group and a kind: read alone, since all take seconds to read and to install."""
+    texts = (text for file in files for text in file.read_text().split("\n---\n"))
+    return [yaml.load(text, yaml.CSafeLoader) for text in texts if (found := _CRD.search(text)) is not None and (found[1], found[2]) in kinds]
+
+
 # ---- what the objects say
 
 
 def named(found: Sequence[Manifest], kind: str, name: str) -> Manifest:
     """The one object of that kind and name, whatever hash its name ends with."""
-    [one] = [one for one in found if one["kind"] == kind and _HASH.sub("", one["metadata"]["name"]) == name]
+    [one] = [one for one in found if one["kind"] == kind and unhashed(one["metadata"]["name"]) == name]
     return one
 
 
+def unhashed(name: str) -> str:
+    """Of a ConfigMap that kustomize has made, the name that it was given."""
+    return _HASH.sub("", name)
+
+
 @dataclass(frozen=True)
-class Container:
+class PodContainer:
     """One of a pod's that run as long as the pod does, or, where it is no `sidecar` and an init container, before it."""
 
     spec: Manifest
@@ -77,12 +93,13 @@ class Pod:
     owner: Manifest
     spec: Manifest
     labels: dict[str, str]
+    annotations: dict[str, str]
     settings: dict[str, Settings]
 
     @property
-    def containers(self) -> list[Container]:
-        initial = [Container(one, is_initial=True) for one in self.spec.get("initContainers", ())]
-        return initial + [Container(one, is_initial=False) for one in self.spec["containers"]]
+    def containers(self) -> list[PodContainer]:
+        initial = [PodContainer(one, is_initial=True) for one in self.spec.get("initContainers", ())]
+        return initial + [PodContainer(one, is_initial=False) for one in self.spec["containers"]]
 
 
 def pods(found: Sequence[Manifest]) -> Iterator[Pod]:
@@ -90,7 +107,9 @@ def pods(found: Sequence[Manifest]) -> Iterator[Pod]:
     for owner in found:
         template = owner.get("spec", {}).get("template")
         if isinstance(template, dict) and "containers" in template.get("spec", {}):
-            yield Pod(owner, template["spec"], template["metadata"].get("labels", {}), _settings(found, template["spec"]))
+            yield Pod(
+                owner, template["spec"], template["metadata"].get("labels", {}), template["metadata"].get("annotations", {}), _settings(found, template["spec"])
+            )
 
 
 def _settings(found: Sequence[Manifest], spec: Manifest) -> dict[str, Settings]:

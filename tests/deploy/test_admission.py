@@ -1,0 +1,99 @@
+"""What a cluster says of the manifests: a real kube-apiserver with the CRDs of every gateway, and the commands of each README that need no pod to run."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fakes.kube_apiserver import crds as shipped
+from tests.fakes.kube_apiserver import running_cluster
+
+from .manifests import CHART, DEPLOY, KUBERNETES, NO_CRD_HERE, crds, kustomizations, read, rendered, run
+
+sys.path.insert(0, str(DEPLOY / "compose"))
+
+from following import Step, differs, steps  # it is no package
+
+READMES = [KUBERNETES, *(KUBERNETES / folder for folder in ("base", "plain", "vllm", "simulated", "monitoring", "rbac")), CHART]
+# what needs a container engine, pods that run, or a way to them; the API server of the test has its namespace already, and no controller that would delete one
+NOT_HERE = ("docker build", "curl", "kubectl -n llm port-forward", "kubectl -n llm rollout", "kubectl create namespace llm", "kubectl delete namespace llm")
+MONITORING = ("monitoring", "get servicemonitor")  # commands that need the CRDs of the Prometheus Operator
+COMMAND_S = 60
+
+
+@pytest.fixture(scope="module")
+def kubeconfig(kubectl: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of the administrator of a cluster that has every kind which a manifest names."""
+    directory = tmp_path_factory.mktemp("cluster")
+    named = [one for overlay in kustomizations() for one in read(rendered(kubectl, overlay))]
+    kinds = {(one["apiVersion"].partition("/")[0], one["kind"]) for one in named}
+    (directory / "crds.yaml").write_text(yaml.dump_all(crds(shipped("envoy-gateway", "gaie", "gateway-api", "istio"), kinds), Dumper=yaml.CSafeDumper))
+    with running_cluster(directory, [directory / "crds.yaml"]) as cluster:
+        yield cluster.server.kubeconfig(directory / "kubeconfig")
+
+
+@pytest.fixture(scope="module")
+def strict(kubectl: str, kubeconfig: str) -> None:
+    run([kubectl, "label", "namespace", "llm", "pod-security.kubernetes.io/warn=restricted"], KUBECONFIG=kubeconfig)
+
+
+def dry_run(kubectl: str, kubeconfig: str, objects: list[dict[str, object]]) -> None:
+    """As `kubectl apply` would send them. The API server must refuse none, and have nothing to warn of."""
+    run([kubectl, "apply", "--dry-run=server", "-f", "-"], yaml.dump_all(objects, Dumper=yaml.CSafeDumper), KUBECONFIG=kubeconfig)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("overlay", kustomizations())
+def test_every_object_is_accepted(kubectl: str, kubeconfig: str, overlay: str) -> None:
+    """Schemas, defaults, CEL rules and the restricted profile, as a cluster has them."""
+    found = [one for one in read(rendered(kubectl, overlay)) if one["apiVersion"].partition("/")[0] not in NO_CRD_HERE]
+    dry_run(kubectl, kubeconfig, found)
+
+
+@pytest.mark.usefixtures("strict")
+def test_the_profile_would_be_heard_of(kubectl: str, kubeconfig: str) -> None:
+    """A container that may become root."""
+    found = read(rendered(kubectl, "base"))
+    [deployment] = [one for one in found if one["kind"] == "Deployment"]
+    del deployment["spec"]["template"]["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"]
+    with pytest.raises(AssertionError, match='would violate PodSecurity "restricted'):
+        dry_run(kubectl, kubeconfig, found)
+
+
+@pytest.mark.usefixtures("strict")
+def test_every_object_of_the_chart_is_accepted(kubectl: str, helm: str, kubeconfig: str) -> None:
+    """With all that can be switched on."""
+    values = ["--set", "monitoring.enabled=true,stager.settings.stager.listen=0.0.0.0:9102"]
+    found = read(run([helm, "template", "a-release", str(CHART), "--namespace", "llm", *values]))
+    dry_run(kubectl, kubeconfig, [one for one in found if one["apiVersion"].partition("/")[0] not in NO_CRD_HERE])
+
+
+# ---- the READMEs
+
+
+@pytest.mark.parametrize("folder", READMES, ids=lambda folder: str(folder.relative_to(DEPLOY)))
+def test_a_readmes_commands_do_what_it_says(kubectl: str, helm: str, kubeconfig: str, tmp_path: Path, folder: Path) -> None:
+    """In their order, from the top of the repository; what they make is gone after the last one."""
+    for name, command in {"kubectl": kubectl, "helm": helm, "lora-extproc": f"{sys.executable} -m extproc"}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KUBECONFIG": kubeconfig, "HOME": str(tmp_path)}
+    found = list(steps((folder / "README.md").read_text()))
+    assert found
+    for step in found:
+        if _is_not_here(step):
+            continue
+        done = subprocess.run(step.command, shell=True, cwd=DEPLOY.parent, capture_output=True, text=True, env=environment, timeout=COMMAND_S, check=False)
+        assert done.returncode == 0, f"{step.command}: {done.stderr}"
+        assert not differs(done.stdout, step), step.command
+    kinds = "deployment,service,configmap,secret,serviceaccount,role,rolebinding,poddisruptionbudget,networkpolicy"
+    left = run([kubectl, "-n", "llm", "get", kinds, "-o", "name"], KUBECONFIG=kubeconfig)
+    assert not left
+
+
+def _is_not_here(step: Step) -> bool:
+    return step.command.startswith(NOT_HERE) or any(word in step.command for word in MONITORING)
