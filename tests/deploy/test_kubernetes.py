@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_pods_keep_to_the_restricted_profile(kubectl: str, overlay: str) -> None
         for container in pod.containers:
             context = whole | container.spec["securityContext"]
             assert context["runAsNonRoot"]
-            assert context["runAsUser"] > 0
+            assert context["runAsUser"] == 65532 if container.is_ours else context["runAsUser"] > 0  # the user of our image: tests/deploy/test_image.py
             assert context["seccompProfile"] == {"type": "RuntimeDefault"}
             assert context["allowPrivilegeEscalation"] is False
             assert context["capabilities"] == {"drop": ["ALL"]}
@@ -156,15 +157,19 @@ def test_containers_say_what_they_take_and_how_they_are(kubectl: str, overlay: s
 
 @EVERY
 def test_pods_have_the_time_that_their_drain_takes(kubectl: str, overlay: str) -> None:
-    """And some more, for what follows it."""
+    """And some more, for what follows it. A hook that waits ends in time for SIGTERM."""
     for pod in every_pod(kubectl, overlay):
         grace = pod.spec.get("terminationGracePeriodSeconds", 30)
         if "router" in pod.settings:
             router = pod.settings["router"].router
             assert router.lameduck_s + router.drain_s + 10 <= grace
             assert router.drain_s >= router.stage_deadline_s  # or requests that are held for an adapter are cut off
+        waits = [int(limit) for limit in re.findall(r"SECONDS\"? -lt (\d+)", str(pod.spec))]
+        assert all(limit + 20 <= grace for limit in waits)
         if "stager" in pod.settings:
-            assert pod.settings["stager"].stager.drain_s + 30 <= grace
+            drain_s = pod.settings["stager"].stager.drain_s
+            assert drain_s + 30 <= grace
+            assert drain_s < min(waits)  # or engines end before their stagers
 
 
 @EVERY

@@ -60,5 +60,5 @@ flags. deploy/kubernetes/vllm/sidecar/deployment.yaml says what each is for; a t
 
 {{- define "lora-extproc.stager.lifecycle" -}}
 preStop:
-  exec: {command: [bash, -c, "while (exec 3<>/dev/tcp/127.0.0.1/9190) 2>/dev/null; do sleep 1; done"]}
+  exec: {command: [bash, -c, "while [ $SECONDS -lt 330 ] && (exec 3<>/dev/tcp/127.0.0.1/9190) 2>/dev/null; do sleep 1; done"]}
 {{- end -}}
