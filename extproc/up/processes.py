@@ -17,6 +17,7 @@ from ..errors import StartError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2): "Set the parent-death signal of the calling process"; kept across execve
 _LOG_LINES = 5
+_REAPED_S = 10.0  # a killed process is gone within milliseconds, unless the machine is busy or the kernel waits for its disk
 LOWEST_PORT = 15_000  # above what services are known by
 
 
@@ -59,7 +60,7 @@ def python(*arguments: str) -> list[str]:
 
 
 async def stop(children: Sequence[Child], grace_s: float) -> None:
-    """SIGTERM to all, SIGKILL to those still there after `grace_s` seconds."""
+    """SIGTERM to all, SIGKILL to those still there after `grace_s` seconds; returns when they are gone."""
     alive = [child for child in children if child.process.returncode is None]
     for child in alive:
         with contextlib.suppress(ProcessLookupError):
@@ -72,7 +73,7 @@ async def stop(children: Sequence[Child], grace_s: float) -> None:
             with contextlib.suppress(ProcessLookupError):
                 child.process.kill()
     if waits:
-        await asyncio.wait(waits, timeout=grace_s)  # a killed process is gone; what it started may hold its output open
+        await asyncio.wait(waits, timeout=_REAPED_S)  # not for ever: what a killed process has started may hold its output open
     for child in children:
         kill_family(child)
 
