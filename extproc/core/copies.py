@@ -26,8 +26,18 @@ class Copies:
 
     def of(self, adapter: str) -> list[tuple[str, bool]]:
         """The nodes that have it, and whether in memory."""
-        codes = self._of.get(adapter) or self._unmoved.get(adapter, ())
-        return [(node, bool(code & 1)) for code in codes if (node := self._node[code >> 1]) is not None]
+        return [(node, bool(code & 1)) for code in self._codes_of(adapter) if (node := self._node[code >> 1]) is not None]
+
+    def count(self, adapter: str) -> int:
+        """How many nodes have it, or a few more: those that were forgotten lately may be among them."""
+        return len(self._codes_of(adapter))
+
+    def warm(self, adapter: str) -> list[str]:
+        """The nodes that have it in memory."""
+        return [node for code in self._codes_of(adapter) if code & 1 and (node := self._node[code >> 1]) is not None]
+
+    def _codes_of(self, adapter: str) -> tuple[int, ...]:
+        return self._of.get(adapter) or self._unmoved.get(adapter, ())
 
     def put(self, node: str, adapter: str, *, warm: bool) -> None:
         """It is there now: in the engine's memory if `warm`, else on disk alone."""

@@ -12,8 +12,10 @@ Its sums over what is `ready` are kept up to date, since every decision asks for
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from .endpoint import Endpoint
 
 FORGOTTEN_S = 4.0  # of a request of which no engine has spoken: the mean time of a chat completion
 STALE_S = 6.0  # an engine's word counts so long: three of those that come every 2 s are missing by then
@@ -160,6 +162,11 @@ class Loads:
     def bound(self, factor: float) -> float:
         """From so many requests in flight on, an endpoint carries too much: `factor` times the mean."""
         return max(factor * self.mean(), FEW)
+
+    def below(self, endpoints: Sequence[Endpoint], bound: float) -> list[Endpoint]:
+        """Those with less in flight than that."""
+        of = self._of
+        return [endpoint for endpoint in endpoints if of[endpoint.address].in_flight < bound]
 
     def _update(self, load: Load, said: float) -> None:
         """`said`: what its word was before."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..client import Staged
-from ..core.choice import At, Choice, Copy, Rule, Rules, choose, least_of
+from ..core.choice import MANY, At, Choice, Copy, Rule, Rules, choose, least_of, of_leased
 from ..core.decision import Forward, PassThrough
 from ..core.endpoint import Endpoint
 from ..core.load import Loads
@@ -76,6 +76,7 @@ class Staging:
         self._metrics = metrics
         self._prefetching = prefetching
         self._clock = clock
+        self._looks = 0
 
     def now(self, forward: Forward) -> Placed | None:
         """The answer, if no wait is needed on either side. What is to be prepared in the background is."""
@@ -136,11 +137,22 @@ class Staging:
         return self._prefixes.preferred(below, request.blocks, request.session) if below else None
 
     def _choose(self, forward: Forward) -> Choice:
-        copies = self._copies(forward)
         rule = self._rules.of(forward.adapter)
         loads = self._loads[forward.pool.name]
+        self._looks += 1
+        if self._residency.copies.count(forward.adapter) > MANY:
+            leased = of_leased(self._leased(forward), loads, rule, self._looks)
+            if leased:
+                return Choice(self._prefixes.preferred(leased, forward.blocks, forward.session) or leased[0])
+        copies = self._copies(forward)
         preferred = self._preferred([copy.endpoint for copy in copies if copy.at is At.LEASED], forward, loads, rule) if len(copies) > 1 else None
         return choose(copies, self._order(forward, rule, len(copies)), loads, rule, preferred, is_hot=forward.adapter in self._hot.hottest)
+
+    def _leased(self, forward: Forward) -> Sequence[Endpoint]:
+        """The copies that may be sent this request at once."""
+        stagers = self._residency.leased(self._residency.copies.warm(forward.adapter), forward.adapter, plain=forward.plain)
+        endpoints = forward.snapshot.stageable([endpoint for stager in stagers for endpoint in forward.pool.at(stager)])
+        return endpoints if forward.subset is None else forward.snapshot.usable(endpoints, forward.subset)
 
     def _copies(self, forward: Forward) -> list[Copy]:
         """Where the adapter is, of the endpoints that may be sent this request."""
@@ -309,9 +321,10 @@ class Staging:
         nodes = self._residency.copies.of(forward.adapter)
         if len(nodes) < 2:
             return (chosen,)
-        others = forward.snapshot.usable((e for stager, _ in nodes for e in forward.pool.at(stager) if e is not chosen), forward.subset)
+        others = (e for stager, _ in nodes for e in forward.pool.at(stager) if e is not chosen)
         leases = ((e, self._residency.known(e, forward.adapter, plain=forward.plain)) for e in others)
-        return (chosen, *islice((e for e, lease in leases if lease is not None and lease.model == model), self._max_others))
+        knowing = (e for e, lease in leases if lease is not None and lease.model == model and forward.snapshot.usable((e,), forward.subset))
+        return (chosen, *islice(knowing, self._max_others))
 
     def _lease(self, forward: Forward, endpoint: Endpoint) -> Lease | None:
         return self._residency.lease(endpoint, forward.adapter, plain=forward.plain)

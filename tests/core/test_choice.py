@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of
+from extproc.core.choice import ABOVE_EVERY, BELOW_EVERY, SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
 
@@ -102,6 +102,23 @@ def test_the_copies_that_an_adapter_shall_have_are_made_whatever_the_load() -> N
 
 
 # ---- copies that are not where the key belongs
+
+
+def test_of_many_copies_the_leased_ones_are_enough() -> None:
+    """Those below the bound, the least loaded first; where none is, the least loaded alone."""
+    assert of_leased([C, A, B], loads_of(11, 30, 9, 10), RULE, 1) == (C, A)
+    assert of_leased([C, A], loads_of(31, 10, 30, 10, 10, 10), RULE, 1) == (C,)
+
+
+def test_of_many_copies_all_are_looked_at_now_and_then_and_where_the_least_loaded_queues() -> None:
+    """Else no copy would be added or come home."""
+    below, above = loads_of(11, 9, 9, 10), loads_of(31, 10, 30, 10, 10, 10)
+    assert sum(not of_leased([C, A], below, RULE, look) for look in range(2 * BELOW_EVERY)) == 2
+    assert sum(not of_leased([C, A], above, RULE, look) for look in range(2 * ABOVE_EVERY)) == 2
+    above.say(C.address, Engine(running=20, waiting=10), 1.0)
+    assert not of_leased([C, A], above, RULE, 1)
+    assert not of_leased([], below, RULE, 1)
+    assert not of_leased([C, A], below, Rule(RULE.draw, "maglev"), 1)
 
 
 def test_a_home_without_a_copy_is_prepared() -> None:

@@ -188,6 +188,23 @@ async def test_above_the_bound_another_copy_is_made_and_both_serve() -> None:
     assert (await serve(router, chat("a"))).destination() == f"{owner.address},{second.address}"
 
 
+async def test_of_many_copies_the_least_loaded_one_that_is_leased_and_ready_serves() -> None:
+    """Whatever the adapter's other nodes are: busy, draining, or without a lease."""
+    router = Router(8)
+    draining, busy_one, unleased, first, second, *rest = router.pool.candidates("a", 8)
+    for endpoint in (draining, busy_one, first, second):
+        await router.residency.ensure(endpoint, "a")
+    for endpoint in (unleased, *rest):
+        router.residency.copies.put(endpoint.stager, "a", warm=True)
+    for endpoint, running in ((draining, 1), (unleased, 1), (busy_one, 30), (first, 10), (second, 5), *((endpoint, 10) for endpoint in rest)):
+        busy(router, endpoint, running)
+    router.membership.observe(draining, stager=Stager.DRAINING, why="maintenance")
+    assert (await serve(router, chat("a"))).first_destination() == second.address
+    busy(router, second, 12)
+    assert (await serve(router, chat("a"))).first_destination() == first.address
+    assert all(stager.asked == [] for stager in (router.stager_of(endpoint) for endpoint in (unleased, *rest)))
+
+
 async def test_above_the_bound_a_request_waits_for_a_copy_whose_files_are_there() -> None:
     """A load into another engine takes less than what everybody loses at one that has too much."""
     router = Router(4)

@@ -35,6 +35,7 @@ class Router:
         self.loads = Loads(e.address for e in pool.table.endpoints)
         self.popularity = Popularity()
         self.prepared = 0
+        self.looks = 0
         self._copies = copies
         self._nodes = nodes  # by stager
         self._way = way
@@ -58,6 +59,7 @@ class Router:
     def take(self, request: Request) -> None:
         """Decide, as `Staging.now` and `Staging.wait`."""
         adapter = request.adapter
+        self.looks += 1
         choice = self._way.choose(adapter, self.copies(adapter), self)
         chosen = choice.serve
         if chosen is None and choice.wait_for and self._has_lease(choice.wait_for[0], adapter):

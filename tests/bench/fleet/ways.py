@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from extproc.core.choice import At, Choice, Copy, Rule, choose
+from extproc.core.choice import MANY, At, Choice, Copy, Rule, choose, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import FIRST
 
@@ -21,6 +21,10 @@ class Core:
 
     def choose(self, adapter: str, copies: list[Copy], router: Router) -> Choice:
         snapshot, pool = router.snapshot, router.pool
+        if len(copies) > MANY:
+            leased = of_leased([copy.endpoint for copy in copies if copy.at is At.LEASED], router.loads, self._rule, router.looks)
+            if leased:
+                return Choice(leased[0])
         if self._rule.looks_at_all:
             order = snapshot.usable(pool.table.endpoints)
         elif len(copies) > 1:
