@@ -203,7 +203,9 @@ class KubernetesSourceSettings(Group):
     port_names: Annotated[tuple[str, ...], Field(max_length=8)] = ()
     """With `service`: the names of its ports that lead to model servers, several for data-parallel ranks. Empty: its only port."""
     stager_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """The port of the stager in each pod. A pod's annotation `lora-extproc/stager-port` counts before it; EndpointSlices have none. 0: nothing is staged."""
+    """The port of the stager in each pod. Of several data-parallel ranks each has a stager and a directory of its own: the first one's on this port, the next
+    one's on the next, since an adapter is loaded into each. A pod's annotation `lora-extproc/stager-port` counts before it; EndpointSlices have none. 0:
+    nothing is staged."""
     kubeconfig: str = ""
     """A kubeconfig file, for a router outside the cluster. Empty: the service account of the router's pod."""
     timeout_s: Seconds = 10.0

@@ -6,8 +6,10 @@
 | an endpoint of a slice | it is ready; or it terminates and is serving | it terminates |
 
 So a pod that terminates is leaving for as long as it answers, and then gone; one that is not ready yet is not there yet. An endpoint is its address and the
-pod's UID: a pod that takes over an address has nothing of what the last one had. Its node is the pod, since each pod has a stager and a directory of its
-own. Zones are not read, since no choice of the router depends on them, and neither is `appProtocol`, which tells the gateway how to talk to a pod.
+pod's UID: a pod that takes over an address has nothing of what the last one had. Its node is the pod.
+
+Each port of a pod is an engine: a data-parallel rank, which knows only the adapters that were loaded into itself. So each has a stager of its own, with a
+directory of its own: that of the first port listens on the stager's port, that of the next on the next, 9102, 9103 and so on. Zones are not read, since no choice of the router depends on them, and neither is `appProtocol`, which tells the gateway how to talk to a pod.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +22,7 @@ from ..core.fleet import Found
 from ..kubernetes.objects import Object
 from .entries import BadEntry, canonical
 
-STAGER_PORT = "lora-extproc/stager-port"  # an annotation of a pod; 0: nothing is staged there
+STAGER_PORT = "lora-extproc/stager-port"  # an annotation of a pod: the port of its first stager; 0: nothing is staged there
 # annotations by which a pod names those of the pool's targetPorts where it serves; llm-d's, and the Inference Extension's own, which llm-d reads too
 ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
 
@@ -113,19 +115,21 @@ class PodReader:
         where = f"pod {pod.key}"
         annotations = pod.metadata.annotations
         try:
-            stager = _stager(status.ip, _port(STAGER_PORT, annotations.get(STAGER_PORT, self.stager_port), lowest=0))
-            ports = self._active(annotations)
+            stager_port = _port(STAGER_PORT, annotations.get(STAGER_PORT, self.stager_port), lowest=0)
+            active = self._active(annotations)
         except BadEntry as error:
             return ((where, error),)
+        owner = _Target(pod.metadata.name, pod.metadata.uid)
         is_leaving = bool(pod.metadata.deletion_timestamp)
-        return tuple((where, _found(status.ip, port, pod.metadata.name, stager, pod.metadata.uid, is_leaving=is_leaving)) for port in ports)
+        return tuple(
+            (where, _found(status.ip, port, owner, _next(stager_port, rank), is_leaving=is_leaving)) for rank, port in enumerate(self.ports) if port in active
+        )
 
-    def _active(self, annotations: Mapping[str, str]) -> tuple[int, ...]:
+    def _active(self, annotations: Mapping[str, str]) -> frozenset[int]:
         name = next((name for name in ACTIVE_PORTS if name in annotations), None)
         if name is None:
-            return self.ports
-        active = {_port(name, value.strip(), lowest=1) for value in annotations[name].split(",") if value.strip()}
-        return tuple(port for port in self.ports if port in active)
+            return frozenset(self.ports)
+        return frozenset(_port(name, value.strip(), lowest=1) for value in annotations[name].split(",") if value.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,25 +148,26 @@ class SliceReader:
             return ((where, error),)
         return tuple(entry for one in slice_.endpoints or () for entry in self._endpoints(where, one, ports))
 
-    def _ports(self, slice_: EndpointSlice) -> list[int]:
+    def _ports(self, slice_: EndpointSlice) -> dict[int, int]:
+        """By rank."""
         if slice_.address_type not in ("IPv4", "IPv6"):
             raise BadEntry(f"has addresses of type {slice_.address_type}; a source of type dns resolves names")
         ports = {port.name or "": port.port for port in slice_.ports or () if port.port is not None}
         if self.port_names:
-            return [ports[name] for name in self.port_names if name in ports]
+            return {rank: ports[name] for rank, name in enumerate(self.port_names) if name in ports}
         if len(ports) > 1:
             raise BadEntry(f"has the ports {', '.join(ports)}; port_names says which of them lead to model servers")
-        return list(ports.values())
+        return dict(enumerate(ports.values()))
 
-    def _endpoints(self, where: str, one: _SliceEndpoint, ports: list[int]) -> Iterator[Entry]:
+    def _endpoints(self, where: str, one: _SliceEndpoint, ports: dict[int, int]) -> Iterator[Entry]:
         conditions = one.conditions
         is_ready = conditions.ready is not False
         if not one.addresses or not (is_ready or (conditions.terminating and conditions.serving)):
             return
         target = one.target_ref or _Target()
         host = one.addresses[0]  # "clients must not assume" that others are the same endpoint; only the first is ever set
-        for port in ports:
-            yield where, _found(host, port, target.name, _stager(host, self.stager_port), target.uid, is_leaving=bool(conditions.terminating))
+        for rank, port in ports.items():
+            yield where, _found(host, port, target, _next(self.stager_port, rank), is_leaving=bool(conditions.terminating))
 
 
 def of_pods(pods: Iterable[tuple[Pod, tuple[Entry, ...]]]) -> list[Entry]:
@@ -179,15 +184,20 @@ def of_slices(slices: Iterable[tuple[EndpointSlice, tuple[Entry, ...]]]) -> list
     return sorted((entry for _, entries in in_order for entry in entries), key=lambda entry: isinstance(entry[1], Found) and not entry[1].is_leaving)
 
 
-def _found(host: str, port: int, pod: str, stager: str, uid: str, *, is_leaving: bool) -> Found | BadEntry:
+def _found(host: str, port: int, pod: _Target, stager_port: int, *, is_leaving: bool) -> Found | BadEntry:
+    """The endpoint of one rank."""
+    if stager_port > 65535:
+        return BadEntry(f"has no stager for port {port}: each port has one, on the port after the last one's, and there is no {stager_port}")
     try:
-        return Found(Endpoint(canonical(_joined(host, port)), pod, stager, uid), is_leaving)
+        stager = _joined(host, stager_port) if stager_port else ""
+        return Found(Endpoint(canonical(_joined(host, port)), pod.name, stager, pod.uid), is_leaving)
     except BadEntry as error:
         return error
 
 
-def _stager(host: str, port: int) -> str:
-    return _joined(host, port) if port else ""
+def _next(stager_port: int, rank: int) -> int:
+    """Of the stager of this rank; 0 where there are none."""
+    return stager_port + rank if stager_port else 0
 
 
 def _joined(host: str, port: int) -> str:

@@ -64,12 +64,20 @@ def test_a_pod_that_terminates_is_leaving_while_it_is_ready() -> None:
     assert READER.read(pod(metadata=deleted, conditions=[{"type": "Ready", "status": "False"}])) == ()
 
 
-def test_each_port_is_an_endpoint() -> None:
-    """Data-parallel ranks share the pod's stager and node."""
+def test_each_port_is_an_endpoint_with_a_stager_of_its_own() -> None:
+    """Data-parallel ranks are engines of their own, in one pod: an adapter that one of them knows the next one does not."""
     assert [(address, node, stager) for address, node, stager, *_ in rows(PodReader((8000, 8001), 9102).read(pod()))] == [
         ("10.0.0.1:8000", "vllm-0", "10.0.0.1:9102"),
-        ("10.0.0.1:8001", "vllm-0", "10.0.0.1:9102"),
+        ("10.0.0.1:8001", "vllm-0", "10.0.0.1:9103"),
     ]
+
+
+def test_a_port_without_a_stager_is_told_of() -> None:
+    """Ports end."""
+    annotated = pod(metadata={"annotations": {"lora-extproc/stager-port": "65535"}})
+    first, second = rows(PodReader((8000, 8001), 9102).read(annotated))
+    assert first[2] == "10.0.0.1:65535"
+    assert second == "pod llm/vllm-0 has no stager for port 8001: each port has one, on the port after the last one's, and there is no 65536"
 
 
 @pytest.mark.parametrize(("annotation", "stager"), [("9200", "10.0.0.1:9200"), ("0", ""), (None, "10.0.0.1:9102")])
@@ -83,8 +91,11 @@ def test_a_pods_annotation_says_its_stagers_port(annotation: str | None, stager:
 @pytest.mark.parametrize("name", ["llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports"])
 def test_a_pod_may_say_which_of_the_ports_serve(name: str) -> None:
     """As the Inference Extension's endpoint pickers read it: a port that the pool has not does not count."""
-    reader = PodReader((8000, 8001, 8002), 0)
-    assert [address for address, *_ in rows(reader.read(pod(metadata={"annotations": {name: "8002, 8000,9999"}})))] == ["10.0.0.1:8000", "10.0.0.1:8002"]
+    reader = PodReader((8000, 8001, 8002), 9102)
+    assert [(address, stager) for address, _, stager, *_ in rows(reader.read(pod(metadata={"annotations": {name: "8002, 8000,9999"}})))] == [
+        ("10.0.0.1:8000", "10.0.0.1:9102"),
+        ("10.0.0.1:8002", "10.0.0.1:9104"),
+    ]
     assert rows(reader.read(pod(metadata={"annotations": {name: ""}}))) == []
 
 
@@ -146,9 +157,10 @@ def test_an_endpoint_that_terminates_is_leaving_while_it_serves(conditions: dict
 
 
 def test_the_ports_of_a_slice_are_chosen_by_name() -> None:
-    """A Service with more than one must say which lead to model servers."""
+    """A Service with more than one must say which lead to model servers. Each has a stager of its own, in the order of the settings."""
     ports = [{"name": "http", "port": 8000}, {"name": "metrics", "port": 9090}, {"name": "rank-1", "port": 8001}]
-    assert [address for address, *_ in read(slice_(endpoint(), ports=ports), names=("http", "rank-1", "none"))] == ["10.0.0.1:8000", "10.0.0.1:8001"]
+    found = read(slice_(endpoint(), ports=ports), names=("none", "http", "rank-1"))
+    assert [(address, stager) for address, _, stager, *_ in found] == [("10.0.0.1:8000", "10.0.0.1:9103"), ("10.0.0.1:8001", "10.0.0.1:9104")]
     assert read(slice_(endpoint(), ports=ports)) == [
         "EndpointSlice llm/vllm-a has the ports http, metrics, rank-1; port_names says which of them lead to model servers"
     ]

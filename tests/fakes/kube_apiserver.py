@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import time
@@ -75,6 +76,13 @@ class KubeApiServer:
             self._process.wait()
             self._process = None
 
+    def freeze(self) -> None:
+        """It hangs: its connections stay, and it says nothing, until `thaw`."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def access(self, token: str = ADMIN, namespace: str = "llm") -> Access:
         return Access(self.url, namespace, ca_file=self.ca_file, token=token)
 
@@ -85,6 +93,10 @@ class KubeApiServer:
         raw = {"clusters": [{"name": "c", "cluster": cluster}], "users": [{"name": "u", "user": {"token": token}}]}
         path.write_text(yaml.dump({"current-context": "c", "contexts": [{"name": "c", "context": context}], **raw}))
         return str(path)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
 
 class Cluster:

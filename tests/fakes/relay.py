@@ -8,11 +8,13 @@ from typing import Self
 
 class Relay:
     """`cut` breaks every connection and lets no new one through until `mend`. `freeze` lets nothing pass and breaks nothing, until `thaw`: of all
-    connections, or of those on which the bytes of `mark` have come. `port` is where it leads, and may change; `listen` is its own, 0 any that is free."""
+    connections, or of those on which the bytes of `mark` have come. `port` is where it leads, and may change; `listen` is its own, 0 any that is free, on
+    `host`."""
 
-    def __init__(self, port: int, mark: bytes = b"", listen: int = 0) -> None:
+    def __init__(self, port: int, mark: bytes = b"", listen: int = 0, host: str = "127.0.0.1") -> None:
         self.port = port
         self._listen = listen
+        self._host = host
         self._mark = mark
         self._flows = asyncio.Event()
         self._flows.set()
@@ -25,8 +27,8 @@ class Relay:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", self._listen)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await asyncio.start_server(self._relay, self._host, self._listen)
+        self.address = f"{self._host}:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -5,7 +5,7 @@
 | 127.0.0.1 | etcd, the API server, and a gateway's control plane |
 | PROXIES | an Envoy each: clients at 10080, its administration at 9901 |
 | ROUTERS | a router each: ext_proc at 9002, health at 9003, HTTP at 9090 |
-| 10.77.0.11 and up | a pod each, `a`, `b`, ...: the engine at 8000, the stager at 9102 and 9190 |
+| 10.77.0.11 and up | a pod each, `a`, `b`, ...: the engine at 8000, the stager at 9102 and 9190; of a second rank at 8001, 9103 and 9191 |
 
 No controller runs. A site writes what controllers and kubelets would write of its pods: their status, and the EndpointSlices of the Services that select them.
 The thread of the test has to be in the namespace (tests/fakes/netns.py), as `network` in conftest.py has it.
@@ -13,6 +13,7 @@ The thread of the test has to be in the namespace (tests/fakes/netns.py), as `ne
 
 import asyncio
 import contextlib
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ NAMES = ("team/a", "team/b", "team/c", "flat")  # adapters of the origin
 
 ROUTERS, PROXIES = (f"{NETWORK}.3", f"{NETWORK}.4"), (f"{NETWORK}.5", f"{NETWORK}.6")
 FRONT, ENVOY_ADMIN = 10080, 9901  # ports of a proxy
-ENGINE, STAGER, STAGER_HTTP = 8000, 9102, 9190  # ports of a pod
+ENGINE, STAGER, STAGER_HTTP = 8000, 9102, 9190  # ports of a pod's first rank; those of the next are the next
 DRAIN_S = 30.0  # what a pod has from SIGTERM on, as terminationGracePeriodSeconds
 
 
@@ -46,14 +47,15 @@ class Pod:
 
     name: str
     ip: str
-    stager: Child
-    engine: Child
+    stagers: list[Child]  # one of each data-parallel rank
+    engines: list[Child]
     uid: str = ""  # of its object; "" before there is one
+    is_ready: bool = True
     is_leaving: bool = False
 
     @property
-    def endpoint(self) -> str:
-        return f"{self.ip}:{ENGINE}"
+    def endpoints(self) -> list[str]:
+        return [f"{self.ip}:{ENGINE + rank}" for rank in range(len(self.engines))]
 
 
 class Site:
@@ -68,7 +70,7 @@ class Site:
         self.directory = directory
         self._origin = origin
         self._services = services
-        self._started = 0  # pods; each has a directory of its own, though a name comes again
+        self._started = 0  # ranks of pods; each has a directory of its own, though a name comes again
         self._publishing = asyncio.Lock()
 
     async def __aenter__(self) -> "Site":
@@ -76,7 +78,7 @@ class Site:
 
     async def __aexit__(self, *_: object) -> None:
         await stop([*self.others[::-1], *self.routers], 2.0)
-        await stop([child for pod in self.pods.values() for child in (pod.stager, pod.engine)], 1.0)
+        await stop([child for pod in self.pods.values() for child in (*pod.stagers, *pod.engines)], 1.0)
 
     # ---- routers and proxies
 
@@ -108,27 +110,29 @@ class Site:
 
     # ---- pods
 
-    async def add(self, name: str, **pod: Any) -> None:
+    async def add(self, name: str, ranks: int = 1, **pod: Any) -> None:
         """A pod that is ready. `pod`: what Admin.pod takes beside."""
         ip = self.ip(name)
-        self._started += 1
-        directory = self.directory / f"{name}-{self._started}"
-        directory.mkdir()
-        engine = {"url": f"http://{ip}:{ENGINE}", "base_model": demo.BASE_MODEL, "max_loras": 4, "max_cpu_loras": 8}
-        stager = {"listen": f"{ip}:{STAGER}", "http_listen": f"{ip}:{STAGER_HTTP}", "dir": str(directory), "engine": engine}
-        file = self.directory / f"{directory.name}.yaml"
-        file.write_text(yaml.safe_dump({"stager": {**stager, "origins": [{"type": "file", "path": str(self._origin)}]}}))
-        slots = ("--max-loras", "4", "--max-cpu-loras", "8")
-        sim = python("sim", "--listen", f"{ip}:{ENGINE}", "--dir", str(directory), "--base-model", demo.BASE_MODEL, *slots)
-        one = self.pods[name] = Pod(
-            name,
-            ip,
-            await spawn(f"{directory.name}-stager", python("stager", "--config", str(file)), self.directory),
-            await spawn(f"{directory.name}-engine", sim, self.directory),
-        )
-        await until_answered(f"http://{ip}:{ENGINE}/health", f"http://{ip}:{STAGER_HTTP}/readyz")
+        one = self.pods[name] = Pod(name, ip, [], [])
+        for rank in range(ranks):
+            await self._start_rank(one, rank)
+        await until_answered(*(f"http://{ip}:{port + rank}{path}" for rank in range(ranks) for port, path in ((ENGINE, "/health"), (STAGER_HTTP, "/readyz"))))
         one.uid = (await self.admin.pod(name, ip, **pod)).metadata.uid
         await self._publish()
+
+    async def _start_rank(self, pod: Pod, rank: int) -> None:
+        self._started += 1
+        label = f"{pod.name}-{self._started}"
+        directory = self.directory / label
+        directory.mkdir()
+        address = f"{pod.ip}:{ENGINE + rank}"
+        engine = {"url": f"http://{address}", "base_model": demo.BASE_MODEL, "max_loras": 4, "max_cpu_loras": 8}
+        stager = {"listen": f"{pod.ip}:{STAGER + rank}", "http_listen": f"{pod.ip}:{STAGER_HTTP + rank}", "dir": str(directory), "engine": engine}
+        file = self.directory / f"{label}.yaml"
+        file.write_text(yaml.safe_dump({"stager": {**stager, "origins": [{"type": "file", "path": str(self._origin)}]}}))
+        flags = ("--base-model", demo.BASE_MODEL, "--max-loras", "4", "--max-cpu-loras", "8", "--token-ms", "1")
+        pod.stagers.append(await spawn(f"{label}-stager", python("stager", "--config", str(file)), self.directory))
+        pod.engines.append(await spawn(f"{label}-engine", python("sim", "--listen", address, "--dir", str(directory), *flags), self.directory))
 
     async def drain(self, name: str) -> None:
         """As `kubectl delete pod`: it is shown to terminate, its processes end in order, then it is gone."""
@@ -136,17 +140,23 @@ class Site:
         await self.admin.terminate(name)
         pod.is_leaving = True
         await self._publish()
-        await stop([pod.stager], DRAIN_S)
-        await stop([pod.engine], 5.0)
+        await stop(pod.stagers, DRAIN_S)
+        await stop(pod.engines, 5.0)
         await self._forget(name)
 
     async def kill(self, name: str) -> None:
         """Its node dies; the object goes later."""
         pod = self.pods[name]
-        for child in (pod.stager, pod.engine):
+        for child in (*pod.stagers, *pod.engines):
             child.process.kill()
             await child.process.wait()
         await self._forget(name)
+
+    async def show(self, name: str, *, is_ready: bool) -> None:
+        """As the kubelet, after a probe."""
+        await self.admin.pod(name, self.ip(name), is_ready=is_ready)
+        self.pods[name].is_ready = is_ready
+        await self._publish()
 
     async def have(self, *names: str) -> None:
         """Exactly these pods: others are killed, those that are missing are started together."""
@@ -157,6 +167,10 @@ class Site:
     def ip(self, name: str) -> str:
         """Of the pod `a`, `b`, ..."""
         return f"{NETWORK}.{11 + ord(name) - ord('a')}"
+
+    async def _engine_at(self, name: str) -> str:
+        """Where the engine of a pod that starts listens, and where its own stager finds it."""
+        return f"{self.ip(name)}:{ENGINE}"
 
     async def _forget(self, name: str) -> None:
         await self.admin.remove(name)
@@ -170,7 +184,7 @@ class Site:
                 endpoints = [
                     {
                         "addresses": [pod.ip],
-                        "conditions": {"ready": not pod.is_leaving, "serving": True, "terminating": pod.is_leaving},
+                        "conditions": {"ready": pod.is_ready and not pod.is_leaving, "serving": pod.is_ready, "terminating": pod.is_leaving},
                         "targetRef": {"kind": "Pod", "name": pod.name, "namespace": self.admin.namespace, "uid": pod.uid},
                         "nodeName": "n1",
                     }
@@ -183,7 +197,7 @@ class Site:
 
     async def until_known(self, *names: str, cluster: str = "llama", envoy_admin: str = f"{PROXIES[0]}:{ENVOY_ADMIN}") -> None:
         """Until an Envoy has these pods in its cluster, and no others."""
-        wanted = {f"{self.ip(name)}:{ENGINE}" for name in names}
+        wanted = {endpoint for name in names for endpoint in self.pods[name].endpoints}
         async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
             while True:
                 with contextlib.suppress(aiohttp.ClientError):
@@ -192,6 +206,21 @@ class Site:
                     if {line[1] for line in lines if line[0] == cluster and line[2] == "cx_active"} == wanted:
                         return
                 await asyncio.sleep(0.05)
+
+    async def busy(self, asking: "asyncio.Task[Any]") -> str:
+        """The pod whose engine works on what is being asked."""
+        while True:
+            assert not asking.done(), asking.result()
+            for name, pod in self.pods.items():
+                if await self.metric(pod.endpoints[0], "num_requests_running"):
+                    return name
+
+    async def metric(self, endpoint: str, name: str) -> float:
+        """What an engine says of itself."""
+        async with aiohttp.ClientSession() as session, session.get(f"http://{endpoint}/metrics") as response:
+            found = re.search(rf"^vllm:{name}\S* (\S+)$", await response.text(), re.MULTILINE)
+        assert found, name
+        return float(found[1])
 
     @contextlib.asynccontextmanager
     async def load(self, front: str = f"{PROXIES[0]}:{FRONT}") -> AsyncIterator["Load"]:

@@ -4,6 +4,8 @@ One set of pods serves both: a router and an Envoy follow the InferencePool, ano
 """
 
 import asyncio
+import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,18 +15,20 @@ import pytest
 import pytest_asyncio
 
 from extproc.up import demo
+from tests.e2e.client import Client
 from tests.fakes.kube_apiserver import Admin, Cluster
 
 from .site import ENGINE, ENVOY_ADMIN, FRONT, NAMES, PROXIES, ROUTERS, STAGER, Load, Site
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("network")]
 
+AWAY_S = float(os.environ.get("LORA_EXTPROC_API_SERVER_AWAY_S", "5"))  # for how long the API server is away; each release is to be tried once with 60
 WAYS = ({"inference_pool": "llama"}, {"service": "vllm"})
 
 
 def settings(way: dict[str, Any]) -> dict[str, Any]:
     """Of a router that follows the API server alone."""
-    source = {"type": "kubernetes", "stager_port": STAGER, "watch_s": 2.0, **way}  # an API server that is stopped is noticed within a test
+    source = {"type": "kubernetes", "stager_port": STAGER, "watch_s": 2.0, "timeout_s": 2.0, **way}  # an API server that hangs is noticed within a test
     pool = {"name": "llama", "base_models": [demo.BASE_MODEL], "discovery": [source]}
     # a pod that died is not waited for: its object is gone, too
     return {"pools": [pool], "router": {"lameduck_s": 0, "hold_down_s": 1.0}}
@@ -96,3 +100,53 @@ async def test_the_keys_of_a_pod_that_dies_move_to_another(site: Site, loads: Lo
     await loads.more(50)
     assert not loads.failed(known_s)
     assert all(load.failed().total() <= len(NAMES) for load in loads.each), loads.failed()
+
+
+async def test_a_pod_that_terminates_ends_the_answer_that_it_is_giving(site: Site) -> None:
+    """Whoever asks next is answered by another pod."""
+    client, body = Client(f"{PROXIES[0]}:{FRONT}"), {"messages": [{"role": "user", "content": "hi"}], "stream": True, "model": "flat"}
+    try:
+        asking = asyncio.create_task(client.post(json.dumps({**body, "max_tokens": 2000}).encode()))
+        await site.drain(await site.busy(asking))
+        answer = await asking
+        assert (answer.status, answer.text.count('"content"'), answer.text[-14:].strip()) == (200, 2000, "data: [DONE]")
+        assert (await client.chat("flat")).status == 200
+    finally:
+        await client.close()
+
+
+@pytest.mark.parametrize("way", ["hangs", "is killed"])
+async def test_an_api_server_that_is_away_under_load_fails_no_request(site: Site, loads: Loads, way: str) -> None:
+    """For AWAY_S; every pod that was known is sent requests meanwhile. When it is back, it is followed again."""
+    server = site.admin.server
+    await loads.more(20)
+    if way == "hangs":
+        server.freeze()
+    else:
+        server.stop()
+    await asyncio.sleep(AWAY_S)
+    if way == "hangs":
+        server.thaw()
+    else:
+        await asyncio.to_thread(server.start)
+    await site.show("b", is_ready=False)
+    await until_known(site, "a")
+    await site.show("b", is_ready=True)
+    await until_known(site, "a", "b")
+    await loads.more(20)
+    assert not loads.failed()
+
+
+async def test_each_rank_of_a_pod_serves_adapters(site: Site) -> None:
+    """Two engines in one pod, at the ports of the InferencePool: each is given adapters by a stager of its own. Another pod says that it has but one."""
+    await site.admin.pool("llama", [ENGINE, ENGINE + 1])
+    await site.admin.pod("a", site.ip("a"), annotations={"llm-d.ai/active-ports": str(ENGINE)})
+    await site.kill("b")
+    await site.add("c", ranks=2)
+    await site.until_known("a", "c", envoy_admin=f"{PROXIES[0]}:{ENVOY_ADMIN}")
+    await site.kill("a")
+    await site.until_known("c", envoy_admin=f"{PROXIES[0]}:{ENVOY_ADMIN}")
+    async with site.load() as load:
+        await load.more(50)
+    assert not load.failed()
+    assert all([await site.metric(endpoint, "request_success_total") for endpoint in site.pods["c"].endpoints])
