@@ -119,6 +119,22 @@ async def test_an_inference_pool_that_is_not_there_is_an_empty_set_that_says_why
         await listener.until("10.0.0.1:8000")
 
 
+async def test_pods_that_swap_addresses_are_other_endpoints(server: ApiServer, kubeconfig: str) -> None:
+    """As after a restart of their node. Between the two events both have one address, which is shown once; at the end no address has its old pod."""
+    await server.put(PODS + "a", **pod("10.0.0.1", uid="uid-a"))
+    await server.put(PODS + "b", **pod("10.0.0.2", uid="uid-b"))
+    async with listening(kubeconfig, selector="app=vllm", ports=[8000]) as listener:
+        await listener.until("10.0.0.1:8000", "10.0.0.2:8000")
+        await server.put(PODS + "a", **pod("10.0.0.2", uid="uid-a"))
+        await listener.until("10.0.0.2:8000")
+        await server.put(PODS + "b", **pod("10.0.0.1", uid="uid-b"))
+        await listener.until("10.0.0.1:8000", "10.0.0.2:8000")
+        assert sorted((address, instance) for address, _, _, instance, _ in rows(listener.said[-1])) == [
+            ("10.0.0.1:8000", "uid-b"),
+            ("10.0.0.2:8000", "uid-a"),
+        ]
+
+
 async def test_a_pod_that_cannot_be_an_endpoint_is_told_of(server: ApiServer, kubeconfig: str) -> None:
     """The others count."""
     await server.put(PODS + "a", **pod("10.0.0.1"))

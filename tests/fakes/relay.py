@@ -8,11 +8,11 @@ from typing import Self
 
 class Relay:
     """`cut` breaks every connection and lets no new one through until `mend`. `freeze` lets nothing pass and breaks nothing, until `thaw`: of all
-    connections, or of those on which the bytes of `mark` have come. `port` is where it leads, and may change; `listen` is its own, 0 any that is free, on
-    `host`."""
+    connections, or of those on which the bytes of `mark` have come. Where `piece_bytes` is set, so many pass at a time, a thousand times a second. `port` is where it leads, and may change; `listen` is its own, 0 any that is free."""
 
     def __init__(self, port: int, mark: bytes = b"", listen: int = 0, host: str = "127.0.0.1") -> None:
         self.port = port
+        self.piece_bytes = 0
         self._listen = listen
         self._host = host
         self._mark = mark
@@ -87,7 +87,9 @@ class Relay:
             await asyncio.gather(*pumps, return_exceptions=True)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, marked: asyncio.Event, flows: asyncio.Event) -> None:
-        while data := await reader.read(2**16):
+        while data := await reader.read(self.piece_bytes or 2**16):
+            if self.piece_bytes:
+                await asyncio.sleep(0.001)
             if self._mark in data:
                 marked.set()
             if marked.is_set():

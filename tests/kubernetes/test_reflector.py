@@ -7,6 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from extproc.kubernetes import api as api_module
 from extproc.kubernetes import reflector as reflector_module
@@ -331,6 +332,41 @@ async def test_a_list_that_hangs_is_left(server: ApiServer) -> None:
         await follower.until_interrupted("did not answer GET /api/v1/namespaces/llm/pods within 0.1 s")
         server.hanging = set()
         await follower.until()
+
+
+async def test_a_list_that_hangs_within_a_page_is_left(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its status and the first bytes of the second page have come. Nothing of the first page is shown; the next list is whole."""
+    monkeypatch.setattr(reflector_module, "PAGE_OBJECTS", 1)
+    await server.put(HERE + "a")
+    await server.put(HERE + "b")
+    inner, is_over = ApiServer.answer, asyncio.Event()
+
+    async def hanging(server: ApiServer, request: web.Request) -> web.StreamResponse:
+        if "continue" not in request.query or is_over.is_set():
+            return await inner(server, request)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b'{"metadata": {"resourceVersion": "7"}, "items": [{"meta')
+        await is_over.wait()
+        return response
+
+    monkeypatch.setattr(ApiServer, "answer", hanging)
+    async with following(server, timeout_s=0.2) as follower:
+        await follower.until_interrupted("did not answer GET /api/v1/namespaces/llm/pods within 0.2 s")
+        assert not follower.objects
+        is_over.set()
+        await follower.until("a", "b")
+
+
+async def test_an_event_that_comes_in_pieces_is_one(server: ApiServer) -> None:
+    """A slow connection gives it byte by byte."""
+    line = b'{"type": "ADDED", "object": {"metadata": {"name": "a", "namespace": "llm", "resourceVersion": "9"}}}\n'
+    async with following(server) as follower:
+        await follower.until()
+        for at in range(len(line)):
+            await server.say(line[at : at + 1])
+        await follower.until("a")
+        assert not follower.interruptions
 
 
 async def test_a_watch_that_hangs_is_left(server: ApiServer) -> None:

@@ -9,6 +9,7 @@ import pytest
 from extproc.core.fleet import Fleet
 from extproc.discovery.entries import row
 from extproc.kubernetes import reflector as reflector_module
+from extproc.kubernetes.objects import INFERENCE_POOLS
 from tests.fakes.kube_apiserver import Admin, Cluster
 from tests.fakes.relay import Relay
 from tests.fakes.wait import PATIENCE_S, until
@@ -111,6 +112,17 @@ async def test_a_watch_that_is_cut_misses_nothing(cluster: Cluster, admin: Admin
         await taken.until(f"{TWO}:8000")
 
 
+async def test_a_watch_that_is_slow_misses_nothing(cluster: Cluster, admin: Admin, discovering: DiscoveryFactory) -> None:
+    """Every event comes in many pieces, and many events come while one is being read."""
+    async with Relay(cluster.server.port) as relay, discovering(url=f"https://{relay.address}", selector="app=vllm", ports=[8000]) as taken:
+        await taken.until()
+        relay.piece_bytes = 100
+        for n in range(1, 6):
+            await admin.pod(f"p-{n}", f"10.77.0.{n}")
+        await admin.remove("p-3")
+        await taken.until(*(f"10.77.0.{n}:8000" for n in (1, 2, 4, 5)))
+
+
 async def test_after_a_compaction_another_api_server_shows_what_was_deleted(
     cluster: Cluster, admin: Admin, discovering: DiscoveryFactory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +157,6 @@ async def test_a_pool_that_is_deleted_is_kept_for_a_while(admin: Admin, discover
     await admin.pod("a", ONE)
     async with discovering(inference_pool="llama", keep_empty_s=0.3) as taken:
         await taken.until(f"{ONE}:8000")
-        await admin.clear()
+        await admin.api.delete(INFERENCE_POOLS, "llm", "llama")
         await taken.until()
     assert "there is no InferencePool llama in namespace llm" in caplog.text

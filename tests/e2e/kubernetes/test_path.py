@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from extproc.kubernetes.objects import INFERENCE_POOLS
 from extproc.up import demo
 from tests.e2e.client import Client
 from tests.fakes.kube_apiserver import Admin, Cluster
@@ -132,6 +133,20 @@ async def test_an_api_server_that_is_away_under_load_fails_no_request(site: Site
     await site.show("b", is_ready=False)
     await until_known(site, "a")
     await site.show("b", is_ready=True)
+    await until_known(site, "a", "b")
+    await loads.more(20)
+    assert not loads.failed()
+
+
+async def test_an_inference_pool_that_is_made_again_and_selects_others_fails_no_request(site: Site, loads: Loads) -> None:
+    """Its endpoints serve on while it is gone, and those that it selects no longer end what they answer."""
+    await loads.more(20)
+    await site.admin.api.delete(INFERENCE_POOLS, "llm", "llama")
+    await loads.more(20)
+    await site.admin.pod("b", site.ip("b"), labels={"app": "vllm", "tier": "gpu"})
+    await site.admin.pool("llama", [ENGINE], tier="gpu")
+    await site.until_known("b")
+    await site.admin.pool("llama", [ENGINE])
     await until_known(site, "a", "b")
     await loads.more(20)
     assert not loads.failed()
