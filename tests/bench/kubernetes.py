@@ -1,4 +1,5 @@
-"""`python -m tests.bench.kubernetes`: what following ten thousand pods takes, beside the same bytes read by aiohttp and json alone.
+"""`python -m tests.bench.kubernetes`: what following ten thousand pods takes, beside the same bytes read by aiohttp and json alone, and by lightkube where it
+is installed (`pip install lightkube`).
 
 Another process is the API server: it has the pods ready as bytes, in pages and as events of a watch, so that what is measured is ours. First the list, until
 the source shows its set; then a burst of events, as a reflector takes them in; then changes at a steady rate, with all the sets that the source makes of them.
@@ -7,6 +8,8 @@ the source shows its set; then a burst of events, as a reflector takes them in; 
 import argparse
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import json
 import sys
 import tempfile
@@ -137,15 +140,37 @@ async def list_beside(url: str) -> None:
                 begin = json.loads(await response.read())["metadata"]["continue"]
 
 
-async def events_beside(url: str, events: int) -> None:
+async def events_beside(url: str, events: int, per_s: float = 0.0) -> None:
     async with aiohttp.ClientSession(read_bufsize=2**20) as session, session.get(f"{url}{PATH}?watch=true") as response:
-        await begin(url, events, 0)
+        await begin(url, events, per_s)
         for _ in range(events):
             json.loads(await response.content.readline())
 
 
-async def measure(count: int, events: int, per_s: float, seconds: float, directory: Path) -> list[tuple[str, Took, Took | None, int]]:
-    """What, ours, the same beside it, and of how many."""
+async def lightkube_beside(url: str, count: int, events: int, directory: Path) -> tuple[Took, Took] | None:
+    """A list and a burst of events; None where it is not installed."""
+    if importlib.util.find_spec("lightkube") is None:
+        return None
+    lightkube, kind = importlib.import_module("lightkube"), importlib.import_module("lightkube.resources.core_v1").Pod
+    client = lightkube.AsyncClient(config=lightkube.KubeConfig.from_file(kubeconfig(directory, url)), namespace=NAMESPACE)
+
+    async def pods() -> None:
+        assert len([one async for one in client.list(kind, chunk_size=500)]) == count
+
+    async def burst() -> None:
+        await begin(url, events, 0)
+        left = events
+        async with contextlib.aclosing(client.watch(kind, resource_version=str(count))) as watch:
+            async for _ in watch:
+                left -= 1
+                if not left:
+                    return
+
+    return await took(pods), await took(burst)
+
+
+async def measure(count: int, events: int, per_s: float, seconds: float, directory: Path) -> list[tuple[str, Took, Took, Took | None, int]]:
+    """What, ours, the same by aiohttp and json, by lightkube, and of how many."""
     async with serving(count) as url:
         settings: dict[str, Any] = {
             "selector": "app=vllm",
@@ -182,11 +207,13 @@ async def measure(count: int, events: int, per_s: float, seconds: float, directo
 
             burst_took = await took(burst)
             await changes.aclose()
-        beside = await took(lambda: list_beside(url)), await took(lambda: events_beside(url, events))
+        changes_number = int(per_s * seconds)
+        plain = [await took(work) for work in (lambda: list_beside(url), lambda: events_beside(url, events), lambda: events_beside(url, changes_number, per_s))]
+        lightkube = await lightkube_beside(url, count, events, directory) or (None, None)
     return [
-        ("the list, to the source's set", listed, beside[0], count),
-        ("events in a burst, as a reflector takes them", burst_took, beside[1], events),
-        (f"changes at {per_s:g} per second, with the sets", steady, None, int(per_s * seconds)),
+        ("the list, to the source's set", listed, plain[0], lightkube[0], count),
+        ("events in a burst, as a reflector takes them", burst_took, plain[1], lightkube[1], events),
+        (f"changes at {per_s:g} per second, with the sets", steady, plain[2], None, changes_number),
     ]
 
 
@@ -204,13 +231,16 @@ def kubeconfig(directory: Path, url: str) -> str:
 
 
 async def report(counts: list[int], events: int, per_s: float, seconds: float) -> None:
-    table = Table("pods", "what", "wall s", "CPU s", "CPU ms each", "beside: CPU s", "ratio", title=f"{machine()}; a pod is {len(pod(1, 1)):,} bytes")
+    columns = ("pods", "what", "wall s", "CPU s", "CPU ms each", "aiohttp, json: CPU s", "ratio", "lightkube: CPU s", "ratio")
+    table = Table(*columns, title=f"{machine()}; a pod is {len(pod(1, 1)):,} bytes")
     for count in counts:
         with tempfile.TemporaryDirectory() as directory:
-            for what, ours, beside, number in await measure(count, events, per_s, seconds, Path(directory)):
-                compared = ("", "") if beside is None else (f"{beside.cpu_s:.2f}", f"{ours.cpu_s / beside.cpu_s:.2f}")
+            for what, ours, plain, lightkube, number in await measure(count, events, per_s, seconds, Path(directory)):
+                compared = [
+                    cell for other in (plain, lightkube) for cell in (("", "") if other is None else (f"{other.cpu_s:.2f}", f"{ours.cpu_s / other.cpu_s:.2f}"))
+                ]
                 table.add_row(f"{count:,}", what, f"{ours.wall_s:.2f}", f"{ours.cpu_s:.2f}", f"{ours.cpu_s / number * 1e3:.3f}", *compared)
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 def main() -> None:
