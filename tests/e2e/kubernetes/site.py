@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import yaml
@@ -73,7 +73,7 @@ class Site:
         self._started = 0  # ranks of pods; each has a directory of its own, though a name comes again
         self._publishing = asyncio.Lock()
 
-    async def __aenter__(self) -> "Site":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

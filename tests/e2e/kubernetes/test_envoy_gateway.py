@@ -5,183 +5,45 @@ pods whose engines Envoy reaches through relays, so that an engine can be out of
 """
 
 import asyncio
-import contextlib
+import functools
 import json
 import os
-import re
+import shlex
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
-import yaml
 
 from extproc.up import demo
-from extproc.up.processes import free_ports, spawn, stop
-from tests.e2e.client import Answer, Client, weights_of
+from extproc.up.processes import spawn
+from tests.e2e.client import Client, weights_of
 from tests.e2e.test_modes import _post_with_trailers
 from tests.e2e.test_served import MOST_FAILED, asked
 from tests.fakes.envoy_gateway import EnvoyGateway
 from tests.fakes.kube_apiserver import Admin, Cluster, crds, running_cluster
 from tests.fakes.kubectl import Kubectl
-from tests.fakes.relay import Relay
 from tests.fakes.wait import PATIENCE_S
 
-from .site import ENGINE, ENVOY_ADMIN, FRONT, NAMES, PROXIES, ROUTERS, Site
+from .envoy_gateway_site import ADMIN, GATEWAY, MODELS, ONCE, OVERLAY, Gateway, shipped_settings
+from .site import FRONT, NAMES, PROXIES, ROUTERS
+
+sys.path.insert(0, str(OVERLAY.parents[1] / "compose"))
+
+from following import differs, steps  # it is no package
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("network")]
 
-KUBERNETES = Path(__file__).parents[3] / "deploy" / "kubernetes"
-OVERLAY = KUBERNETES / "envoy-gateway"
-GATEWAY, ADMIN = f"{PROXIES[0]}:{FRONT}", f"{PROXIES[0]}:{ENVOY_ADMIN}"
-MODELS, ONCE = "httproute/llm/vllm/rule/0", "httproute/llm/vllm/rule/1"  # Envoy Gateway's names of the clusters of the route's rules
+KUBERNETES, ROOT = OVERLAY.parent, OVERLAY.parents[2]
+NOT_HERE = ("helm install", "kubectl create namespace llm")  # there is no way to Envoy Gateway's chart; the site has the namespace
+ADDRESS = "$(kubectl -n llm get gateway llm -o jsonpath='{.status.addresses[0].value}')"
 POLICIES = "backendtrafficpolicies,clienttrafficpolicies,envoyextensionpolicies,envoypatchpolicies"
 LARGE_BYTES, TOO_LARGE_BYTES = 20_000_000, 55_000_000  # router.max_body_bytes is 50 MiB
 REQUESTS = 200
-SERVED = re.compile(r'^lora_extproc_served_total\{\w+="(true|false)"\} (\S+)$', re.MULTILINE)
-
-
-class Gateway(Site):
-    """Pods behind relays, and what Envoy Gateway makes of them."""
-
-    def __init__(self, kubectl: Kubectl, envoy_gateway: EnvoyGateway, admin: Admin, origin: Path, directory: Path) -> None:
-        super().__init__(admin, origin, directory, services=["vllm"])
-        self.kubectl = kubectl
-        self.envoy_gateway = envoy_gateway
-        self._relays: dict[str, Relay] = {}
-
-    async def __aexit__(self, *error: object) -> None:
-        for name in list(self._relays):
-            await self.cut(name)
-        await super().__aexit__(*error)
-
-    # ---- pods
-
-    async def _engine_at(self, name: str) -> str:
-        if name in self._relays:  # of a pod that is gone
-            await self.cut(name)
-        [port] = free_ports(1)
-        await self._relay(name, port)
-        return f"127.0.0.1:{port}"
-
-    async def _relay(self, name: str, port: int) -> None:
-        self._relays[name] = await Relay(port, listen=ENGINE, host=self.ip(name)).__aenter__()
-
-    async def cut(self, name: str) -> int:
-        """Envoy's connections to this pod's engine are refused from now on. Where the engine listens, for `mend`."""
-        relay = self._relays.pop(name)
-        await relay.__aexit__(None, None, None)
-        return relay.port
-
-    async def mend(self, name: str, port: int) -> None:
-        await self._relay(name, port)
-
-    async def owner(self, model: str) -> str:
-        """The pod that the router would name first."""
-        async with aiohttp.ClientSession() as session, session.get(f"http://{ROUTERS[0]}:9090/v1/owner/{model}") as response:
-            best = (await response.json())["candidates"][0]
-        return next(pod.name for pod in self.pods.values() if pod.endpoint == best["address"])
-
-    @contextlib.asynccontextmanager
-    async def news_of_endpoints(self) -> AsyncIterator[None]:
-        """A pod that is not ready comes, and goes at the end: a changed cluster is used when Envoy has heard of its endpoints anew, or 15 seconds later."""
-        name, conditions = "vllm-2", {"ready": False, "serving": False, "terminating": False}
-        endpoints = [{"addresses": [self.ip("z")], "conditions": conditions}]
-        await self.admin.slice(name, "vllm", endpoints, [{"name": "http", "port": ENGINE, "protocol": "TCP"}])
-        try:
-            yield
-        finally:
-            await asyncio.to_thread(self.kubectl, "-n", "llm", "delete", "endpointslice", name)
-
-    # ---- manifests
-
-    async def apply(self, *components: str) -> None:
-        """The overlay with these of its components."""
-        own = self.directory / "own"
-        own.mkdir(exist_ok=True)
-        where = os.path.relpath(OVERLAY, own)
-        own.joinpath("kustomization.yaml").write_text(yaml.safe_dump({"resources": [where], "components": [f"{where}/{name}" for name in components]}))
-        await asyncio.to_thread(self.kubectl, "apply", "--server-side", "--force-conflicts", "-k", own)
-
-    async def change(self, kind: str, name: str, path: str, value: Any) -> None:
-        """One field of an object."""
-        patch = json.dumps([{"op": "replace", "path": path, "value": value}])
-        await asyncio.to_thread(self.kubectl, "-n", "llm", "patch", kind, name, "--type=json", "-p", patch)
-
-    async def until_shown(self, text: str, *, is_gone: bool = False) -> None:
-        """Until the configuration that Envoy uses has this text, or has it no longer. What is still warming is not used."""
-        async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
-            while True:
-                async with session.get(f"http://{ADMIN}/config_dump") as response:
-                    used = json.dumps([_used(part) for part in (await response.json())["configs"]])
-                if (text in used) is not is_gone:
-                    return
-                await asyncio.sleep(0.05)
-
-    async def until_accepted(self, kinds: str) -> None:
-        """Until every condition of every object of these kinds is true."""
-        wrong: list[tuple[str, str, bool]] = []
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                while wrong := [condition for condition in await self.conditions(kinds) if not condition[-1]]:
-                    await asyncio.sleep(0.1)
-        assert not wrong
-
-    async def conditions(self, kinds: str) -> list[tuple[str, str, bool]]:
-        """Of each object: its name, a condition, and whether it is true; one without any has not been looked at."""
-        found = []
-        for one in await asyncio.to_thread(self.kubectl.get, kinds, "-n", "llm"):
-            status = one.get("status", {})
-            parts = status.get("ancestors") or status.get("parents") or [status]
-            conditions = [condition for part in parts for condition in part.get("conditions", [])]
-            name = f"{one['kind']} {one['metadata']['name']}"
-            found += [(name, f"{c['type']} {c['reason']}: {c['message']}", c["status"] == "True") for c in conditions] or [(name, "no condition", False)]
-        return found
-
-    async def until_served(self) -> None:
-        """Until a request for the base model is answered, which needs a router that Envoy finds healthy, and a pod."""
-        client = Client(GATEWAY)
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while (await client.chat(demo.BASE_MODEL)).status != 200:
-                    await asyncio.sleep(0.1)
-        finally:
-            await client.close()
-
-    async def served(self) -> Counter[str]:
-        """How many requests the routers were told who served, by whether that was the endpoint that they had named first."""
-        found: Counter[str] = Counter()
-        async with aiohttp.ClientSession() as session:
-            for ip in ROUTERS:
-                async with session.get(f"http://{ip}:9090/metrics") as response:
-                    found.update({label: int(float(count)) for label, count in SERVED.findall(await response.text())})
-        return found
-
-    async def asked_total(self, cluster: str = MODELS) -> Counter[str]:
-        """How many requests Envoy has sent to each pod, retries included."""
-        async with aiohttp.ClientSession() as session, session.get(f"http://{ADMIN}/clusters") as response:
-            lines = [line.split("::") for line in (await response.text()).splitlines()]
-        return Counter({line[1]: int(line[3]) for line in lines if line[0] == cluster and line[2] == "rq_total"})
-
-
-def _used(part: dict[str, Any]) -> Any:
-    """Of a part of Envoy's configuration: routes, and the active state of clusters and listeners."""
-    listeners = [listener.get("active_state") for listener in part.get("dynamic_listeners", [])]
-    return listeners, part.get("dynamic_active_clusters"), part.get("dynamic_route_configs")
-
-
-def shipped_settings(kubectl: Kubectl) -> Any:
-    """Of the router, as the overlay's ConfigMap has them. The engines here are called otherwise."""
-    deployment, *_ = kubectl.get("deployment", "lora-extproc", "-n", "llm")
-    volume = next(volume for volume in deployment["spec"]["template"]["spec"]["volumes"] if volume["name"] == "settings")
-    [config] = kubectl.get("configmap", volume["configMap"]["name"], "-n", "llm")
-    settings = yaml.safe_load(config["data"]["settings.yaml"])
-    settings["pools"][0]["base_models"] = [demo.BASE_MODEL]
-    return settings
 
 
 @pytest.fixture(scope="module")
@@ -197,19 +59,21 @@ async def running(cluster: Cluster, origin: Path, tmp_path_factory: pytest.TempP
     directory = tmp_path_factory.mktemp("site")
     kubeconfig = cluster.server.kubeconfig(directory / "admin")
     kubectl = Kubectl(kubeconfig)
-    async with Admin(cluster.server) as admin, EnvoyGateway(kubectl, kubeconfig, directory) as envoy_gateway:
-        async with Gateway(kubectl, envoy_gateway, admin, origin, directory) as site:
-            await asyncio.to_thread(kubectl, "apply", "-f", KUBERNETES / "vllm" / "service.yaml", "-n", "llm")
-            await site.apply()
-            await envoy_gateway.deploy("llm", PROXIES[0], ADMIN)
-            settings = shipped_settings(kubectl)
-            for ip in ROUTERS:
-                await site.start_router(settings, ip)
-            endpoints = [{"addresses": [ip], "conditions": {"ready": True, "serving": True}} for ip in ROUTERS]
-            await admin.slice("lora-extproc-1", "lora-extproc", endpoints, [{"name": "grpc", "port": 9002, "protocol": "TCP"}])
-            await site.have("a", "b", "c")
-            await site.until_served()
-            yield site
+    async with (
+        Admin(cluster.server) as admin,
+        EnvoyGateway(kubectl, kubeconfig, directory) as envoy_gateway,
+        Gateway(kubectl, envoy_gateway, admin, origin, directory) as site,
+    ):
+        await asyncio.to_thread(kubectl, "apply", "-f", KUBERNETES / "vllm" / "service.yaml", "-n", "llm")
+        await site.apply()
+        await envoy_gateway.deploy("llm", PROXIES[0], ADMIN)
+        settings = shipped_settings(kubectl)
+        for ip in ROUTERS:
+            await site.start_router(settings, ip)
+        await site.publish_routers()
+        await site.have("a", "b", "c")
+        await site.until_answered_with(200)
+        yield site
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -382,7 +246,7 @@ async def test_a_request_that_no_router_has_seen_is_refused_with_the_patch_polic
     assert (await client.chat(demo.BASE_MODEL)).status == 503
     await site.apply()
     await asyncio.to_thread(site.kubectl, "-n", "llm", "delete", "envoypatchpolicy", "vllm-refusing")
-    await site.until_served()
+    await site.until_answered_with(200)
 
 
 async def test_buffered_bodies_end_at_envoys_limit(site: Gateway, client: Client, origin: Path) -> None:
@@ -404,6 +268,30 @@ async def test_with_headers_only_a_header_names_the_model(site: Gateway, client:
     await site.until_shown('"request_body_mode": "FULL_DUPLEX_STREAMED"')
 
 
+async def test_a_mode_that_shows_part_of_a_body_is_refused_in_words(site: Gateway, client: Client) -> None:
+    """Envoy Gateway accepts it; the router says why it cannot be spoken."""
+    await site.change("eep", "lora-extproc", "/spec/extProc/0/processingMode/request/body", "Streamed")
+    await site.until_shown('"request_body_mode": "STREAMED"')
+    answer = await client.chat("team/a")
+    assert (answer.status, answer.code) == (500, "protocol")
+    await site.apply()
+    await site.until_shown('"request_body_mode": "FULL_DUPLEX_STREAMED"')
+
+
+async def test_for_a_service_without_any_pod_envoy_gateway_answers_itself(site: Gateway, client: Client) -> None:
+    """500 without routers, and their policy is not accepted meanwhile; 503 without engines."""
+    await asyncio.to_thread(site.kubectl, "-n", "llm", "delete", "endpointslice", "lora-extproc-1")
+    await site.until_answered_with(500)
+    assert any("no ready endpoints" in what for _, what, is_true in await site.conditions("eep") if not is_true)
+    await site.publish_routers()
+    await site.until_answered_with(200)
+    await asyncio.to_thread(site.kubectl, "-n", "llm", "delete", "endpointslice", "vllm-1")
+    await site.until_answered_with(503)
+    assert "x-lora-extproc-reason" not in (await client.chat(demo.BASE_MODEL)).headers
+    await site.publish_pods()
+    await site.until_answered_with(200)
+
+
 async def test_without_a_router_clients_are_told_to_ask_again(site: Gateway, client: Client) -> None:
     """503, where Envoy Gateway's own default is 500."""
     for router in site.routers:
@@ -420,5 +308,23 @@ async def test_with_one_endpoint_a_router_names_one_pod(site: Gateway, client: C
     assert settings == {**plain, "router": {**plain["router"], "max_retry_endpoints": 1}}
     await site.until_shown('"base_interval": "0.005s"', is_gone=True)
     await site.start_router(settings, ROUTERS[0])
-    await site.until_served()
+    await site.until_answered_with(200)
     assert (await client.chat("team/a")).weights == weights_of(origin, "team/a")
+
+
+async def test_the_readmes_commands_do_what_it_says(site: Gateway) -> None:
+    """In their order, from the top of the repository, on the site as it is; the last one undoes all, and Envoy Gateway lets its Gateway go."""
+    programs = site.directory / "bin"
+    programs.mkdir()
+    (programs / "kubectl").write_text(f'#!/bin/sh\nexec {shlex.join(site.kubectl.command)} "$@"\n')
+    (programs / "kubectl").chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    for step in steps((OVERLAY / "README.md").read_text()):
+        if step.command.startswith(NOT_HERE):
+            continue
+        command = step.command.replace(ADDRESS, f"{ADDRESS}:{FRONT}")  # of the pod: nothing here forwards the Service's port to it
+        run = functools.partial(subprocess.run, command, shell=True, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
+        done = await asyncio.to_thread(run)
+        assert done.returncode == 0, f"{step.command}: {done.stderr}"
+        assert not differs(done.stdout, step), step.command
+    assert not await asyncio.to_thread(site.kubectl.get, "gateways,gatewayclasses", "-A")
