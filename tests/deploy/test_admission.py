@@ -27,18 +27,17 @@ COMMAND_S = 60
 
 @pytest.fixture(scope="module")
 def kubeconfig(kubectl: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of the administrator of a cluster that has every kind which a manifest names."""
+    """Of the administrator of a cluster that has every kind and every namespace which a manifest names, and warns of what the restricted profile forbids."""
     directory = tmp_path_factory.mktemp("cluster")
     named = [one for overlay in kustomizations() for one in read(rendered(kubectl, overlay))]
     kinds = {(one["apiVersion"].partition("/")[0], one["kind"]) for one in named}
     (directory / "crds.yaml").write_text(yaml.dump_all(crds(shipped("envoy-gateway", "gaie", "gateway-api", "istio"), kinds), Dumper=yaml.CSafeDumper))
     with running_cluster(directory, [directory / "crds.yaml"]) as cluster:
-        yield cluster.server.kubeconfig(directory / "kubeconfig")
-
-
-@pytest.fixture(scope="module")
-def strict(kubectl: str, kubeconfig: str) -> None:
-    run([kubectl, "label", "namespace", "llm", "pod-security.kubernetes.io/warn=restricted"], KUBECONFIG=kubeconfig)
+        path = cluster.server.kubeconfig(directory / "kubeconfig")
+        for namespace in {one["metadata"].get("namespace", "llm") for one in named} - {"llm"}:
+            run([kubectl, "create", "namespace", namespace], KUBECONFIG=path)
+        run([kubectl, "label", "namespace", "--all", "pod-security.kubernetes.io/warn=restricted"], KUBECONFIG=path)
+        yield path
 
 
 def dry_run(kubectl: str, kubeconfig: str, objects: list[dict[str, object]]) -> None:
@@ -46,7 +45,6 @@ def dry_run(kubectl: str, kubeconfig: str, objects: list[dict[str, object]]) -> 
     run([kubectl, "apply", "--dry-run=server", "-f", "-"], yaml.dump_all(objects, Dumper=yaml.CSafeDumper), KUBECONFIG=kubeconfig)
 
 
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("overlay", kustomizations())
 def test_every_object_is_accepted(kubectl: str, kubeconfig: str, overlay: str) -> None:
     """Schemas, defaults, CEL rules and the restricted profile, as a cluster has them."""
@@ -54,7 +52,6 @@ def test_every_object_is_accepted(kubectl: str, kubeconfig: str, overlay: str) -
     dry_run(kubectl, kubeconfig, found)
 
 
-@pytest.mark.usefixtures("strict")
 def test_the_profile_would_be_heard_of(kubectl: str, kubeconfig: str) -> None:
     """A container that may become root."""
     found = read(rendered(kubectl, "base"))
@@ -64,7 +61,6 @@ def test_the_profile_would_be_heard_of(kubectl: str, kubeconfig: str) -> None:
         dry_run(kubectl, kubeconfig, found)
 
 
-@pytest.mark.usefixtures("strict")
 def test_every_object_of_the_chart_is_accepted(kubectl: str, helm: str, kubeconfig: str) -> None:
     """With all that can be switched on."""
     values = ["--set", "monitoring.enabled=true,stager.settings.stager.listen=0.0.0.0:9102"]
