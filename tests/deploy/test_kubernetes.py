@@ -15,10 +15,11 @@ from extproc.config import Settings, load
 from extproc.envoyconfig import render
 from tests.conftest import NEWEST
 
-from .manifests import GOLDEN, KUBERNETES, NO_CRD_HERE, Manifest, Pod, crds, kustomizations, named, pods, quantity, read, rendered
+from .manifests import DEPLOY, GOLDEN, KUBERNETES, NO_CRD_HERE, Manifest, Pod, crds, kustomizations, named, pods, quantity, read, rendered
 
 OLDEST_KUBERNETES, NEWEST_KUBERNETES = "1.33", "1.36"  # that Envoy Gateway 1.9 is made for
 RBAC = KUBERNETES / "rbac"
+OUR_USER = int(re.findall(r"^USER (\d+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)[-1])
 # how the settings name pods, and the folder in rbac/ with the rights for that
 WAYS = {"service": "service", "inference_pool": "inference-pool", "selector": "selector"}
 EVERY = pytest.mark.parametrize("overlay", kustomizations())
@@ -125,7 +126,7 @@ def test_pods_keep_to_the_restricted_profile(kubectl: str, overlay: str) -> None
         for container in pod.containers:
             context = whole | container.spec["securityContext"]
             assert context["runAsNonRoot"]
-            assert context["runAsUser"] == 65532 if container.is_ours else context["runAsUser"] > 0  # the user of our image: tests/deploy/test_image.py
+            assert context["runAsUser"] == OUR_USER if container.is_ours else context["runAsUser"] > 0
             assert context["seccompProfile"] == {"type": "RuntimeDefault"}
             assert context["allowPrivilegeEscalation"] is False
             assert context["capabilities"] == {"drop": ["ALL"]}
@@ -253,7 +254,7 @@ def test_engine_and_stager_see_adapters_under_the_same_path(kubectl: str, overla
     mounts = {one.spec["name"]: {mount["name"]: mount for mount in one.spec["volumeMounts"]}.get("adapters", {}) for one in pod.containers}
     assert mounts["stager"]["mountPath"] == mounts["vllm"]["mountPath"] == pod.settings["stager"].stager.dir
     assert mounts["vllm"]["readOnly"]
-    assert pod.spec["securityContext"]["fsGroup"] == 65532
+    assert pod.spec["securityContext"]["fsGroup"] == OUR_USER
 
 
 def sidecar(kind: str) -> Manifest:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.fakes.kube_apiserver import running_cluster
-from tests.fakes.kubelet import POLL_S, Account, RunningPod, pods
+from tests.fakes.kubelet import POLL_S, Account, RunningPod, pods, skip_unless_able
 from tests.fakes.netns import ADDRESSES, network_of_its_own
 
 from . import manifests
@@ -63,6 +63,7 @@ def network() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fleet(kubectl: str, network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     directory = tmp_path_factory.mktemp("pods")
+    skip_unless_able(tmp_path_factory.mktemp("root"))
     with running_cluster(directory) as cluster:
         kubeconfig = cluster.server.kubeconfig(directory / "kubeconfig")
         run([kubectl, "apply", "-k", str(manifests.KUBERNETES / "plain")], KUBECONFIG=kubeconfig)
@@ -125,8 +126,7 @@ def test_what_is_deleted_all_at_once_finishes_what_it_does(fleet: Fleet) -> None
     with asked("demo/sql", stream=True, max_tokens=TOKENS) as stream, ThreadPoolExecutor(3) as ending:
         first = stream.readline()
         fleet.show(ready=False, serving=True, terminating=True)
-        for pod in (fleet.engine, fleet.router, fleet.envoy):
-            ending.submit(pod.terminate)
+        ends = [ending.submit(pod.terminate) for pod in (fleet.engine, fleet.router, fleet.envoy)]
         while fleet.router.probe("router", "readinessProbe"):
             time.sleep(POLL_S)
         assert fleet.router.probe("router", "livenessProbe")
@@ -135,6 +135,8 @@ def test_what_is_deleted_all_at_once_finishes_what_it_does(fleet: Fleet) -> None
             late.read()
         rest = stream.read()
         assert "vllm: SIGTERM" not in fleet.engine.events
+        for end in ends:
+            end.result()
     assert first.startswith(b"data: ")
     assert rest.rstrip().endswith(b"data: [DONE]")
     assert rest.count(b"data: ") >= TOKENS
