@@ -239,6 +239,12 @@ class Admin:
         metadata = {"name": name, "namespace": self.namespace}
         await self.apply({"apiVersion": "inference.networking.k8s.io/v1", "kind": "InferencePool", "metadata": metadata, "spec": {**spec, **picker}})
 
+    async def account(self, manifest: Path, name: str) -> str:
+        """The token of the service account that a manifest makes with its rights, all under this name, so that several manifests can be told apart."""
+        for body in yaml.safe_load_all(manifest.read_text().replace("lora-extproc", name)):
+            await self.apply(body)
+        return await self.token(name)
+
     async def token(self, account: str) -> str:
         """Of a service account, as the kubelet asks for it."""
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}

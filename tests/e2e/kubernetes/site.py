@@ -29,7 +29,7 @@ from extproc.up import demo
 from extproc.up.processes import Child, python, spawn, stop
 from extproc.up.stack import envoy_binary
 from tests.e2e.client import Client, weights_of
-from tests.fakes.kube_apiserver import Admin
+from tests.fakes.kube_apiserver import ADMIN, Admin
 from tests.fakes.netns import NETWORK
 from tests.fakes.wait import PATIENCE_S
 
@@ -82,15 +82,15 @@ class Site:
 
     # ---- routers and proxies
 
-    async def start_router(self, raw: dict[str, Any], ip: str = ROUTERS[0]) -> None:
-        """With these settings, in which addresses are replaced, and the way to the API server."""
+    async def start_router(self, raw: dict[str, Any], ip: str = ROUTERS[0], token: str = ADMIN) -> None:
+        """With these settings, in which addresses are replaced, and the way to the API server; `token` is that of its service account."""
         file = self.directory / f"router-{ip}.yaml"
-        file.write_text(yaml.safe_dump(self.placed(raw, ip)))
+        file.write_text(yaml.safe_dump(self.placed(raw, ip, token)))
         self.routers.append(await spawn(f"router-{ip}", python("router", "--config", str(file)), self.directory))
 
-    def placed(self, raw: dict[str, Any], ip: str) -> dict[str, Any]:
-        """Settings as a pod has them, for a process that has an address and no service account."""
-        kubeconfig = self.admin.server.kubeconfig(self.directory / "kubeconfig")
+    def placed(self, raw: dict[str, Any], ip: str, token: str = ADMIN) -> dict[str, Any]:
+        """Settings as a pod has them, for a process that has an address and a kubeconfig."""
+        kubeconfig = self.admin.server.kubeconfig(self.directory / f"kubeconfig-{ip}", token)
         listen = {"listen": f"{ip}:9002", "health_listen": f"{ip}:9003", "http_listen": f"{ip}:9090"}
         pools = [{**pool, "discovery": [{**source, "kubeconfig": kubeconfig} for source in pool["discovery"]]} for pool in raw["pools"]]
         return {**raw, "pools": pools, "router": {**raw.get("router", {}), **listen}}

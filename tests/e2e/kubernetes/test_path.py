@@ -1,6 +1,7 @@
 """The whole path from a real kube-apiserver's objects: requests go through Envoy and a router to the pods of an InferencePool, and to those of a Service.
 
-One set of pods serves both: a router and an Envoy follow the InferencePool, another router and another Envoy the EndpointSlices of the Service.
+One set of pods serves both: a router and an Envoy follow the InferencePool, another router and another Envoy the EndpointSlices of the Service. Each router
+has the rights that deploy/kubernetes/rbac gives for its way, and no others.
 """
 
 import asyncio
@@ -24,7 +25,8 @@ from .site import ENGINE, ENVOY_ADMIN, FRONT, NAMES, PROXIES, ROUTERS, STAGER, L
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("network")]
 
 AWAY_S = float(os.environ.get("LORA_EXTPROC_API_SERVER_AWAY_S", "5"))  # for how long the API server is away; each release is to be tried once with 60
-WAYS = ({"inference_pool": "llama"}, {"service": "vllm"})
+RBAC = Path(__file__).parents[3] / "deploy" / "kubernetes" / "rbac"
+WAYS = (("inference-pool", {"inference_pool": "llama"}), ("service", {"service": "vllm"}))  # the file of rights in RBAC, and what the settings say
 
 
 def settings(way: dict[str, Any]) -> dict[str, Any]:
@@ -40,8 +42,8 @@ async def running(network: None, cluster: Cluster, origin: Path, tmp_path_factor
     """Two pods that both ways lead to."""
     async with Admin(cluster.server) as admin, Site(admin, origin, tmp_path_factory.mktemp("site"), services=["vllm"]) as site:
         await admin.pool("llama", [ENGINE])
-        for way, router, proxy in zip(WAYS, ROUTERS, PROXIES, strict=True):
-            await site.start_router(settings(way), router)
+        for (rights, way), router, proxy in zip(WAYS, ROUTERS, PROXIES, strict=True):
+            await site.start_router(settings(way), router, await admin.account(RBAC / f"{rights}.yaml", f"router-{rights}"))
             await site.start_envoy(settings(way), router, proxy)
         await site.have("a", "b")
         yield site
