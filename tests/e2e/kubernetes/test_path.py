@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures(
 
 AWAY_S = float(os.environ.get("LORA_EXTPROC_API_SERVER_AWAY_S", "5"))  # for how long the API server is away; each release is to be tried once with 60
 RBAC = Path(__file__).parents[3] / "deploy" / "kubernetes" / "rbac"
-WAYS = (("inference-pool", {"inference_pool": "llama"}), ("service", {"service": "vllm"}))  # the file of rights in RBAC, and what the settings say
+WAYS = (("inference-pool", {"inference_pool": "llama"}), ("service", {"service": "vllm"}))  # the folder of rights in RBAC, and what the settings say
 
 
 def settings(way: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ async def running(network: None, cluster: Cluster, origin: Path, tmp_path_factor
     async with Admin(cluster.server) as admin, Site(admin, origin, tmp_path_factory.mktemp("site"), services=["vllm"]) as site:
         await admin.pool("llama", [ENGINE])
         for (rights, way), router, proxy in zip(WAYS, ROUTERS, PROXIES, strict=True):
-            await site.start_router(settings(way), router, await admin.account(RBAC / f"{rights}.yaml", f"router-{rights}"))
+            await site.start_router(settings(way), router, await admin.account(RBAC / rights / "rights.yaml", f"router-{rights}"))
             await site.start_envoy(settings(way), router, proxy)
         await site.have("a", "b")
         yield site

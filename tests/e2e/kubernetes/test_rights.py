@@ -86,6 +86,21 @@ async def test_a_right_that_is_missing_is_told_in_words(
     assert f'User "system:serviceaccount:llm:lora-extproc" cannot {verb} resource "{resource}"' in caplog.text
 
 
+async def test_rights_that_are_taken_away_for_a_while_cost_no_endpoint(pods: Admin, discovering: DiscoveryFactory, caplog: pytest.LogCaptureFixture) -> None:
+    """The watch that has begun is not cut, but the next one is refused; the last endpoints count until the rights are back."""
+    objects = manifest("selector")
+    role = next(one for one in objects if one["kind"] == "Role")
+    token = await account(pods, objects)
+    async with discovering(token=token, watch_s=1.0, **WAYS["selector"]) as taken:
+        await taken.until(f"{IP}:8000")
+        await pods.apply({**role, "rules": []})
+        await until(lambda: "cannot list resource" in caplog.text or "cannot watch resource" in caplog.text)
+        await pods.pod("b", "10.77.0.2")
+        await pods.apply(role)
+        await taken.until(f"{IP}:8000", "10.77.0.2:8000")
+    assert not [fleet for fleet in taken.fleets[1:] if not fleet["p"]]
+
+
 def test_the_files_differ_in_their_rules_alone() -> None:
     """One account and one role, so that a change of the way is one `kubectl apply`."""
     names = {tuple((one["kind"], one["metadata"]["name"], one["metadata"]["namespace"]) for one in manifest(way)) for way in WAYS}
