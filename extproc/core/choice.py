@@ -18,9 +18,9 @@ The *best place* is the less loaded of the key's first two endpoints (its *home*
 has room for an adapter before one that is full, one that has the files before one that has not. Else it is the first of the key's next ones that is
 below the bound; else the least loaded.
 
-A request for what has MANY copies looks at the leased ones alone (`of_leased`), and goes to the least of them even above the bound, unless its engine
-queues. The rest of the table is for one such request in ABOVE_EVERY, and for one below the bound in BELOW_EVERY: what has many copies is asked for so often
-that the next one is prepared soon enough.
+Most requests need no look at the whole table: `of_leased` serves them by the leased copies alone. Of what has at most MANY, one of them is at home and one
+below the bound; of what has more, the least loaded serves even above the bound, unless its engine queues. What is to be prepared for such adapters waits for
+one of the requests that look at all: they are asked for so often that it comes soon enough.
 
 How many copies an adapter has follows from this. tests/bench/README.md (`fleet`) has this rule beside the others, which are here for those who compare:
 they make one copy and stay with it.
@@ -39,8 +39,8 @@ from .load import Load, Loads
 Balance = Literal["bounded", "maglev", "hrw", "random", "least_adapters", "least_latency", "bin_pack"]
 SAMPLED = 8  # endpoints that a base model's request chooses among
 _REMEMBERED = 65_536  # adapters whose pattern was looked for
-MANY = 4  # copies, above which it pays to look at the leased ones first
-BELOW_EVERY, ABOVE_EVERY = 128, 16  # requests; of 1,000 endpoints, fewer than one in a hundred then costs more than 50 us
+MANY = 4  # copies, above which a look at all of them costs more than what it finds is worth
+OFTEN, SELDOM = 16, 128  # one request in so many looks at all: where a copy may be wanted, and where all is well
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 
 
@@ -123,16 +123,22 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
     return Choice(None, (following, least)) if _pays(following, least, copies, loads) else Choice(least, prepare=following)
 
 
-def of_leased(leased: Sequence[Endpoint], loads: Loads, rule: Rule, look: int) -> Sequence[Endpoint]:
-    """Of many copies the leased ones that a request may go to, first the one with the least in flight; none if all copies have to be looked at.
-    `look` counts requests."""
-    if rule.balance != "bounded" or not leased or look % BELOW_EVERY == 0:
+def of_leased(leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Loads, rule: Rule, look: int, *, is_hot: bool = False) -> Sequence[Endpoint]:
+    """The leased copies that a request may go to, first the best; none if all copies have to be looked at, by `choose`. `look` counts requests."""
+    if rule.balance != "bounded" or not leased:
         return ()
     below = loads.below(leased, loads.bound(rule.factor))
-    least = _least(below or leased, loads, ())  # of equals any: routers that take different ones spread what they send
-    if not below and (look % ABOVE_EVERY == 0 or loads[least.address].is_queueing):
+    if len(leased) > MANY:
+        least = _least(below or leased, loads, ())  # of equals any: routers that take different ones spread what they send
+        needs_look = look % SELDOM == 0 if below else look % OFTEN == 0 or loads[least.address].is_queueing
+    elif not below or len(leased) < rule.min_copies or not any(endpoint in order[:HOME] for endpoint in leased):
         return ()
-    return (least, *(endpoint for endpoint in below if endpoint is not least))
+    else:
+        least = below[0] if len(below) == 1 else _least(below, loads, order)
+        needs_look = is_hot and len(leased) == 1 and look % OFTEN == 0
+    if needs_look:
+        return ()
+    return below if len(below) == 1 else (least, *(endpoint for endpoint in below if endpoint is not least))
 
 
 def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads) -> bool:

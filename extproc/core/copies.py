@@ -28,10 +28,6 @@ class Copies:
         """The nodes that have it, and whether in memory."""
         return [(node, bool(code & 1)) for code in self._codes_of(adapter) if (node := self._node[code >> 1]) is not None]
 
-    def count(self, adapter: str) -> int:
-        """How many nodes have it, or a few more: those that were forgotten lately may be among them."""
-        return len(self._codes_of(adapter))
-
     def warm(self, adapter: str) -> list[str]:
         """The nodes that have it in memory."""
         return [node for code in self._codes_of(adapter) if code & 1 and (node := self._node[code >> 1]) is not None]

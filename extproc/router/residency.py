@@ -102,10 +102,10 @@ class Residency:
         lease = self._leases.get((endpoint.stager, adapter, plain))
         return lease if lease is not None and self._clock() < lease.until else None
 
-    def leased(self, stagers: Sequence[str], adapter: str, *, plain: bool = False) -> list[str]:
-        """Those of `stagers` with which there is a lease on it."""
+    def leased(self, stagers: Sequence[str], adapter: str, *, plain: bool = False) -> dict[str, Lease]:
+        """The leases on it with these stagers, by stager. As `known`, this renews nothing."""
         now, leases = self._clock(), self._leases
-        return [stager for stager in stagers if (lease := leases.get((stager, adapter, plain))) is not None and now < lease.until]
+        return {stager: lease for stager in stagers if (lease := leases.get((stager, adapter, plain))) is not None and now < lease.until}
 
     # -- asking
 

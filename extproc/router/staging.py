@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..client import Staged
-from ..core.choice import MANY, At, Choice, Copy, Rule, Rules, choose, least_of, of_leased
+from ..core.choice import At, Choice, Copy, Rule, Rules, choose, least_of, of_leased
 from ..core.decision import Forward, PassThrough
 from ..core.endpoint import Endpoint
 from ..core.load import Loads
@@ -79,7 +79,7 @@ class Staging:
         self._looks = 0
 
     def now(self, forward: Forward) -> Placed | None:
-        """The answer, if no wait is needed on either side. What is to be prepared in the background is."""
+        """The answer, if no wait is needed on either side."""
         placed = self._now(forward)
         if placed is None or forward.prefill is None:
             return placed
@@ -87,6 +87,31 @@ class Staging:
         return None if prefiller is None and self.can_stage(forward.prefill) else _with_prefiller(placed, prefiller)
 
     def _now(self, forward: Forward) -> Placed | None:
+        return self._by_leases(forward) or self._by_all(forward)
+
+    def _by_leases(self, forward: Forward) -> Placed | None:
+        """The usual case: the leased copies are all that is looked at."""
+        snapshot, adapter = forward.snapshot, forward.adapter
+        leases = self._residency.leased(self._residency.copies.warm(adapter), adapter, plain=forward.plain)
+        if not leases:
+            return None
+        leased = snapshot.stageable([endpoint for stager in leases for endpoint in forward.pool.at(stager)])
+        if forward.subset is not None:
+            leased = snapshot.usable(leased, forward.subset)
+        self._looks += 1
+        loads, rule = self._loads[forward.pool.name], self._rules.of(adapter)
+        usable = of_leased(leased, snapshot.stageable(forward.candidates), loads, rule, self._looks, is_hot=adapter in self._hot.hottest)
+        if not usable:
+            return None
+        chosen = usable[0] if len(usable) == 1 else self._prefixes.preferred(usable, forward.blocks, forward.session) or usable[0]
+        lease = self._lease(forward, chosen)  # which renews it
+        if lease is None:
+            return None
+        others = (e for e in leased if e is not chosen and leases[e.stager].model == lease.model)
+        return Placed((chosen, *islice(others, self._max_others)), "hit", "", 0.0, lease.model, lease)
+
+    def _by_all(self, forward: Forward) -> Placed | None:
+        """What `choose` says of all copies; what is to be prepared in the background is."""
         choice = self._choose(forward)
         chosen = choice.serve
         if chosen is None and choice.wait_for and self._lease(forward, choice.wait_for[0]) is not None:
@@ -139,20 +164,9 @@ class Staging:
     def _choose(self, forward: Forward) -> Choice:
         rule = self._rules.of(forward.adapter)
         loads = self._loads[forward.pool.name]
-        self._looks += 1
-        if self._residency.copies.count(forward.adapter) > MANY:
-            leased = of_leased(self._leased(forward), loads, rule, self._looks)
-            if leased:
-                return Choice(self._prefixes.preferred(leased, forward.blocks, forward.session) or leased[0])
         copies = self._copies(forward)
         preferred = self._preferred([copy.endpoint for copy in copies if copy.at is At.LEASED], forward, loads, rule) if len(copies) > 1 else None
         return choose(copies, self._order(forward, rule, len(copies)), loads, rule, preferred, is_hot=forward.adapter in self._hot.hottest)
-
-    def _leased(self, forward: Forward) -> Sequence[Endpoint]:
-        """The copies that may be sent this request at once."""
-        stagers = self._residency.leased(self._residency.copies.warm(forward.adapter), forward.adapter, plain=forward.plain)
-        endpoints = forward.snapshot.stageable([endpoint for stager in stagers for endpoint in forward.pool.at(stager)])
-        return endpoints if forward.subset is None else forward.snapshot.usable(endpoints, forward.subset)
 
     def _copies(self, forward: Forward) -> list[Copy]:
         """Where the adapter is, of the endpoints that may be sent this request."""

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import ABOVE_EVERY, BELOW_EVERY, SAMPLED, At, Balance, Choice, Copy, Rule, Rules, choose, least_of, of_leased
+from extproc.core.choice import OFTEN, SAMPLED, SELDOM, At, Balance, Choice, Copy, Rule, Rules, choose, least_of, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
 
@@ -104,21 +104,45 @@ def test_the_copies_that_an_adapter_shall_have_are_made_whatever_the_load() -> N
 # ---- copies that are not where the key belongs
 
 
-def test_of_many_copies_the_leased_ones_are_enough() -> None:
-    """Those below the bound, the least loaded first; where none is, the least loaded alone."""
-    assert of_leased([C, A, B], loads_of(11, 30, 9, 10), RULE, 1) == (C, A)
-    assert of_leased([C, A], loads_of(31, 10, 30, 10, 10, 10), RULE, 1) == (C,)
+TWENTY = tuple(Endpoint(f"10.0.1.{i}:8000") for i in range(20))
+MANY_LEASED = [TWENTY[4], TWENTY[2], TWENTY[0], TWENTY[1], TWENTY[3]]
 
 
-def test_of_many_copies_all_are_looked_at_now_and_then_and_where_the_least_loaded_queues() -> None:
-    """Else no copy would be added or come home."""
-    below, above = loads_of(11, 9, 9, 10), loads_of(31, 10, 30, 10, 10, 10)
-    assert sum(not of_leased([C, A], below, RULE, look) for look in range(2 * BELOW_EVERY)) == 2
-    assert sum(not of_leased([C, A], above, RULE, look) for look in range(2 * ABOVE_EVERY)) == 2
-    above.say(C.address, Engine(running=20, waiting=10), 1.0)
-    assert not of_leased([C, A], above, RULE, 1)
-    assert not of_leased([], below, RULE, 1)
-    assert not of_leased([C, A], below, Rule(RULE.draw, "maglev"), 1)
+def loads_of_twenty(*in_flight: float) -> Loads:
+    """Of the first ones; the rest have 10."""
+    loads = Loads(endpoint.address for endpoint in TWENTY)
+    for place, endpoint in enumerate(TWENTY):
+        loads.say(endpoint.address, Engine(running=in_flight[place] if place < len(in_flight) else 10), 0.0)
+    return loads
+
+
+def test_of_a_few_copies_the_leased_ones_are_enough_while_one_is_at_home_and_one_below_the_bound() -> None:
+    """The least loaded first, of equals the first in the key's order. Else a copy may have to be made."""
+    assert of_leased([A], ENDPOINTS, loads_of(10), RULE, 0) == [A]
+    assert of_leased([C, A], ENDPOINTS, loads_of(10, 10, 9), RULE, 0) == (C, A)
+    assert of_leased([C, A], ENDPOINTS, loads_of(10), RULE, 0) == (A, C)
+    assert not of_leased([C, D], ENDPOINTS, loads_of(10), RULE, 1)
+    assert not of_leased([A], ENDPOINTS, loads_of(30, 10, 10, 10, 10, 10), RULE, 1)
+    assert not of_leased([A], ENDPOINTS, loads_of(10), Rule(RULE.draw, min_copies=2), 1)
+    assert not of_leased([A], ENDPOINTS, loads_of(10), Rule(RULE.draw, "maglev"), 1)
+    assert not of_leased([], ENDPOINTS, loads_of(10), RULE, 1)
+
+
+def test_the_only_copy_of_what_is_hot_is_compared_with_other_places_now_and_then() -> None:
+    """A second one is for the death of its node, and not urgent."""
+    assert sum(not of_leased([A], ENDPOINTS, loads_of(10), RULE, look, is_hot=True) for look in range(2 * OFTEN)) == 2
+    assert all(of_leased([A, C], ENDPOINTS, loads_of(10), RULE, look, is_hot=True) for look in range(2 * OFTEN))
+
+
+def test_of_many_copies_the_leased_ones_are_enough_even_above_the_bound() -> None:
+    """All are looked at now and then, and where the least loaded one queues: else no copy would be added or come home."""
+    below, above = loads_of_twenty(11, 30, 9, 10, 10), loads_of_twenty(31, 31, 30, 31, 31)
+    assert [TWENTY.index(endpoint) for endpoint in of_leased(MANY_LEASED, TWENTY, below, RULE, 1)] == [2, 4, 0, 3]
+    assert of_leased(MANY_LEASED, TWENTY, above, RULE, 1) == (TWENTY[2],)
+    assert sum(not of_leased(MANY_LEASED, TWENTY, below, RULE, look) for look in range(2 * SELDOM)) == 2
+    assert sum(not of_leased(MANY_LEASED, TWENTY, above, RULE, look) for look in range(2 * OFTEN)) == 2
+    above.say(TWENTY[2].address, Engine(running=20, waiting=10), 1.0)
+    assert not of_leased(MANY_LEASED, TWENTY, above, RULE, 1)
 
 
 def test_a_home_without_a_copy_is_prepared() -> None:

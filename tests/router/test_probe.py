@@ -8,6 +8,7 @@ import pytest
 
 from extproc.router.probe import Probe
 from extproc.up.processes import free_ports
+from tests.fakes.wait import PATIENCE_S
 
 ANSWER = "HTTP/1.1 {} x\r\ncontent-length: 0\r\nlocation: /elsewhere\r\n\r\n"
 
@@ -51,7 +52,7 @@ async def engine(answer: str | None) -> AsyncIterator[str]:
 async def test_an_engine_lives_that_answers(answer: str, lives: bool) -> None:
     """Without an error of its own."""
     async with engine(answer) as address:
-        probe = Probe()
+        probe = Probe(PATIENCE_S, PATIENCE_S)
         assert await probe.answers(address) is lives
         await probe.close()
 

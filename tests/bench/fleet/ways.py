@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from extproc.core.choice import MANY, At, Choice, Copy, Rule, choose, of_leased
+from extproc.core.choice import At, Choice, Copy, Rule, choose, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import FIRST
 
@@ -21,17 +21,18 @@ class Core:
 
     def choose(self, adapter: str, copies: list[Copy], router: Router) -> Choice:
         snapshot, pool = router.snapshot, router.pool
-        if len(copies) > MANY:
-            leased = of_leased([copy.endpoint for copy in copies if copy.at is At.LEASED], router.loads, self._rule, router.looks)
-            if leased:
-                return Choice(leased[0])
+        is_hot = adapter in router.popularity.hottest
+        leased = [copy.endpoint for copy in copies if copy.at is At.LEASED]
+        usable = of_leased(leased, snapshot.stageable(snapshot.candidates(pool, adapter)), router.loads, self._rule, router.looks, is_hot=is_hot)
+        if usable:
+            return Choice(usable[0])
         if self._rule.looks_at_all:
             order = snapshot.usable(pool.table.endpoints)
         elif len(copies) > 1:
             order = snapshot.usable(pool.candidates(adapter, FIRST << len(copies).bit_length() - 1)) or snapshot.candidates(pool, adapter)
         else:
             order = snapshot.candidates(pool, adapter)
-        return choose(copies, snapshot.stageable(order), router.loads, self._rule, is_hot=adapter in router.popularity.hottest)
+        return choose(copies, snapshot.stageable(order), router.loads, self._rule, is_hot=is_hot)
 
 
 class LeastLoaded:
