@@ -147,24 +147,28 @@ def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loa
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
-    warm = [copy.endpoint for copy in copies if copy.at is At.WARM]
-    coming = [] if warm else [copy.endpoint for copy in copies if copy.at is At.COMING and _may_be_joined(loads[copy.endpoint.address], bound)]
-    leaving = [copy.endpoint for copy in copies if copy.at is At.LEAVING]
-    first = _least(warm or coming, loads, order) if warm or coming else _best_place(copies, order, loads, bound) or _coming(copies)
-    prepare = None
-    if warm and first is not None and loads[first.address].in_flight >= bound:
-        place = _best_place(copies, order, loads, bound, must_be_below=True)
-        if place is not None and _pays(place, first, copies, loads):
-            first = place
-        else:
-            prepare = place
+    warm, leaving, parting = ([copy.endpoint for copy in copies if copy.at is at] for at in (At.WARM, At.LEAVING, At.PARTING))
+    place, beside = _of_warm(warm, copies, order, loads, bound) if warm else (_of_none(copies, order, loads, bound), None)
     if leaving:
-        return Choice(_least(leaving, loads, order), prepare=first)
+        return Choice(_least(leaving, loads, order), prepare=place)
     has_files = warm or any(copy.at is At.COLD for copy in copies)
-    parting = [] if has_files else [copy.endpoint for copy in copies if copy.at is At.PARTING]
-    if parting:
-        return Choice(None, (*parting, *order), first)
-    return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)), prepare)
+    if parting and not has_files:
+        return Choice(None, (*parting, *order), place)
+    return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)
+
+
+def _of_warm(warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> tuple[Endpoint, Endpoint | None]:
+    """Which of these to wait for, or for what place in their stead; and what to prepare beside it."""
+    least = _least(warm, loads, order)
+    another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].in_flight >= bound else None
+    return (another, None) if another is not None and _pays(another, least, copies, loads) else (least, another)
+
+
+def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
+    """What to wait for where no engine has it: a copy on its way, unless too many others are sent there, else one to make."""
+    coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
+    joined = [endpoint for endpoint in coming if _may_be_joined(loads[endpoint.address], bound)]
+    return _least(joined, loads, order) if joined else _best_place(copies, order, loads, bound) or next(iter(coming), None)
 
 
 def _may_be_joined(load: Load, bound: float) -> bool:
