@@ -26,10 +26,11 @@ _CRD = re.compile(r"^  group: (\S+)\n.*?^    kind: (\S+)\n", re.MULTILINE | re.D
 _HASH = re.compile(r"-[2456789bcdfghkmt]{10}$")  # that kustomize appends to the name of a ConfigMap that it makes: ten digits of a hash in its own letters
 
 
-def kustomizations(kind: str = "Kustomization") -> list[str]:
-    """The folders of deploy/kubernetes that can be applied by themselves, or, as kind Component, be part of such a one."""
+def kustomizations() -> list[str]:
+    """The folders of deploy/kubernetes that are applied by themselves: no components, and not those of rbac/, which are parts of others."""
     files = sorted(KUBERNETES.rglob("kustomization.yaml"))
-    return [str(file.parent.relative_to(KUBERNETES)) for file in files if yaml.safe_load(file.read_text()).get("kind", "Kustomization") == kind]
+    found = [str(file.parent.relative_to(KUBERNETES)) for file in files if yaml.safe_load(file.read_text()).get("kind", "Kustomization") == "Kustomization"]
+    return [overlay for overlay in found if not overlay.startswith("rbac/")]
 
 
 @cache
