@@ -1,5 +1,6 @@
 """What a client sends, and the evidence in what it gets back."""
 
+import asyncio
 import hashlib
 import io
 import json
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import h2.config
+import h2.connection
+import h2.events
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,37 @@ class Client:
 def weights_of(origin: Path, name: str) -> str:
     with (origin / name / "adapter_model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+async def post_with_trailers(address: str, body: bytes, naming: dict[str, str]) -> tuple[int, bytes]:
+    """One HTTP/2 request whose body ends in trailers."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding=None))
+    connection.initiate_connection()
+    headers = {":method": "POST", ":path": "/v1/chat/completions", ":scheme": "http", ":authority": "test", "content-type": "application/json"}
+    headers |= {name.replace("_", "-"): value for name, value in naming.items()}
+    connection.send_headers(1, list(headers.items()))
+    status, answer, sent, ended = 0, b"", 0, False
+    try:
+        while not ended:
+            while sent < len(body) and (window := min(connection.local_flow_control_window(1), connection.max_outbound_frame_size)) > 0:
+                connection.send_data(1, body[sent : sent + window])
+                sent += window
+                if sent >= len(body):
+                    connection.send_headers(1, [("x-trailer", "1")], end_stream=True)
+            writer.write(connection.data_to_send())
+            await writer.drain()
+            data = await asyncio.wait_for(reader.read(65536), 30)
+            assert data, "the connection was closed"
+            for event in connection.receive_data(data):
+                if isinstance(event, h2.events.ResponseReceived):
+                    status = next(int(value) for name, value in event.headers if name == b":status")
+                elif isinstance(event, h2.events.DataReceived):
+                    answer += event.data
+                    connection.acknowledge_received_data(event.flow_controlled_length, 1)
+                elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                    ended = True
+    finally:
+        writer.close()
+    return status, answer

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h2.config
-import h2.connection
-import h2.events
 import pytest
 import pytest_asyncio
 
 from extproc.up.stack import Stack
 
-from .client import Client, weights_of
+from .client import Client, post_with_trailers, weights_of
 from .conftest import StackFactory
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -134,42 +131,6 @@ async def test_a_body_over_the_limit_is_413(served: Served) -> None:
 async def test_request_trailers_arrive_and_the_body_once(served: Served, origin: Path) -> None:
     """Envoy sends such a body twice if the route has a retry policy; the engine would then read no JSON."""
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 300_000}], "model": "team/a"}).encode()
-    status, answer = await _post_with_trailers(served.stack.address, body, served.naming("team/a"))
+    status, answer = await post_with_trailers(served.stack.address, body, served.naming("team/a"))
     assert status == 200, answer
     assert json.loads(answer)["system_fingerprint"] == weights_of(origin, "team/a")
-
-
-async def _post_with_trailers(address: str, body: bytes, naming: dict[str, str]) -> tuple[int, bytes]:
-    """One HTTP/2 request whose body ends in trailers."""
-    import asyncio
-
-    host, _, port = address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding=None))
-    connection.initiate_connection()
-    headers = {":method": "POST", ":path": "/v1/chat/completions", ":scheme": "http", ":authority": "test", "content-type": "application/json"}
-    headers |= {name.replace("_", "-"): value for name, value in naming.items()}
-    connection.send_headers(1, list(headers.items()))
-    status, answer, sent, ended = 0, b"", 0, False
-    try:
-        while not ended:
-            while sent < len(body) and (window := min(connection.local_flow_control_window(1), connection.max_outbound_frame_size)) > 0:
-                connection.send_data(1, body[sent : sent + window])
-                sent += window
-                if sent >= len(body):
-                    connection.send_headers(1, [("x-trailer", "1")], end_stream=True)
-            writer.write(connection.data_to_send())
-            await writer.drain()
-            data = await asyncio.wait_for(reader.read(65536), 30)
-            assert data, "the connection was closed"
-            for event in connection.receive_data(data):
-                if isinstance(event, h2.events.ResponseReceived):
-                    status = next(int(value) for name, value in event.headers if name == b":status")
-                elif isinstance(event, h2.events.DataReceived):
-                    answer += event.data
-                    connection.acknowledge_received_data(event.flow_controlled_length, 1)
-                elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
-                    ended = True
-    finally:
-        writer.close()
-    return status, answer
