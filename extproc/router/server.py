@@ -237,7 +237,9 @@ class Server:
             self._health.set_serving(ready)
 
     def _why_not_ready(self) -> str | None:
-        return "draining" if self._draining else None
+        if self._draining:
+            return "draining"
+        return None if self._served else "starting: the fleet has not been found yet"
 
 
 async def _keep_current(certificate: Certificate, listener: Listener) -> None:

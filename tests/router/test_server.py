@@ -211,3 +211,25 @@ async def test_envoys_are_told_nothing_before_the_fleet_has_been_found() -> None
             await starting
     finally:
         await server.stop()
+
+
+async def test_a_router_is_not_ready_before_the_fleet_has_been_found() -> None:
+    """Neither by HTTP nor by gRPC: a gateway that hears NOT_SERVING from one that was called ready may not ask it again for a minute."""
+    source = ScriptedSource()
+    address, http = (f"127.0.0.1:{port}" for port in free_ports(2))
+    router = {"listen": address, "health_listen": "", "http_listen": http, "lameduck_s": 0}
+    server = Server(parse({"pools": [{"name": "models", "endpoints": [{"address": "127.0.0.1:1"}]}], "router": router}, source="test"), clusters={})
+    server._discovery = Discovery({"models": [source]}, DiscoverySettings(first_wait_s=60), server.metrics)
+    starting = asyncio.create_task(server.start())
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            await asyncio.wait_for(channel.channel_ready(), 10)
+        async with aiohttp.ClientSession(f"http://{http}") as session:
+            for status, serving in ((503, Status.NOT_SERVING), (200, Status.SERVING)):
+                async with session.get("/readyz") as response:
+                    assert response.status == status
+                assert await ask_health(address, "readiness") == serving
+                source.show("127.0.0.1:1")
+                await starting
+    finally:
+        await server.stop()

@@ -140,12 +140,17 @@ class Gateway(Site):
         return found
 
     async def until_answered_with(self, status: int) -> None:
-        """Until that is what a request for the base model gets."""
+        """Until that is what a request for the base model gets, each on a connection of its own."""
+        async with asyncio.timeout(PATIENCE_S):
+            while await self._status() != status:
+                await asyncio.sleep(0.1)
+
+    async def _status(self) -> int:
         client = Client(GATEWAY)
         try:
-            async with asyncio.timeout(PATIENCE_S):
-                while (await client.chat(demo.BASE_MODEL)).status != status:
-                    await asyncio.sleep(0.1)
+            return (await client.chat(demo.BASE_MODEL)).status
+        except aiohttp.ClientConnectionError:  # Envoy has no listener yet
+            return 0
         finally:
             await client.close()
 
@@ -171,11 +176,12 @@ def _used(part: dict[str, Any]) -> Any:
     return listeners, part.get("dynamic_active_clusters"), part.get("dynamic_route_configs")
 
 
-def shipped_settings(kubectl: Kubectl) -> Any:
-    """Of the router, as the overlay's ConfigMap has them. The engines here are called otherwise."""
+def shipped_settings(kubectl: Kubectl, directory: Path) -> Any:
+    """Of the router, as the overlay's ConfigMap has them. The engines here are called otherwise, and what it keeps goes into `directory`."""
     deployment, *_ = kubectl.get("deployment", "lora-extproc", "-n", "llm")
     volume = next(volume for volume in deployment["spec"]["template"]["spec"]["volumes"] if volume["name"] == "settings")
     [config] = kubectl.get("configmap", volume["configMap"]["name"], "-n", "llm")
     settings = yaml.safe_load(config["data"]["settings.yaml"])
     settings["pools"][0]["base_models"] = [demo.BASE_MODEL]
+    settings["discovery"]["dir"] = str(directory / "kept")
     return settings

@@ -31,7 +31,7 @@ from tests.fakes.kubectl import Kubectl
 from tests.fakes.wait import PATIENCE_S
 
 from .envoy_gateway_site import ADMIN, GATEWAY, MODELS, ONCE, OVERLAY, Gateway, shipped_settings
-from .site import FRONT, NAMES, PROXIES, ROUTERS
+from .site import FRONT, NAMES, PROXIES, ROUTERS, until_answered
 
 sys.path.insert(0, str(OVERLAY.parents[1] / "compose"))
 
@@ -74,10 +74,11 @@ async def running(cluster: Cluster, origin: Path, tmp_path_factory: pytest.TempP
     ):
         await asyncio.to_thread(kubectl, "apply", "-f", KUBERNETES / "vllm" / "service.yaml", "-n", "llm")
         await site.apply()
-        settings = await asyncio.to_thread(shipped_settings, kubectl)
+        settings = await asyncio.to_thread(shipped_settings, kubectl, directory)
         for ip in ROUTERS:
             await site.start_router(settings, ip)
         await asyncio.gather(envoy_gateway.deploy("llm", PROXIES[0], ADMIN), site.have("a", "b", "c"))
+        await until_answered(*(f"http://{ip}:9090/readyz" for ip in ROUTERS))
         await site.publish_routers()
         await site.until_answered_with(200)
         yield site
@@ -170,10 +171,10 @@ async def test_pods_come_and_go_under_load_without_a_failed_request(site: Gatewa
 
 async def test_policies_change_under_load_without_a_failed_request(site: Gateway) -> None:
     """One that changes the route, one that changes the filter, one that changes the listener, and all of them back."""
-    shown = ('"num_retries": 3', '"message_timeout": "331s"', '"per_connection_buffer_limit_bytes": 2097152')
+    shown = ('"num_retries": 5', '"message_timeout": "331s"', '"per_connection_buffer_limit_bytes": 2097152')
     async with site.load(GATEWAY) as load:
         await load.more(30)
-        await site.change("btp", "vllm", "/spec/retry/numRetries", 3)
+        await site.change("btp", "vllm", "/spec/retry/numRetries", 5)
         await site.change("eep", "lora-extproc", "/spec/extProc/0/messageTimeout", "331s")
         await site.change("ctp", "llm", "/spec/connection/bufferLimit", "2Mi")
         for text in shown:
@@ -300,6 +301,19 @@ async def test_for_a_service_without_any_pod_envoy_gateway_answers_itself(site: 
     await site.until_answered_with(200)
 
 
+async def test_a_router_that_dies_costs_the_requests_whose_engines_have_not_answered(site: Gateway) -> None:
+    """It was to be told who served them. What comes afterwards is asked of the other one."""
+    async with site.load(GATEWAY) as load:
+        await load.more(30)
+        dead = site.routers.pop()
+        dead.process.kill()
+        await dead.process.wait()
+        died_s = asyncio.get_running_loop().time()
+        await load.more(100)
+    assert not load.failed(died_s)
+    assert load.failed().total() <= len(NAMES)
+
+
 async def test_without_a_router_clients_are_told_to_ask_again(site: Gateway, client: Client) -> None:
     """503, where Envoy Gateway's own default is 500."""
     for router in site.routers:
@@ -310,11 +324,11 @@ async def test_without_a_router_clients_are_told_to_ask_again(site: Gateway, cli
 
 async def test_with_one_endpoint_a_router_names_one_pod(site: Gateway, client: Client, origin: Path) -> None:
     """By the settings of that component, which differ from the base's by nothing else; the route has no retries."""
-    plain = await asyncio.to_thread(shipped_settings, site.kubectl)
+    plain = await asyncio.to_thread(shipped_settings, site.kubectl, site.directory)
     await site.apply("one-endpoint")
-    settings = await asyncio.to_thread(shipped_settings, site.kubectl)
+    settings = await asyncio.to_thread(shipped_settings, site.kubectl, site.directory)
     assert settings == {**plain, "router": {**plain["router"], "max_retry_endpoints": 1}}
-    await site.until_shown('"base_interval": "0.005s"', is_gone=True)
+    await site.until_shown('"num_retries": 2', is_gone=True)
     await site.start_router(settings, ROUTERS[0])
     await site.until_answered_with(200)
     assert (await client.chat("team/a")).weights == weights_of(origin, "team/a")
