@@ -112,6 +112,7 @@ class Api:
                     request = await self._request("GET", kind.path(namespace), {**params, "watch": "true"}, silence_s=silence_s)
                     response = await stack.enter_async_context(request)
                     await self._refuse(response)
+            stack.callback(_hang_up, response)
             yield await stack.enter_async_context(contextlib.aclosing(_events(response)))
 
     # -- requests
@@ -218,6 +219,12 @@ async def _content(response: aiohttp.ClientResponse) -> bytes:
         if len(content) > MAX_ANSWER_BYTES:
             raise KubernetesFailed(f"the API server answers with more than {MAX_ANSWER_BYTES} bytes at once")
     return bytes(content)
+
+
+def _hang_up(response: aiohttp.ClientResponse) -> None:
+    """Cut the connection of a watch. In order it would be closed when the other side has agreed, which one that has gone deaf never does."""
+    if (connection := response.connection) is not None and connection.transport is not None:
+        connection.transport.abort()
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[list[Event], None]:

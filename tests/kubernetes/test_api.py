@@ -2,6 +2,8 @@
 
 import asyncio
 import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -15,6 +17,8 @@ from extproc.kubernetes.failures import Conflict, Gone, KubernetesFailed, NotAll
 from extproc.kubernetes.objects import INFERENCE_POOLS, LEASES, PODS, Object
 from tests.fakes.certificates import Authority
 from tests.fakes.kubernetes import access, api_server
+from tests.fakes.relay import Relay
+from tests.fakes.wait import turns
 
 POD = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}}
 
@@ -134,27 +138,53 @@ async def test_a_certificate_authority_that_is_replaced_is_read_after_the_next_f
 
     monkeypatch.setattr(aiohttp, "ClientSession", session)
     old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
-    pair = new.pair("server", "127.0.0.1")
     trusted = tmp_path / "ca.crt"
     trusted.write_bytes(old.ca_file.read_bytes())
-    app = web.Application()
 
     async def answer(request: web.Request) -> web.Response:
         return web.json_response({"metadata": {"name": "one"}})
 
+    async with tls_server(new, answer) as port, Api(Access(f"https://127.0.0.1:{port}", ca_file=str(trusted)), 5) as api:
+        with pytest.raises(KubernetesFailed, match="certificate verify failed"):
+            await api.get(PODS, "llm", "one", Object)
+        trusted.write_bytes(new.ca_file.read_bytes())
+        both = await asyncio.gather(*(api.get(PODS, "llm", "one", Object) for _ in range(2)))
+        assert [one.metadata.name for one in both] == ["one", "one"]
+        assert len(made) == 2
+
+
+async def test_a_watch_that_is_left_does_not_wait_for_the_other_side(tmp_path: Any) -> None:
+    """An API server that has gone deaf never agrees that a TLS connection ends."""
+    authority = Authority(tmp_path)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await asyncio.Event().wait()
+        return response
+
+    async with tls_server(authority, answer) as port, Relay(port) as relay:
+        async with Api(Access(f"https://{relay.address}", ca_file=str(authority.ca_file)), 5) as api:
+            async with api.watch(PODS, "llm", {}, 60):
+                [protocol] = api._session.connector._acquired  # type: ignore[union-attr]
+                socket = protocol.transport.get_extra_info("socket")  # type: ignore[union-attr]
+                relay.freeze()
+            await turns()
+            assert socket.fileno() == -1
+
+
+@asynccontextmanager
+async def tls_server(authority: Authority, answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[int]:
+    """Where it listens, with a certificate of this authority."""
+    pair = authority.pair("server", "127.0.0.1")
+    app = web.Application()
     app.router.add_get("/{path:.*}", answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(pair.cert, pair.key)
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
     try:
-        async with Api(Access(f"https://127.0.0.1:{runner.addresses[0][1]}", ca_file=str(trusted)), 5) as api:
-            with pytest.raises(KubernetesFailed, match="certificate verify failed"):
-                await api.get(PODS, "llm", "one", Object)
-            trusted.write_bytes(new.ca_file.read_bytes())
-            both = await asyncio.gather(*(api.get(PODS, "llm", "one", Object) for _ in range(2)))
-            assert [one.metadata.name for one in both] == ["one", "one"]
-            assert len(made) == 2
+        yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
