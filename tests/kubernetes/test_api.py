@@ -163,14 +163,17 @@ async def test_a_watch_that_is_left_does_not_wait_for_the_other_side(tmp_path: A
         await asyncio.Event().wait()
         return response
 
-    async with tls_server(authority, answer) as port, Relay(port) as relay:
-        async with Api(Access(f"https://{relay.address}", ca_file=str(authority.ca_file)), 5) as api:
-            async with api.watch(PODS, "llm", {}, 60):
-                [protocol] = api._session.connector._acquired  # type: ignore[union-attr]
-                socket = protocol.transport.get_extra_info("socket")  # type: ignore[union-attr]
-                relay.freeze()
-            await turns()
-            assert socket.fileno() == -1
+    async with (
+        tls_server(authority, answer) as port,
+        Relay(port) as relay,
+        Api(Access(f"https://{relay.address}", ca_file=str(authority.ca_file)), 5) as api,
+    ):
+        async with api.watch(PODS, "llm", {}, 60):
+            [protocol] = api._session.connector._acquired  # type: ignore[union-attr]
+            socket = protocol.transport.get_extra_info("socket")  # type: ignore[union-attr]
+            relay.freeze()
+        await turns()
+        assert socket.fileno() == -1
 
 
 @asynccontextmanager
