@@ -19,6 +19,7 @@ from .core.endpoint import Endpoint
 from .core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable, is_prime
 from .core.paths import CLIENT_PATHS, is_administration, is_path
 from .core.placement import Pool
+from .core.steering import Steering
 from .errors import ConfigError
 
 
@@ -435,6 +436,11 @@ class RouterSettings(Group):
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
     """After that, how long running exchanges may take to finish."""
 
+    conformance: bool = False
+    """Pick as the conformance suite of the Gateway API Inference Extension wants its Endpoint Picker to: the client's header `test-epp-endpoint-selection` says
+    which endpoints of the first pool may serve, on any path, no body is read, and the answer says who served. Only before the suite's echo servers: not
+    allowed beside `base_models`. Off by default, and a client cannot switch it on."""
+
     @field_validator("hash_on")
     @classmethod
     def _check_hash_on(cls, value: str) -> str:
@@ -459,7 +465,12 @@ class RouterSettings(Group):
             stage_deadline_s=self.stage_deadline_s,
             max_stage_deadline_s=self.max_stage_deadline_s,
             lists_models=self.lists_models,
+            for_conformance=self.conformance,
         )
+
+    def steers(self) -> Steering:
+        """How gateways are told what was chosen."""
+        return Steering(self.cluster_header if self.steering == "cluster" else None, self.max_retry_endpoints, self.conformance)
 
 
 class OriginSettings(Group):
@@ -799,6 +810,8 @@ class Settings(Group):
         for pool in self.pools:
             if pool.role == "decode":
                 self.prefill_of(pool)
+            if pool.base_models and self.router.conformance:
+                raise ValueError(f"router.conformance: pool {pool.name!r} serves {pool.base_models[0]!r}, and clients would say who answers; switch one off")
         return self
 
 

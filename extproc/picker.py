@@ -38,6 +38,7 @@ def _parser() -> _Parser:
     parser.add_argument("--secure-serving", nargs="?", const=True, type=_boolean)
     parser.add_argument("--cert-path", default="")
     parser.add_argument("--zap-encoder", choices=["json", "console"])
+    parser.add_argument("--conformance", action="store_true")  # our own: `router.conformance`, since the suite's manifests have flags alone
     return parser
 
 
@@ -56,6 +57,7 @@ def with_flags(settings: Settings, arguments: Sequence[str]) -> Settings:
         raw["router"]["tls"] = _tls(flags.secure_serving is not False, flags.cert_path)
     if flags.zap_encoder is not None:
         raw["log"]["format"] = "json" if flags.zap_encoder == "json" else "text"
+    raw["router"]["conformance"] |= flags.conformance
     if names_a_pool:
         _add_pool(raw, flags)
     return parse(raw, source="router")
@@ -63,7 +65,8 @@ def with_flags(settings: Settings, arguments: Sequence[str]) -> Settings:
 
 def _add_pool(raw: dict[str, Any], flags: argparse.Namespace) -> None:
     """The source of endpoints that the flags name, for the pool of that name; the settings may have it already, with its base models."""
-    stager_port = int(raw["stager"]["listen"].rpartition(":")[2])
+    has_stagers = not raw["router"]["conformance"]  # echo servers have none
+    stager_port = int(raw["stager"]["listen"].rpartition(":")[2]) if has_stagers else 0
     source: dict[str, Any] = {"type": "kubernetes", "namespace": flags.pool_namespace, "kubeconfig": flags.kubeconfig, "stager_port": stager_port}
     if flags.pool_name:
         source["inference_pool"] = flags.pool_name

@@ -67,6 +67,17 @@ def test_flags_add_to_the_settings_and_change_nothing_else() -> None:
     assert with_flags(given, []) is given
 
 
+def test_the_conformance_suites_picker_is_asked_for_by_a_flag_and_never_serves_models() -> None:
+    """Its manifests have flags alone, and its echo servers have no stager; a settings file with base models is of a router that clients must not aim."""
+    settings = flags(f"{LWEPP} --conformance")
+    assert settings.router.conformance
+    assert source(settings)["stager_port"] == 0
+    assert not flags(LWEPP).router.conformance
+    serves = parse({"pools": [{"name": "llama", "base_models": ["base"]}]}, source="test")
+    with pytest.raises(ConfigError, match=r"router\.conformance: pool 'llama' serves 'base'"):
+        flags("--pool-name llama --conformance", serves)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

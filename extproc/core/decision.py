@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import LoraExtprocError, ModelNotFound, NoEndpoint
+from . import conformance
 from .artifact import AdapterName, adapter_name
 from .deadline import wait_s
 from .endpoint import Endpoint
@@ -57,6 +58,7 @@ class Policy:
     stage_deadline_s: float  # without that header
     max_stage_deadline_s: float  # with it
     lists_models: bool
+    for_conformance: bool = False  # whether a conformance test says who serves
 
 
 @dataclass(slots=True)
@@ -138,6 +140,9 @@ def decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
 def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     if not snapshot.pools:
         raise NoEndpoint("no pool is configured")
+    if policy.for_conformance:
+        facts = replace(facts, subset=conformance.selected(facts.headers, facts.subset))
+        return _pass_through(facts, snapshot, snapshot.pools[0], None, "", 0.0)
     if facts.path.kind is Kind.LISTING and facts.method == "GET" and policy.lists_models:
         return ListModels(facts.path.model)
     wait = wait_s(policy.timeout_header, facts.headers, policy.stage_deadline_s, policy.max_stage_deadline_s)

@@ -23,7 +23,7 @@ from enum import Enum
 from typing import ClassVar
 
 from ..errors import AnsweredElsewhere, BodyTooLarge, GatewayProtocolError, InvalidRequest, LoraExtprocError, UnsupportedMedia
-from . import content, paths, pieces, scanner
+from . import conformance, content, paths, pieces, scanner
 from .decision import Facts
 from .events import (
     REFUSED_MODES,
@@ -100,6 +100,7 @@ class Exchange:
         early_scan_bytes: int = EARLY_SCAN_BYTES,
         judged_here_bytes: int = JUDGED_HERE_BYTES,
         with_blocks: bool = False,
+        tells_served: bool = False,
     ) -> None:
         self._max_body_bytes = max_body_bytes
         self._model_header = model_header
@@ -107,6 +108,7 @@ class Exchange:
         self._early_scan_bytes = early_scan_bytes
         self._judged_here_bytes = judged_here_bytes
         self._with_blocks = with_blocks  # whether the verdict hashes the prompt
+        self._tells_served = tells_served  # whether a conformance test is told who served
         self._scanner: scanner.Scanner | None = None
         self.state = State.START
         self.mode = Mode.NONE
@@ -166,7 +168,8 @@ class Exchange:
                     return self.failed(AnsweredElsewhere(why))
                 if self.state is not State.ANSWERED:  # a response that begins before our answer is the gateway's own: it needs none
                     self._end()
-                return [HeadersReply(Direction.RESPONSE)]
+                told = Mutation({conformance.SERVED_HEADER: event.served or conformance.NOT_TOLD}) if self._tells_served else None
+                return [HeadersReply(Direction.RESPONSE, told)]
             case ResponseBody() | ResponseTrailers() if self._response_is_refused:
                 return []
             case ResponseBody():

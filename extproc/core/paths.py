@@ -24,6 +24,7 @@ class Kind(Enum):
     LISTING = "which models there are"
     HEALTH = "whether the engine is well, and which it is"
     ADMINISTRATION = "the engine's own control"
+    ECHO = "whatever a conformance test asks an echo server for"
 
 
 # `{id}` stands for one part of a path, `{rest}` for all that follows.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .conformance import ECHO_HEADER, SERVED_HEADER
 from .endpoint import Endpoint
 from .events import Mutation
 
@@ -26,10 +27,12 @@ SIDECAR_HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """How the choice is told. With `cluster_header`, the pool's name goes into that header and the route is chosen anew."""
+    """How the choice is told. With `cluster_header`, the pool's name goes into that header and the route is chosen anew. With `for_conformance`, the echo
+    server is asked to tell it, and the route is chosen anew as the suite's own picker has it."""
 
     cluster_header: str | None = None
     max_endpoints: int = 3
+    for_conformance: bool = False
 
     def mutation(
         self,
@@ -55,6 +58,8 @@ class Steering:
         headers = {DESTINATION_HEADER: destination}
         if self.cluster_header is not None:
             headers[self.cluster_header] = pool
+        if self.for_conformance:
+            headers[ECHO_HEADER] = f"{SERVED_HEADER}:{addresses[0]}"
         removed: tuple[str, ...] = ()
         if prefiller:
             headers |= dict.fromkeys(PREFILLER_HEADERS, prefiller)
@@ -65,7 +70,7 @@ class Steering:
             set_headers=headers,
             remove_headers=removed,
             metadata={LB_NAMESPACE: {DESTINATION_HEADER: destination}, OWN_NAMESPACE: notes},
-            clear_route_cache=self.cluster_header is not None,
+            clear_route_cache=self.cluster_header is not None or self.for_conformance,
             model=model,
             endpoints=addresses,
             is_base=is_base,

@@ -81,6 +81,7 @@ class Processor:
             model_header=services.policy.model_header,
             allowed=services.paths,
             with_blocks=services.with_blocks,
+            tells_served=services.policy.for_conformance,
         )
         self._tasks: list[asyncio.Task[Any]] = []  # what the request waits for: a verdict, an endpoint, a stager, the list of models
         self._placed: Placed | None = None  # what an earlier wait gave, which may have been over before the body was

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 from ..client import StagerClient
 from ..config import Settings, build_pools
+from ..core.conformance import AnyPath
 from ..core.paths import Paths
 from ..core.popularity import Popularity
 from ..core.prefix import Prefixes
-from ..core.steering import Steering
 from ..discovery.discovery import Discovery
 from ..discovery.sources import build_sources
 from ..metrics import RouterMetrics
@@ -130,9 +130,9 @@ class Server:
             judges=self._judges,
             admission=self._admission,
             watchdog=self._watchdog,
-            steering=Steering(router.cluster_header if router.steering == "cluster" else None, router.max_retry_endpoints),
+            steering=router.steers(),
             policy=router.policy(),
-            paths=Paths(router.paths),
+            paths=AnyPath() if router.conformance else Paths(router.paths),
             metrics=self.metrics,
             max_body_bytes=router.max_body_bytes,
             no_endpoint_wait_s=router.no_endpoint_wait_s,
@@ -187,6 +187,8 @@ class Server:
         self._health.set_serving(True)
         self._served = True
         log.info("router serves ext_proc on %s", self._settings.listen)
+        if self._settings.conformance:
+            log.warning("this router is a conformance suite's picker (router.conformance): clients say who serves, and no model is known")
 
     async def stop(self) -> None:
         """Turn NOT_SERVING, take what still comes for `lameduck_s`, let running exchanges finish for `drain_s`, then close."""
