@@ -303,9 +303,10 @@ class Residency:
             self._moved(call)
             usual = self._usual_gap_s.get(stager, call.longest_gap_s)
             self._usual_gap_s[stager] = usual + GAP_WEIGHT * (call.longest_gap_s - usual)
-        if not call.is_believed:
-            return staged
         granted = min(answered, asked + staged.waited_s)  # the answer may have been late: the lease runs since the stager gave it
+        if not call.is_believed:  # nor is the lease kept: the stager would count it to its end, and a drain would last as long
+            self._release_soon(stager, adapter, staged.digest, granted + staged.lease_s)
+            return staged
         model = "" if staged.model == adapter else staged.model
         self.copies.put(stager, adapter, warm=True)
         self._leases[key] = Lease(staged.digest, granted + staged.lease_s - SAFETY_S, granted + staged.lease_s * RENEW_AT, model)

@@ -1,7 +1,7 @@
 """The Endpoint Picker's part of every conformance test of the Gateway API Inference Extension (v1.6): a real Envoy, configured as Istio 1.31 configures one
 for an InferencePool, asks a real router. The pods are echo servers, which the same Envoy is, too.
 
-The filter, the routes and the pools' clusters are those of tests/golden/istio_inference_pool.yaml, as pilot-discovery sent them to an Envoy.
+The filter, the route and the clusters are those of tests/golden/istio_inference_pool.yaml, which tests/e2e/kubernetes/test_istio.py takes from a real Istio.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 import yaml
 
-from extproc.core.conformance import ECHO_HEADER, SELECTION_HEADER, SERVED_HEADER
+from extproc.core.conformance import ECHO_HEADER, SERVED_HEADER
 from extproc.up.processes import Child, free_ports, python, spawn, stop
 from tests.conftest import OLDEST
 from tests.fakes.wait import PATIENCE_S

@@ -6,6 +6,7 @@ import pytest
 
 from extproc.client import Loading
 from extproc.errors import StagerUnavailable
+from extproc.router.residency import IN_TRANSIT_S
 from tests.fakes.wait import VirtualLoop
 
 from .fakes import Router
@@ -150,6 +151,31 @@ def test_a_claim_that_hangs_or_fails_forgets() -> None:
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(main(runner.get_loop()))
+
+
+def test_a_lease_that_is_not_believed_is_given_back() -> None:
+    """A router finds a node, asks it for an adapter, hears on its first watch which instance it is, and then has the answer, which could be an earlier one's.
+    The stager would count that lease for minutes, and a drain would wait for its end."""
+
+    async def main() -> None:
+        router = Router(1)
+        (stager,) = router.stagers.values()
+        owner = router.owner("a")
+        stager.gate.clear()
+        asking = asyncio.create_task(router.residency.ensure(owner, "a"))
+        await asyncio.sleep(0)
+        claiming = asyncio.create_task(router.residency.claim(stager.address))
+        await asyncio.sleep(0)
+        stager.gate.set()
+        await asyncio.gather(asking, claiming)
+        assert not router.residency.lease(owner, "a")
+        assert stager.released == []  # the request that waited for the answer is on its way to the engine
+        await asyncio.sleep(IN_TRANSIT_S)
+        await asyncio.sleep(0.1)
+        assert stager.released == ["a"]
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())
 
 
 async def test_a_claim_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -69,8 +69,8 @@ class Site:
         self.others: list[Child] = []  # Envoy, and whatever a test starts beside it; ended in reverse
         self.directory = directory
         self._origin = origin
-        self._services = services
-        self._started = 0  # ranks of pods; each has a directory of its own, though a name comes again
+        self.services = {service: "http" for service in services}  # and what the engine's port is called there
+        self._started = 0  # pods; each has a directory of its own, though a name comes again
         self._publishing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -93,7 +93,10 @@ class Site:
         kubeconfig = self.admin.server.kubeconfig(self.directory / f"kubeconfig-{ip}", token)
         listen = {"listen": f"{ip}:9002", "health_listen": f"{ip}:9003", "http_listen": f"{ip}:9090"}
         pools = [{**pool, "discovery": [{**source, "kubeconfig": kubeconfig} for source in pool["discovery"]]} for pool in raw["pools"]]
-        return {**raw, "pools": pools, "router": {**raw.get("router", {}), **listen}}
+        placed = {**raw, "pools": pools, "router": {**raw.get("router", {}), **listen}}
+        if "dir" in raw.get("discovery", {}):
+            placed["discovery"] = {**raw["discovery"], "dir": str(self.directory / f"kept-{ip}")}
+        return placed
 
     async def start_envoy(self, raw: dict[str, Any], router: str = ROUTERS[0], ip: str = PROXIES[0]) -> None:
         """A plain Envoy, which knows of no endpoint but through this router."""
@@ -113,10 +116,23 @@ class Site:
     async def add(self, name: str, ranks: int = 1, **pod: Any) -> None:
         """A pod that is ready. `pod`: what Admin.pod takes beside."""
         ip = self.ip(name)
-        one = self.pods[name] = Pod(name, ip, [], [])
-        for rank in range(ranks):
-            await self._start_rank(one, rank)
-        await until_answered(*(f"http://{ip}:{port + rank}{path}" for rank in range(ranks) for port, path in ((ENGINE, "/health"), (STAGER_HTTP, "/readyz"))))
+        self._started += 1
+        directory = self.directory / f"{name}-{self._started}"
+        directory.mkdir()
+        at = await self._engine_at(name)
+        engine = {"url": f"http://{at}", "base_model": demo.BASE_MODEL, "max_loras": 4, "max_cpu_loras": 8}
+        stager = {"listen": f"{ip}:{STAGER}", "http_listen": f"{ip}:{STAGER_HTTP}", "dir": str(directory), "engine": engine}
+        file = self.directory / f"{directory.name}.yaml"
+        file.write_text(yaml.safe_dump({"stager": {**stager, "origins": [{"type": "file", "path": str(self._origin)}]}}))
+        slots = ("--max-loras", "4", "--max-cpu-loras", "8")
+        sim = python("sim", "--listen", at, "--dir", str(directory), "--base-model", demo.BASE_MODEL, *slots)
+        one = self.pods[name] = Pod(
+            name,
+            ip,
+            await spawn(f"{directory.name}-stager", python("stager", "--config", str(file)), self.directory),
+            await spawn(f"{directory.name}-engine", sim, self.directory),
+        )
+        await until_answered(f"http://{ip}:{ENGINE}/health", f"http://{ip}:{STAGER_HTTP}/readyz")
         one.uid = (await self.admin.pod(name, ip, **pod)).metadata.uid
         await self._publish()
 
@@ -180,7 +196,7 @@ class Site:
     async def _publish(self) -> None:
         """Write the EndpointSlices, as their controller does."""
         async with self._publishing:
-            for service in self._services:
+            for service, port in self.services.items():
                 endpoints = [
                     {
                         "addresses": [pod.ip],
@@ -191,7 +207,7 @@ class Site:
                     for pod in self.pods.values()
                     if pod.uid
                 ]
-                await self.admin.slice(f"{service}-1", service, endpoints, [{"name": "http", "port": ENGINE, "protocol": "TCP"}])
+                await self.admin.slice(f"{service}-1", service, endpoints, [{"name": port, "port": ENGINE, "protocol": "TCP"}])
 
     # ---- what is seen of it
 
