@@ -88,8 +88,18 @@ class Istio:
         Envoy's administration listens."""
         metadata = {"name": name, "namespace": namespace}
         objects: list[dict[str, Any]] = [
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {**metadata, "labels": labels}, "spec": {"nodeName": "n1", "containers": [{"name": "p", "image": "p"}]}},
-            {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": front}]}},
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {**metadata, "labels": labels},
+                "spec": {"nodeName": "n1", "containers": [{"name": "p", "image": "p"}]},
+            },
+            {
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": metadata,
+                "spec": {"selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": front}]},
+            },
             {
                 "apiVersion": "discovery.k8s.io/v1",
                 "kind": "EndpointSlice",

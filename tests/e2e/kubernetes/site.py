@@ -69,8 +69,8 @@ class Site:
         self.others: list[Child] = []  # Envoy, and whatever a test starts beside it; ended in reverse
         self.directory = directory
         self._origin = origin
-        self.services = {service: "http" for service in services}  # and what the engine's port is called there
-        self._started = 0  # pods; each has a directory of its own, though a name comes again
+        self.services = dict.fromkeys(services, "http")  # and what the engine's port is called there
+        self._started = 0  # ranks of pods; each has a directory of its own, though a name comes again
         self._publishing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -94,7 +94,7 @@ class Site:
         listen = {"listen": f"{ip}:9002", "health_listen": f"{ip}:9003", "http_listen": f"{ip}:9090"}
         pools = [{**pool, "discovery": [{**source, "kubeconfig": kubeconfig} for source in pool["discovery"]]} for pool in raw["pools"]]
         placed = {**raw, "pools": pools, "router": {**raw.get("router", {}), **listen}}
-        if "dir" in raw.get("discovery", {}):
+        if raw.get("discovery", {}).get("dir"):
             placed["discovery"] = {**raw["discovery"], "dir": str(self.directory / f"kept-{ip}")}
         return placed
 
