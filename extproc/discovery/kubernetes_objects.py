@@ -171,8 +171,9 @@ class SliceReader:
 
 
 def of_pods(pods: Iterable[tuple[Pod, tuple[Entry, ...]]]) -> list[Entry]:
-    """All entries, the pod that was made last at the end, where it counts before another with its address."""
-    return [entry for _, entries in sorted(pods, key=lambda pair: (pair[0].metadata.creation_timestamp, pair[0].key)) for entry in entries]
+    """All entries. Of pods with one address the one at the end counts: one that is not leaving, and of several the one that was made last."""
+    in_order = sorted(pods, key=lambda pair: (not pair[0].metadata.deletion_timestamp, pair[0].metadata.creation_timestamp, pair[0].key))
+    return [entry for _, entries in in_order for entry in entries]
 
 
 def of_slices(slices: Iterable[tuple[EndpointSlice, tuple[Entry, ...]]]) -> list[Entry]:

@@ -119,6 +119,12 @@ def test_of_two_pods_with_one_address_the_younger_counts() -> None:
         assert [node for _, node, *_ in rows(of_pods((one, READER.read(one)) for one in order))] == ["z-old", "a-new"]
 
 
+def test_of_two_pods_with_one_address_one_that_is_leaving_does_not_count() -> None:
+    """Though it seems to be the younger one: API servers' clocks differ, and a time is of whole seconds."""
+    leaving = pod("z-old", metadata={"creationTimestamp": "2026-11-29T12:00:01Z", "deletionTimestamp": "2026-11-29T12:01:00Z"})
+    assert [node for _, node, *_ in rows(of_pods((one, READER.read(one)) for one in (pod("a-new"), leaving)))] == ["z-old", "a-new"]
+
+
 def test_an_inference_pool_says_its_pods_and_ports() -> None:
     """All labels count, in an order that does not change."""
     raw = {"spec": {"selector": {"matchLabels": {"b": "2", "a": "1"}}, "targetPorts": [{"number": 8000}, {"number": 8001}], "appProtocol": "kubernetes.io/h2c"}}
