@@ -8,7 +8,7 @@ import pytest
 
 from extproc.router.probe import Probe
 from extproc.up.processes import free_ports
-from tests.fakes.wait import PATIENCE_S
+from tests.fakes.wait import PATIENCE_S, turns
 
 ANSWER = "HTTP/1.1 {} x\r\ncontent-length: 0\r\nlocation: /elsewhere\r\n\r\n"
 
@@ -34,6 +34,7 @@ async def engine(answer: str | None) -> AsyncIterator[str]:
         over.set()
         server.close()
         await server.wait_closed()
+        await turns()  # until its connections are closed, too, for which Python 3.11 does not wait
     assert set(asked) <= {b"GET /health HTTP/1.1\r\n"}
 
 
@@ -62,6 +63,15 @@ async def test_an_engine_that_says_nothing_does_not_live() -> None:
     async with engine(None) as address:
         probe = Probe(connect_s=0.05, answer_s=0.05)
         assert await probe.answers(address) is False
+        await probe.close()
+
+
+async def test_an_engine_is_not_taken_for_dead_because_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many have to be asked, each has its time from its turn on."""
+    monkeypatch.setattr("extproc.router.probe.AT_ONCE", 1)
+    async with engine(None) as hanging, engine(ANSWER.format(200)) as alive:
+        probe = Probe(connect_s=0.2, answer_s=0.2)
+        assert await asyncio.gather(*(probe.answers(address) for address in (hanging, hanging, alive))) == [False, False, True]
         await probe.close()
 
 
