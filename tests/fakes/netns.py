@@ -29,7 +29,7 @@ def network_of_its_own() -> Iterator[None]:
     outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if libc.unshare(CLONE_NEWNET) != 0:
-            pytest.skip(f"no network namespace can be made here, which root may: {os.strerror(ctypes.get_errno())}")
+            pytest.skip(f"only root can make a network namespace here: {os.strerror(ctypes.get_errno())}")
         try:
             commands = ["link set lo up", *(f"addr add {address}/32 dev lo" for address in ADDRESSES)]
             subprocess.run(["ip", "-batch", "-"], input="\n".join(commands).encode(), check=True)

@@ -19,6 +19,7 @@ from extproc.kubernetes.objects import INFERENCE_POOLS
 from extproc.up import demo
 from tests.e2e.client import Client
 from tests.fakes.kube_apiserver import Admin, Cluster
+from tests.fakes.wait import PATIENCE_S
 
 from .site import ENGINE, ENVOY_ADMIN, FRONT, NAMES, PROXIES, ROUTERS, STAGER, Load, Site
 
@@ -104,6 +105,7 @@ async def test_an_api_server_that_is_away_under_load_fails_no_request(site: Site
     else:
         server.stop()
     await asyncio.sleep(AWAY_S)
+    await loads.more(20)
     if way == "hangs":
         server.thaw()
     else:
@@ -120,6 +122,9 @@ async def test_an_inference_pool_that_is_made_again_and_selects_others_fails_no_
     """Its endpoints serve on while it is gone, and those that it selects no longer end what they answer."""
     await loads.more(20)
     await site.admin.api.delete(INFERENCE_POOLS, "llm", "llama")
+    async with asyncio.timeout(PATIENCE_S):
+        while "there is no InferencePool llama in namespace llm" not in site.routers[0].log.read_text():
+            await asyncio.sleep(0.05)
     await loads.more(20)
     await site.admin.pod("b", site.ip("b"), labels={"app": "vllm", "tier": "gpu"})
     await site.admin.pool("llama", [ENGINE], tier="gpu")
