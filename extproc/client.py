@@ -227,7 +227,7 @@ class Catalogue:
 
 @dataclass(frozen=True, slots=True)
 class PeerArtifact:
-    """What another node has under a name, file by file."""
+    """What another node has under a name, file by file. Of the asker's own instance: it has been asked itself, and says nothing else."""
 
     instance: str
     digest: str
@@ -391,10 +391,10 @@ class StagerClient:
         async for message in self._stream("Verify", pb.VerifyRequest(adapter=adapter), pb.VerifyResult.FromString):
             yield Verified(**{name: getattr(message, name) for name in Verified.__slots__})
 
-    async def find(self, adapter: str, revision: str = "") -> PeerArtifact | None:
-        """Whether the node has `adapter` in that revision of its origin ("": in any)."""
+    async def find(self, adapter: str, revision: str = "", instance: str = "") -> PeerArtifact | None:
+        """Whether the node has `adapter` in that revision of its origin ("": in any). `instance`: of the stager that asks."""
         try:
-            reply = await self._unary("Find", pb.FindRequest(adapter=adapter, revision=revision), pb.FindReply)
+            reply = await self._unary("Find", pb.FindRequest(adapter=adapter, revision=revision, instance=instance), pb.FindReply)
         except ModelNotFound:
             return None
         files = tuple(File(file.path, file.size, file.sha256) for file in reply.files)

@@ -19,6 +19,27 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+class DiscoveryMetrics:
+    """Instruments of a process that follows sources of endpoints: a router, or a stager that finds its peers so."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        source = ["pool", "source"]
+        self.endpoints = Gauge("lora_extproc_discovery_endpoints", "Endpoints that a source of discovery contributes now.", source, registry=registry)
+        self.stale = Gauge(
+            "lora_extproc_discovery_stale",
+            "1 while what a source contributes is not what it shows: it has not answered yet, it fails, or it shows none and is not believed yet.",
+            source,
+            registry=registry,
+        )
+        self.failures = Counter("lora_extproc_discovery_failures", "Times that a source of discovery began to fail.", source, registry=registry)
+        self.left_out = Gauge(
+            "lora_extproc_discovery_left_out",
+            "Entries of a source's last set that were left out, since they cannot be endpoints or repeat one.",
+            source,
+            registry=registry,
+        )
+
+
 class RouterMetrics(Metrics):
     """Instruments of the router."""
 
@@ -79,21 +100,7 @@ class RouterMetrics(Metrics):
         self.loop_longest_stall = Gauge("lora_extproc_loop_longest_stall_seconds", "The longest of those since the last scrape.", registry=r)
         self.leases = Gauge("lora_extproc_leases", "Adapters, per endpoint, that are known to be on disk.", registry=r)
         self.endpoints = Gauge("lora_extproc_endpoints", "Endpoints by standing (ready, draining, down).", ["state"], registry=r)
-        source = ["pool", "source"]
-        self.discovered = Gauge("lora_extproc_discovery_endpoints", "Endpoints that a source of discovery contributes now.", source, registry=r)
-        self.discovery_stale = Gauge(
-            "lora_extproc_discovery_stale",
-            "1 while what a source contributes is not what it shows: it has not answered yet, it fails, or it shows none and is not believed yet.",
-            source,
-            registry=r,
-        )
-        self.discovery_failures = Counter("lora_extproc_discovery_failures", "Times that a source of discovery began to fail.", source, registry=r)
-        self.discovery_left_out = Gauge(
-            "lora_extproc_discovery_left_out",
-            "Entries of a source's last set that were left out, since they cannot be endpoints or repeat one.",
-            source,
-            registry=r,
-        )
+        self.discovery = DiscoveryMetrics(r)
         self.prefetches = Counter(
             "lora_extproc_prefetches",
             "Prefetches that nodes were asked for, by what they rest on (idle_times, yesterday) and result: staged, loaded (only into the engine), hit (nothing"
@@ -210,6 +217,8 @@ class StagerMetrics(Metrics):
             ["what"],
             registry=r,
         )
+        self.discovery = DiscoveryMetrics(r)
+        self.peers = Gauge("lora_extproc_peers", "Other stagers that this one knows, and asks for copies.", registry=r)
         self.sent_bytes = Counter("lora_extproc_sent_bytes", "Bytes sent to other nodes.", registry=r)
         self.pinned = Gauge("lora_extproc_pinned", "Adapter names that are pinned, on disk or not.", registry=r)
         self.negative_hits = Counter(

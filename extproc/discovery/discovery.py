@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config import DiscoverySettings
 from ..core.fleet import Fleet
-from ..metrics import RouterMetrics
+from ..metrics import DiscoveryMetrics
 from .belief import Belief, Keep, State
 from .kept import Damaged, Kept, load, save
 from .merge import Merged, Sets, is_same, merge
@@ -33,7 +33,7 @@ REFRESH_S = 600.0  # the age of a set that has not changed is this exact on disk
 class Discovery:
     """The fleet as its sources show it. `first`, then `follow`; `stop` at the end, however far it came."""
 
-    def __init__(self, sources: Mapping[str, Sequence[Source]], settings: DiscoverySettings, metrics: RouterMetrics) -> None:
+    def __init__(self, sources: Mapping[str, Sequence[Source]], settings: DiscoverySettings, metrics: DiscoveryMetrics) -> None:
         """`sources` by pool, in the settings' order, as `build_sources` gives them."""
         self._settings = settings
         self._directory = Path(settings.dir) if settings.dir else None
@@ -61,7 +61,7 @@ class Discovery:
                 await self._answered.wait()
         for followed in self._followed:
             if followed.is_awaited:
-                log.warning("%s has not answered yet; the router starts without its endpoints", followed.who)
+                log.warning("%s has not answered yet; its endpoints are missing until it does", followed.who)
         self._changed.clear()
         merged = await asyncio.to_thread(merge, self._sets())
         self._told.tell(merged.complaints)
@@ -162,7 +162,7 @@ class Discovery:
 class _Followed:
     """One source, what is believed of it, and the log lines and metrics that follow from a change."""
 
-    def __init__(self, pool: str, source: Source, keep: Keep, metrics: RouterMetrics, mark: Callable[[], None]) -> None:
+    def __init__(self, pool: str, source: Source, keep: Keep, metrics: DiscoveryMetrics, mark: Callable[[], None]) -> None:
         self.pool = pool
         self.source = source
         self.who = f"pool {pool}: {source.name}"
@@ -171,10 +171,10 @@ class _Followed:
         self._told = Told(self.who)
         self._mark = mark
         self._timer: asyncio.TimerHandle | None = None
-        self._endpoints = metrics.discovered.labels(pool, source.name)
-        self._stale = metrics.discovery_stale.labels(pool, source.name)
-        self._failures = metrics.discovery_failures.labels(pool, source.name)
-        self._left_out = metrics.discovery_left_out.labels(pool, source.name)
+        self._endpoints = metrics.endpoints.labels(pool, source.name)
+        self._stale = metrics.stale.labels(pool, source.name)
+        self._failures = metrics.failures.labels(pool, source.name)
+        self._left_out = metrics.left_out.labels(pool, source.name)
         self._stale.set(1)
 
     @property
@@ -190,7 +190,7 @@ class _Followed:
                     async for seen in sets:
                         self._take(seen)
             except Exception:
-                log.exception("%s met an error of the router's own; it is followed anew in %g s", self.who, AGAIN_S)
+                log.exception("%s met an error of this program's own; it is followed anew in %g s", self.who, AGAIN_S)
             self._take(Failed("is not followed at the moment"))
             await asyncio.sleep(AGAIN_S)
 

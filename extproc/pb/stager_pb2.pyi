@@ -432,12 +432,14 @@ class ResolveReply(_message.Message):
     def __init__(self, origin: _Optional[str] = ...) -> None: ...
 
 class FindRequest(_message.Message):
-    __slots__ = ("adapter", "revision")
+    __slots__ = ("adapter", "revision", "instance")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     revision: str
-    def __init__(self, adapter: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    instance: str
+    def __init__(self, adapter: _Optional[str] = ..., revision: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class File(_message.Message):
     __slots__ = ("path", "size", "sha256")

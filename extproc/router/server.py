@@ -141,7 +141,7 @@ class Server:
             tracing=Tracing() if router.tracing else None,
         )
         found = any(pool.discovery for pool in settings.pools)
-        self._discovery = Discovery(build_sources(settings.pools), settings.discovery, self.metrics) if found else None
+        self._discovery = Discovery(build_sources(settings.pools), settings.discovery, self.metrics.discovery) if found else None
         self._health = Health()
         self._listeners: list[Listener] = []
         self._http: HttpServer | None = None

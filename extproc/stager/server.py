@@ -18,7 +18,8 @@ from .api.http import stager_app
 from .engine import build_engine
 from .stager import Stager
 from .supply.origins import build_origin
-from .supply.peers import Peers, addresses
+from .supply.peers import Peers
+from .supply.roster import Roster
 from .supply.source import Source, log_repetitions
 
 log = logging.getLogger(__name__)
@@ -33,13 +34,12 @@ class Server:
         self._settings = settings.stager
         self._rpc = settings.rpc
         instance = secrets.token_hex(8)
-        pools = [[endpoint.stager for endpoint in pool.endpoints] for pool in settings.pools]
-        own = [pool for pool in pools if self._settings.listen in pool]  # behind a wildcard address nothing tells which pool is ours
-        others = [stager for pool in own or pools for stager in pool]
-        asked = addresses(self._settings.peers, others, self._settings.listen) if self._settings.peers.mode != "off" else []
-        peers = Peers(self._settings.peers, {address: StagerClient(address, self._rpc) for address in asked}, instance)
+        metrics = StagerMetrics()
+        peers = Peers(self._settings.peers, lambda address: StagerClient(address, self._rpc), instance)
+        metrics.peers.set_function(lambda: peers.count)
+        self._roster = Roster(settings, peers, metrics.discovery)
         sources = [Source(build_origin(origin), origin) for origin in self._settings.origins]
-        self.stager = Stager(self._settings, sources, build_engine(self._settings.engine), StagerMetrics(), peers=peers, instance=instance)
+        self.stager = Stager(self._settings, sources, build_engine(self._settings.engine), metrics, peers=peers, instance=instance)
         self._grpc: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
 
@@ -49,6 +49,7 @@ class Server:
         tls = credentials.server_credentials(self._rpc)
         log_repetitions()
         await self.stager.open()
+        await self._roster.open()
         leave_to_stay()
         self._grpc = grpc_server([credentials.TokenInterceptor(tokens)] if tokens.current else [])
         guarded = credentials.are_configured(self._rpc)
@@ -69,6 +70,7 @@ class Server:
         if self._grpc is not None:
             await self.stager.drain.until_empty(self._settings.drain_s)
             await self._grpc.stop(STOP_S)
+        await self._roster.close()
         await self.stager.close()
         if self._http is not None:
             await self._http.stop()

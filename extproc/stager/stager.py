@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..client import Claimed, Loading
+from ..client import Claimed, Loading, StagerClient
 from ..config import StagerSettings
 from ..core.artifact import AdapterName, ArtifactId, Manifest, adapter_name, is_adopted
 from ..core.breaker import STATES, Breaker
@@ -113,7 +113,7 @@ class Stager:
         self._flights = Flights(self.node, self._learn_from)
         self._remover = Remover(self.node)
         self._room = Room(self.node, self._remover)
-        self._fetcher = Fetcher(self.node, sources, peers or Peers(settings.peers, {}, self.instance), self._remover)
+        self._fetcher = Fetcher(self.node, sources, peers or Peers(settings.peers, StagerClient, self.instance), self._remover)
         self._prefetches = Prefetches(self.node, self._flights, self._bring, self._show, self._fetcher.let_go)
         self._kept = Kept(self.node, self._remover)
         self._adopter = Adopter(settings, store, holdings, changes, disk, self._kept.check, self._kept.check_digest, self._replaced, clock)

@@ -124,7 +124,7 @@ async def measure(kind: str, count: int, seconds: float) -> tuple[Seen, Seen, in
         directory = Path(temporary)
         async with place_of(kind, count, directory) as (place, source):
             pool = PoolSettings.model_validate({"name": "p", "discovery": [source]})
-            discovery = Discovery(build_sources([pool]), DiscoverySettings(dir=str(directory / "kept")), RouterMetrics())
+            discovery = Discovery(build_sources([pool]), DiscoverySettings(dir=str(directory / "kept")), RouterMetrics().discovery)
             await discovery.first()
             discovery.follow(taker)
             rest = await watch_loop(seconds)

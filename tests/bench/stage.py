@@ -188,7 +188,8 @@ def build(directory: Path, origins: list[dict[str, Any]], peer: str = "") -> Sta
         origins=tuple(OriginSettings(**origin) for origin in origins),
         peers=PeerSettings(mode="preferred" if peer else "off"),
     )
-    peers = Peers(settings.peers, {peer: StagerClient(peer)} if peer else {}, "bench")
+    peers = Peers(settings.peers, StagerClient, "bench")
+    peers.follow([peer] if peer else [])
     sources = [Source(build_origin(origin), origin) for origin in settings.origins]
     return Stager(settings, sources, Engine(settings.engine), StagerMetrics(), peers=peers)
 

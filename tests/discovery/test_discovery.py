@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {"debounce_s": 0, "debounce_max_s": 0, "first_wait_s": 5
 @asynccontextmanager
 async def following(sources: Mapping[str, Sequence[Source]], **settings: Any) -> AsyncGenerator[tuple[Taken, Discovery, RouterMetrics, Fleet], None]:
     metrics = RouterMetrics()
-    discovery = Discovery(sources, DiscoverySettings(**{**QUICK, **settings}), metrics)
+    discovery = Discovery(sources, DiscoverySettings(**{**QUICK, **settings}), metrics.discovery)
     taken = Taken()
     try:
         first = await discovery.first()
@@ -151,7 +151,7 @@ async def test_fleets_are_taken_over_one_at_a_time_and_only_the_newest() -> None
         if taken[-1] == ["10.0.0.9:8000"]:
             done.set()
 
-    discovery = Discovery({"p": [source]}, DiscoverySettings(**QUICK), RouterMetrics())
+    discovery = Discovery({"p": [source]}, DiscoverySettings(**QUICK), RouterMetrics().discovery)
     await discovery.first()
     discovery.follow(apply)
     source.show("10.0.0.2:8000")
@@ -172,7 +172,7 @@ async def test_a_fleet_that_cannot_be_taken_over_is_tried_again(monkeypatch: pyt
     monkeypatch.setattr("extproc.discovery.discovery.AGAIN_S", 0.01)
     source = ScriptedSource()
     source.show("10.0.0.1:8000")
-    discovery = Discovery({"p": [source]}, DiscoverySettings(**QUICK), RouterMetrics())
+    discovery = Discovery({"p": [source]}, DiscoverySettings(**QUICK), RouterMetrics().discovery)
     taken = Taken()
     calls = 0
 
@@ -203,7 +203,7 @@ async def test_an_error_in_a_source_takes_nothing_from_the_others(monkeypatch: p
         await taken.until("10.0.0.1:8000", "10.0.0.3:8000")
         broken.show("10.0.0.4:8000")
         await taken.until("10.0.0.3:8000", "10.0.0.4:8000")
-    assert "pool p: broken met an error of the router's own" in caplog.text
+    assert "pool p: broken met an error of this program's own" in caplog.text
 
 
 # ---- what is kept
@@ -314,7 +314,7 @@ async def test_a_stop_waits_for_the_write_that_is_in_progress(tmp_path: Path, mo
     gate = Gate(monkeypatch, discovery_module, "save")
     source = ScriptedSource()
     source.show("10.0.0.1:8000")
-    discovery = Discovery({"p": [source]}, DiscoverySettings(**QUICK, dir=str(tmp_path)), RouterMetrics())
+    discovery = Discovery({"p": [source]}, DiscoverySettings(**QUICK, dir=str(tmp_path)), RouterMetrics().discovery)
     await discovery.first()
     discovery.follow(Taken().apply)
     await gate.reached()

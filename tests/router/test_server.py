@@ -195,7 +195,7 @@ async def test_envoys_are_told_nothing_before_the_fleet_has_been_found() -> None
     address = f"127.0.0.1:{free_ports(1)[0]}"
     router = {"listen": address, "health_listen": "", "http_listen": "", "lameduck_s": 0}
     server = Server(parse({"pools": [{"name": "models", "endpoints": [{"address": "127.0.0.1:1"}]}], "router": router}, source="test"), clusters={})
-    server._discovery = Discovery({"models": [source]}, DiscoverySettings(first_wait_s=60), server.metrics)
+    server._discovery = Discovery({"models": [source]}, DiscoverySettings(first_wait_s=60), server.metrics.discovery)
     starting = asyncio.create_task(server.start())
     try:
         async with grpc.aio.insecure_channel(address) as channel:

@@ -190,6 +190,8 @@ class StagerService:
             return pb.ResolveReply(origin=await self._stager.resolve(request.adapter))
 
     async def find(self, request: pb.FindRequest, context: Context) -> pb.FindReply:
+        if request.instance == self._stager.instance:
+            return pb.FindReply(instance=self._stager.instance)
         async with _errors(context):
             named = self._stager.node.holdings.get(adapter_name(request.adapter))
             manifest = await self._stager.manifest(request.adapter) if named is not None and not is_adopted(named.id) else None

@@ -2,15 +2,19 @@
 
 A peer may hang, and whoever asks it then loses time. So a question waits for those who are late only as long as those who answer make it likely that
 they will; who does not answer in time is asked again in the background, and waited for no more until it has answered.
+
+Peers come and go (roster.py). One that goes is asked no more, and what it sends goes on: a transfer ends, or breaks off and is taken up by the origin.
 """
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...client import PeerArtifact, StagerClient
 from ...config import PeerSettings
@@ -19,6 +23,7 @@ from ...core.breaker import Breaker
 from ...core.maglev import key_hash
 from ...errors import LoraExtprocError, ModelNotFound, OriginFailed, OriginRefused, Overloaded
 from ..adapter.files import wanted
+from .connections import Connections
 from .download import Download
 from .listing import Listing, RemoteFile
 from .source import Supplier, is_worth_repeating
@@ -26,6 +31,7 @@ from .source import Supplier, is_worth_repeating
 log = logging.getLogger(__name__)
 
 LABEL = "peer"
+MAX_PEERS = 4096  # to choose those that are asked among so many stops the event loop for 1.5 ms
 SILENT_S = 1.0  # a read that brings nothing for so long is given up; with `stager.peers.ask_timeout_s` a peer that hangs costs a fetch two seconds
 LATE_S = 0.25  # who has not answered somebody for so long is not asked by others beside
 PATIENCE = 4  # when half of those who were asked have answered, the others have so many times as long
@@ -39,18 +45,20 @@ class PeerOrigin:
 
     label = LABEL
 
-    def __init__(self, client: StagerClient) -> None:
-        self.client = client
+    def __init__(self, address: str, connections: Connections) -> None:
+        self._address = address
+        self._connections = connections
 
     async def open(self) -> None:
         pass
 
     async def fetch(self, _listing: Listing, file: RemoteFile, download: Download) -> None:
-        await download.write(self._chunks(file, download.received))
+        async with contextlib.aclosing(self._chunks(file, download.received)) as chunks:
+            await download.write(chunks)
 
-    async def _chunks(self, file: RemoteFile, offset: int) -> AsyncIterator[memoryview]:
+    async def _chunks(self, file: RemoteFile, offset: int) -> AsyncGenerator[memoryview, None]:
         try:
-            async with contextlib.aclosing(self.client.read(file.key, file.path, offset)) as reading:
+            async with self._connections.to(self._address) as client, contextlib.aclosing(client.read(file.key, file.path, offset)) as reading:
                 while True:
                     async with asyncio.timeout(SILENT_S):
                         chunk = await anext(reading, None)
@@ -58,15 +66,15 @@ class PeerOrigin:
                         return
                     yield chunk
         except TimeoutError as error:
-            raise OriginFailed(f"peer {self.client.address}: it sent nothing for {SILENT_S:g} s") from error
+            raise OriginFailed(f"peer {self._address}: it sent nothing for {SILENT_S:g} s") from error
         except LoraExtprocError as error:
             if isinstance(error, OriginFailed):
                 raise
             kind = OriginRefused if isinstance(error, Overloaded | ModelNotFound) else OriginFailed  # another peer is asked rather than this one again
-            raise kind(f"peer {self.client.address}: {error.message}") from error
+            raise kind(f"peer {self._address}: {error.message}") from error
 
     async def close(self) -> None:
-        await self.client.close()
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +88,58 @@ class PeerCopy:
     digest: str  # of that content
 
 
+class _Peer:
+    """What this stager has learnt of another one."""
+
+    def __init__(self, address: str, connections: Connections) -> None:
+        self.address = address
+        # One that is gone would cost every cold request the whole wait: after one failure it is not asked for a while.
+        self.answering = Breaker(threshold=1, first_s=FIRST_PAUSE_S, longest_s=LONGEST_PAUSE_S)
+        self.useful = Breaker(threshold=1, first_s=FIRST_REST_S, longest_s=LONGEST_REST_S)
+        self.asked_at: float | None = None  # since when it owes an answer
+        self._connections = connections
+
+    @cached_property
+    def source(self) -> Supplier[PeerOrigin]:
+        """Its own breaker stays closed: whether a peer is asked is decided before, and nobody waits for one. One that falls silent is not asked again."""
+        origin = PeerOrigin(self.address, self._connections)
+        source = Supplier(origin, repeats=lambda error: not isinstance(error.__cause__, TimeoutError) and is_worth_repeating(error))
+        source.breaker.threshold, source.breaker.names = sys.maxsize, 0
+        return source
+
+
 class Peers:
     """The other stagers. What goes wrong with one of them is nobody's error: the next or the origin is taken."""
 
-    def __init__(self, settings: PeerSettings, clients: Mapping[str, StagerClient], instance: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: PeerSettings, connect: Callable[[str], StagerClient], instance: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`connect` makes the client of one; `instance` is this stager's own. Nobody is known before `follow`."""
         self._settings = settings
         self._instance = instance
-        self._sources = {address: _source(client) for address, client in clients.items()} if settings.mode != "off" else {}
-        self._clients = dict(clients)
+        self._connections = Connections(connect)
         self._clock = clock
-        # One that is gone would cost every cold request the whole wait: after one failure it is not asked for a while.
-        self._answering = {address: Breaker(threshold=1, first_s=FIRST_PAUSE_S, longest_s=LONGEST_PAUSE_S) for address in self._sources}
-        self._useful = {address: Breaker(threshold=1, first_s=FIRST_REST_S, longest_s=LONGEST_REST_S) for address in self._sources}
-        self._asked_at: dict[str, float] = {}  # peers that owe an answer -> since when
+        self._peers: dict[str, _Peer] = {}  # by address; at most MAX_PEERS
         self._late: set[asyncio.Task[PeerCopy | None]] = set()  # questions that nobody waits for any more; one per peer and LATE_S
+        self.selves: set[str] = set()  # addresses that turned out to lead back here, of those that were followed last
+        self.on_self: Callable[[], None] | None = None  # told of another one of those
+
+    @property
+    def count(self) -> int:
+        """How many are known."""
+        return len(self._peers)
 
     @property
     def are_preferred(self) -> bool:
         """Whether they are asked before any origin."""
-        return self._settings.mode == "preferred" and bool(self._sources)
+        return self._settings.mode == "preferred" and bool(self._peers)
+
+    def follow(self, addresses: Iterable[str]) -> None:
+        """These are the other stagers now. Of those that stay, what was learnt of them is kept; of too many, those whose addresses come first count."""
+        shown = set(addresses) if self._settings.mode != "off" else set()
+        self.selves &= shown
+        if len(others := sorted(shown - self.selves)) > MAX_PEERS > len(self._peers):
+            log.warning("there are %d other stagers, and the first %d by address are asked: the copies of the rest are not used", len(others), MAX_PEERS)
+        self._peers = {address: self._peers.get(address) or _Peer(address, self._connections) for address in others[:MAX_PEERS]}
+        self._connections.keep(self._peers.keys())
 
     async def find(
         self, name: AdapterName, revision: str = "", besides: Collection[str] = (), suits: Callable[[PeerCopy], bool] = lambda _: True
@@ -106,23 +147,26 @@ class Peers:
         """The first answer of a peer that has `name` in that revision ("": in any), and a copy that `suits`, but for those `besides`; None if none has."""
         loop = asyncio.get_running_loop()
         began, now = loop.time(), self._clock()
-        rested = [address for address, breaker in self._useful.items() if address not in besides and not breaker.wait_s(now)]
-        up = [address for address in rested if began - self._asked_at.get(address, began) < LATE_S]
-        asked = sorted(up, key=lambda address: key_hash(f"{address} {name}"))[: self._settings.max_asked]
-        waited_for: set[asyncio.Task[PeerCopy | None]] = set()
-        for address in asked:
-            is_up = self._answering[address].state == "closed"
-            if self._answering[address].allow(now):
-                task = asyncio.create_task(self._ask(address, name, revision))
-                (waited_for if is_up else self._late).add(task)
+        rested = (peer for peer in self._peers.values() if peer.address not in besides and not peer.useful.wait_s(now))
+        up = (peer for peer in rested if peer.asked_at is None or began - peer.asked_at < LATE_S)
+        asked = heapq.nsmallest(self._settings.max_asked, up, key=lambda peer: key_hash(f"{peer.address} {name}"))
+        waited_for: dict[asyncio.Task[PeerCopy | None], _Peer] = {}
+        for peer in asked:
+            is_up = peer.answering.state == "closed"
+            if peer.answering.allow(now):
+                task = asyncio.create_task(self._ask(peer, name, revision))
+                if is_up:
+                    waited_for[task] = peer
+                else:
+                    self._late.add(task)
                 task.add_done_callback(self._late.discard)
-        pending, count = set(waited_for), len(waited_for)
+        pending = set(waited_for)
         try:
             while pending:
-                limit_s = max(LEAST_PATIENCE_S, PATIENCE * (loop.time() - began)) if 2 * len(pending) <= count else None
+                limit_s = max(LEAST_PATIENCE_S, PATIENCE * (loop.time() - began)) if 2 * len(pending) <= len(waited_for) else None
                 done, pending = await asyncio.wait(pending, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    if (found := task.result()) is not None and suits(found) and self._useful[found.address].allow(self._clock()):
+                    if (found := task.result()) is not None and suits(found) and waited_for[task].useful.allow(self._clock()):
                         return found
                 if not done:
                     self._late |= pending  # what they answer says whether they are asked the next time
@@ -135,54 +179,53 @@ class Peers:
 
     def was_of_use(self, copy: PeerCopy) -> None:
         """What it offered is here, and right."""
-        self._useful[copy.address].succeeded(self._clock())
+        if (peer := self._peers.get(copy.address)) is not None:  # else it has gone meanwhile
+            peer.useful.succeeded(self._clock())
 
     def was_of_no_use(self, copy: PeerCopy, error: LoraExtprocError) -> None:
         """What it offered could not be had, or was something else: others are asked for a while. One that is only busy is asked again."""
-        if not isinstance(error, OriginRefused):
-            self._useful[copy.address].not_reached(self._clock())
+        if not isinstance(error, OriginRefused) and (peer := self._peers.get(copy.address)) is not None:
+            peer.useful.not_reached(self._clock())
 
     async def close(self) -> None:
         for task in list(self._late):
             task.cancel()
         await asyncio.gather(*self._late, return_exceptions=True)
-        for client in self._clients.values():
-            await client.close()
+        await self._connections.close()
 
-    async def _ask(self, address: str, name: AdapterName, revision: str) -> PeerCopy | None:
-        source = self._sources[address]
-        self._asked_at.setdefault(address, asyncio.get_running_loop().time())
+    async def _ask(self, peer: _Peer, name: AdapterName, revision: str) -> PeerCopy | None:
+        if peer.asked_at is None:
+            peer.asked_at = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._settings.ask_timeout_s):
-                held = await self._clients[address].find(name, revision)
+            async with asyncio.timeout(self._settings.ask_timeout_s), self._connections.to(peer.address) as client:
+                held = await client.find(name, revision, self._instance)
         except (LoraExtprocError, TimeoutError) as error:
-            log.debug("peer %s: %s", address, error)
-            self._answering[address].not_reached(self._clock())
+            log.debug("peer %s: %s", peer.address, error)
+            peer.answering.not_reached(self._clock())
             return None
         finally:
-            self._asked_at.pop(address, None)
-        self._answering[address].succeeded(self._clock())
-        if held is None or held.instance == self._instance:
+            peer.asked_at = None
+        peer.answering.succeeded(self._clock())
+        if held is None:
+            return None
+        if held.instance == self._instance:
+            self._is_self(peer.address)
             return None
         paths = [file.path for file in held.files]
         if len(paths) != 2 or sorted(paths) != wanted(paths):  # they become names in our directory
-            log.warning("peer %s offers what is no adapter under %s", address, name)
+            log.warning("peer %s offers what is no adapter under %s", peer.address, name)
             return None
-        return PeerCopy(address, source, _listing(name, held), held.origin, held.digest)
+        return PeerCopy(peer.address, peer.source, _listing(name, held), held.origin, held.digest)
 
-
-def _source(client: StagerClient) -> Supplier[PeerOrigin]:
-    """Its own breaker stays closed: whether a peer is asked is decided before, and nobody waits for one. One that falls silent is not asked again."""
-    source = Supplier(PeerOrigin(client), repeats=lambda error: not isinstance(error.__cause__, TimeoutError) and is_worth_repeating(error))
-    source.breaker.threshold, source.breaker.names = sys.maxsize, 0
-    return source
+    def _is_self(self, address: str) -> None:
+        """The address leads back here: it is asked no more, and says which pool is this stager's own."""
+        if self._peers.pop(address, None) is not None:
+            self.selves.add(address)
+            self._connections.keep(self._peers.keys())
+            if self.on_self is not None:
+                self.on_self()
 
 
 def _listing(name: AdapterName, held: PeerArtifact) -> Listing:
     files = tuple(RemoteFile(file.path, file.size, file.sha256, key=held.digest) for file in held.files)
     return Listing(name, held.revision, files)
-
-
-def addresses(settings: PeerSettings, pools: Sequence[str], own: str) -> list[str]:
-    """Whom to ask: those of the settings, else all stagers of the pools; without ourselves, as far as the address tells."""
-    return sorted({address for address in settings.addresses or pools if address and address != own})

@@ -51,7 +51,7 @@ def discovering(cluster: Cluster, tmp_path: Path) -> DiscoveryFactory:
         kubeconfig = cluster.server.kubeconfig(tmp_path / "kubeconfig", url=url, **who)
         pool = PoolSettings.model_validate({"name": "p", "discovery": [{"type": "kubernetes", "kubeconfig": kubeconfig, **source}]})
         settings = DiscoverySettings(debounce_s=0.0, keep_empty_s=keep_empty_s)
-        discovery = Discovery(build_sources([pool]), settings, RouterMetrics())
+        discovery = Discovery(build_sources([pool]), settings, RouterMetrics().discovery)
         taken = Taken()
         taken.fleets.append(await discovery.first())
         discovery.follow(taken.apply)
