@@ -198,7 +198,7 @@ class KubernetesSourceSettings(Group):
     selector: Annotated[str, Field(max_length=4096)] = ""
     """Labels of pods as kubectl's `-l` takes them, `app=vllm,tier!=test`."""
     namespace: Annotated[str, Field(max_length=63)] = ""
-    """Where those are. Empty: the namespace of the router's own pod, or of the kubeconfig's context."""
+    """Where those are. Empty: the namespace of the pod that asks, or of the kubeconfig's context."""
     ports: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(max_length=8)] = ()
     """With `selector`: the model servers' ports in each pod, several for data-parallel ranks. An InferencePool says them itself."""
     port_names: Annotated[tuple[str, ...], Field(max_length=8)] = ()
@@ -208,7 +208,7 @@ class KubernetesSourceSettings(Group):
     one's on the next, since an adapter is loaded into each. A pod's annotation `lora-extproc/stager-port` counts before it; EndpointSlices have none. 0:
     nothing is staged."""
     kubeconfig: str = ""
-    """A kubeconfig file, for a router outside the cluster. Empty: the service account of the router's pod."""
+    """A kubeconfig file, for a process outside the cluster. Empty: the service account of its pod."""
     timeout_s: Seconds = 10.0
     """How long the API server may take to answer, or to begin a watch."""
     watch_s: Annotated[float, Field(ge=1, le=3600)] = 60.0
@@ -253,8 +253,8 @@ class PoolSettings(Group):
     endpoints: tuple[EndpointSettings, ...] = ()
     """The model servers of this pool that are always there."""
     discovery: tuple[SourceSettings, ...] = ()
-    """Where more of them are found, while the router runs. Several sources are added up by address; what a later one says of an endpoint counts before what
-    an earlier one says."""
+    """Where routers find more of them while they run, and stagers their peers. Several sources are added up by address; what a later one says of an endpoint
+    counts before what an earlier one says."""
     role: Literal["both", "decode", "prefill"] = "both"
     """`decode`: before each engine stands a sidecar that has prompts computed elsewhere, as llm-d's and Dynamo's do: by an engine of the pool of role `prefill`
     that has one of the same `base_models`. A request goes on when both engines have its adapter, and names the other in `x-prefiller-host-port` and
@@ -275,9 +275,10 @@ class PoolSettings(Group):
 
 class DiscoverySettings(Group):
     dir: str = ""
-    """A directory of this router's own, where the last good endpoints are kept, so that a start while a source is down has them. Empty: in memory only."""
+    """A directory of this process's own, a router's or a stager's, where the last good endpoints are kept, so that a start while a source is down has them.
+    Empty: in memory only."""
     keep_failed_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 86_400.0
-    """How long the last good endpoints of a source count while it fails; a restart of the router included, with `dir`. A day, since an endpoint that has
+    """How long the last good endpoints of a source count while it fails; a restart included, with `dir`. A day, since an endpoint that has
     gone is noticed without discovery, and one that has not should serve on. 0: not at all."""
     keep_empty_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
     """The same while it answers that there are none, as a source does that has lost its data or is being filled; then it is believed. Believed at once where
@@ -287,7 +288,8 @@ class DiscoverySettings(Group):
     debounce_max_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     """But at the latest after this time, however often something changes."""
     first_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
-    """How long a start waits for sources that have not answered and of which nothing is kept; then the router serves with the endpoints that are known."""
+    """How long a router's start waits for sources that have not answered and of which nothing is kept; then it serves with the endpoints that are known. A
+    stager's start does not wait."""
 
     @model_validator(mode="after")
     def _check(self) -> "DiscoverySettings":
@@ -550,9 +552,11 @@ class OriginSettings(Group):
 class PeerSettings(Group):
     mode: Literal["off", "on", "preferred"] = "on"
     """`on`: what an origin has is first looked for on the other stagers, and theirs is taken while every origin is down. `preferred`: they are
-    asked before any origin. `off`: never."""
+    asked before any origin. `off`: never, and the stager follows no source of endpoints."""
     addresses: tuple[Address, ...] = ()
-    """The other stagers. Empty: those of this stager's pool, or of all `pools` where its own address is in none."""
+    """The other stagers; sources of endpoints are then not followed. Empty: those of the endpoints that `pools` name or that `pools[].discovery` finds: in the
+    pools where this stager's own address is, or in all where it is in none. With sources of type `kubernetes` the stager's pod needs the rights of
+    `deploy/kubernetes/rbac`; without them adapters come from their origins alone."""
     max_asked: Annotated[int, Field(ge=1)] = 32
     """How many of them are asked for one adapter."""
     ask_timeout_s: Seconds = 1.0

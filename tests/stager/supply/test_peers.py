@@ -683,3 +683,130 @@ async def test_three_nodes_that_want_it_at_once_all_get_it(fleet: Fleet, web: Fa
 def test_a_file_is_what_is_offered() -> None:
     """The words of the message are those of the manifest."""
     assert {field.name for field in pb.File.DESCRIPTOR.fields} == set(File.__slots__)
+
+
+# -- who they are changes
+
+
+def peers_of(member: Member) -> Peers:
+    return member.stager._fetcher._peers
+
+
+async def test_a_peer_that_comes_is_asked(fleet: Fleet, web: FaultyServer) -> None:
+    """From the next adapter on."""
+    first, second = await fleet.start(asks=[]), await fleet.start(asks=[])
+    await has(first)
+    peers_of(second).follow([first.address])
+    gets = len(web.gets())
+    await has(second)
+    assert len(web.gets()) == gets
+
+
+async def test_a_peer_that_goes_is_asked_no_more(fleet: Fleet, web: FaultyServer) -> None:
+    """And its connection is closed."""
+    first, second = await fleet.start(service=Counting), await fleet.start()
+    first.service.is_silent = False
+    await has(second)
+    assert first.service.asked == 1
+    peers = peers_of(second)
+    assert list(peers._connections._open) == [first.address]
+    peers.follow([])
+    assert (peers.count, peers._connections._open) == (0, {})
+    web.add("acme/next", OTHER)
+    await second.stager.ensure("acme/next")
+    assert first.service.asked == 1
+
+
+class Waiting(StagerService):
+    """Sends the first part of the weights, and the rest when it is told to."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._read_bytes = 1000
+        self.gate = asyncio.Event()
+        self.is_read = False
+
+    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
+        async for chunk in super().read(request, context):
+            yield chunk
+            if request.path == WEIGHTS:
+                self.is_read = True
+                await self.gate.wait()
+
+
+async def test_a_peer_that_goes_sends_what_it_has_begun_to_the_end(fleet: Fleet, web: FaultyServer) -> None:
+    """The origin is asked for nothing more; then the connection is closed."""
+    first, second = await fleet.start(service=Waiting), await fleet.start()
+    await has(first)
+    gets, peers = len(web.gets()), peers_of(second)
+    waiting = asyncio.create_task(has(second))
+    await until(lambda: first.service.is_read)
+    peers.follow([])
+    assert list(peers._connections._open) == [first.address]
+    first.service.gate.set()
+    await waiting
+    assert len(web.gets()) == gets
+    assert peers._connections._open == {}
+
+
+@pytest.mark.parametrize("mode", ["on", "preferred"])
+async def test_a_peer_that_goes_and_dies_in_mid_transfer_is_left_for_the_origin(fleet: Fleet, web: FaultyServer, mode: str) -> None:
+    """What it had sent is in no file."""
+    first, second = await fleet.start(service=Waiting), await fleet.start(mode=mode)
+    await has(first)
+    waiting = asyncio.create_task(has(second))
+    await until(lambda: first.service.is_read)
+    peers_of(second).follow([])
+    await first.die()
+    await waiting
+    assert [asked.begin for asked in web.gets(WEIGHTS)] == [0, 0]
+
+
+async def test_what_was_learnt_of_a_peer_that_stays_is_kept(fleet: Fleet, web: FaultyServer) -> None:
+    """One that hangs is not waited for again because another one comes."""
+    first = await fleet.start(service=Counting)
+    second = await fleet.start(asking={"ask_timeout_s": 0.5})
+    await has(second)
+    assert first.service.asked == 1
+    peers_of(second).follow([first.address, "127.0.0.1:1"])
+    web.add("acme/next", OTHER)
+    await second.stager.ensure("acme/next")
+    assert first.service.asked == 1
+
+
+@pytest.mark.parametrize("mode", ["on", "preferred"])
+async def test_a_stager_that_asks_itself_notices(fleet: Fleet, web: FaultyServer, mode: str) -> None:
+    """The address is asked no more, until it has been somebody else's meanwhile."""
+    only = await fleet.start(service=Counting, mode=mode)
+    only.service.is_silent = False
+    peers, told = peers_of(only), []
+    peers.on_self = lambda: told.append(peers.selves.copy())
+    peers.follow([only.address])
+    await has(only)
+    web.add("acme/next", OTHER)
+    await only.stager.ensure("acme/next")
+    assert (only.service.asked, peers.count, told) == (1, 0, [{only.address}])
+    peers.follow([only.address])
+    assert peers.count == 0
+    peers.follow([])
+    peers.follow([only.address])
+    assert peers.count == 1
+
+
+def test_of_too_many_peers_the_first_are_known(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """That is said when it begins to be so."""
+    monkeypatch.setattr(peers_module, "MAX_PEERS", 2)
+    peers = Peers(PeerSettings(), StagerClient, "me")
+    for _ in range(2):
+        peers.follow(["c:1", "b:1", "a:1"])
+        assert list(peers._peers) == ["a:1", "b:1"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "there are 3 other stagers, and the first 2 by address are asked: the copies of the rest are not used"
+    ]
+
+
+def test_off_nobody_is_followed() -> None:
+    """Whoever finds them."""
+    peers = Peers(PeerSettings(mode="off"), StagerClient, "me")
+    peers.follow(["a:1"])
+    assert peers.count == 0
