@@ -31,7 +31,7 @@ from .source import Supplier, is_worth_repeating
 log = logging.getLogger(__name__)
 
 LABEL = "peer"
-MAX_PEERS = 4096  # to choose those that are asked among so many stops the event loop for 1.5 ms
+MAX_PEERS = 4096  # to learn of so many at once stops the event loop for 8 ms, and to choose among them those that are asked for 1.5 ms
 SILENT_S = 1.0  # a read that brings nothing for so long is given up; with `stager.peers.ask_timeout_s` a peer that hangs costs a fetch two seconds
 LATE_S = 0.25  # who has not answered somebody for so long is not asked by others beside
 PATIENCE = 4  # when half of those who were asked have answered, the others have so many times as long

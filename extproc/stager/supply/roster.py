@@ -11,7 +11,7 @@ NAT or a name, learns it when it asks there and is answered by itself. Until the
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from ...config import Settings
@@ -35,6 +35,7 @@ class Roster:
         self._peers = peers
         self._listen = stager.listen
         self._pools: Mapping[str, Sequence[str]] = {"": named} if named else {p.name: [e.stager for e in p.endpoints] for p in settings.pools}
+        self._leads_here: dict[str, bool] = {}  # of each stager that was shown last
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._discovery: Discovery | None = None
@@ -77,18 +78,23 @@ class Roster:
                 log.info("peers: %s", f"{count} found" if are_some else "no other stager is found; adapters come from their origins alone")
 
     async def _follow(self) -> None:
-        """In a thread: each address of thousands is looked at."""
+        """In a thread: to look at an address takes 20 us, and there may be thousands. Each is looked at once."""
+        pools, seen = tuple(self._pools.values()), self._leads_here
         selves = frozenset(self._peers.selves)
-        self._peers.follow(await asyncio.to_thread(others, list(self._pools.values()), lambda address: leads_here(address, self._listen), selves))
+
+        def look() -> tuple[dict[str, bool], set[str]]:
+            stagers = {stager for pool in pools for stager in pool if stager}
+            looked = {stager: seen[stager] if stager in seen else leads_here(stager, self._listen) for stager in stagers}
+            return looked, others(pools, {stager for stager, leads in looked.items() if leads}, selves)
+
+        self._leads_here, found = await asyncio.to_thread(look)
+        self._peers.follow(found)
 
 
-def others(pools: Collection[Sequence[str]], is_own: Callable[[str], bool], selves: Collection[str] = ()) -> set[str]:
-    """The stagers of the pools that hold an address of our own or one of `selves`, or of all pools where none does; without our own."""
-    stagers = {stager for pool in pools for stager in pool if stager}
-    own = {stager for stager in stagers if is_own(stager)}
-    known = own.union(selves)
-    ours = [pool for pool in pools if not known.isdisjoint(pool)]
-    return (stagers if not ours else {stager for pool in ours for stager in pool if stager}) - own
+def others(pools: Collection[Sequence[str]], own: Set[str], selves: Set[str] = frozenset()) -> set[str]:
+    """The stagers of the pools that hold an `own` address or one of `selves`, or of all pools where none does; without the own ones."""
+    ours = [pool for pool in pools if not (own | selves).isdisjoint(pool)]
+    return {stager for pool in ours or pools for stager in pool if stager} - own
 
 
 def leads_here(address: str, listen: str) -> bool:
@@ -99,7 +105,7 @@ def leads_here(address: str, listen: str) -> bool:
     if host == listen_host:
         return True
     if not isinstance(listen_host, str) and listen_host.is_unspecified:
-        return host == socket.gethostname() if isinstance(host, str) else _is_of_this_machine(host)
+        return host == socket.gethostname().lower() if isinstance(host, str) else _is_of_this_machine(host)
     return False
 
 
