@@ -1,4 +1,4 @@
-"""The last good set of every source, on disk: what a router starts with while a source cannot be asked.
+"""The last good set of every source, on disk: what a start has while a source cannot be asked.
 
 One file, replaced whole. It is a help, not a record: one that is damaged, or of another version, is told of and ignored, and the next write replaces it.
 """

@@ -208,6 +208,12 @@ async def test_a_start_waits_for_no_source() -> None:
         await until_known(peers, "127.0.0.2")
 
 
+async def test_a_stop_waits_for_no_source() -> None:
+    """Nor does the wait for its first set go on."""
+    async with asyncio.timeout(30), roster({"p": [ScriptedSource()]}, first_wait_s=3600):
+        await turns()
+
+
 async def test_a_restart_knows_the_peers_that_were_found_last(tmp_path: Path) -> None:
     """With `discovery.dir`, while the source is down."""
     source = ScriptedSource()
