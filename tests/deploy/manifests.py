@@ -17,20 +17,19 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES, CHART = DEPLOY / "kubernetes", DEPLOY / "helm" / "lora-extproc"
 GOLDEN = Path(__file__).parent / "golden"
 OUR_IMAGE = "lora-extproc"
-NO_CRD_HERE = (
-    "monitoring.coreos.com",
-    "networking.gke.io",
-)  # groups whose CRDs are not among those of LORA_EXTPROC_CRDS: golden files keep what was compared by hand
+# groups whose CRDs are not among those of LORA_EXTPROC_CRDS; golden files keep what was compared by hand
+NO_CRD_HERE = ("monitoring.coreos.com", "networking.gke.io")
 Manifest = dict[str, Any]
 _CRD = re.compile(r"^  group: (\S+)\n.*?^    kind: (\S+)\n", re.MULTILINE | re.DOTALL)
 _HASH = re.compile(r"-[2456789bcdfghkmt]{10}$")  # that kustomize appends to the name of a ConfigMap that it makes: ten digits of a hash in its own letters
 
 
 def kustomizations() -> list[str]:
-    """The folders of deploy/kubernetes that are applied by themselves: no components, and not those of rbac/, which are parts of others."""
-    files = sorted(KUBERNETES.rglob("kustomization.yaml"))
-    found = [str(file.parent.relative_to(KUBERNETES)) for file in files if yaml.safe_load(file.read_text()).get("kind", "Kustomization") == "Kustomization"]
-    return [overlay for overlay in found if not overlay.startswith("rbac/")]
+    """The folders of deploy/kubernetes that are applied by themselves, and `folder+component` for each component that lies in one: what an overlay of a user's
+    own would take together. Not those of rbac/, which are parts of others."""
+    kinds = {file.parent.relative_to(KUBERNETES): yaml.safe_load(file.read_text())["kind"] for file in sorted(KUBERNETES.rglob("kustomization.yaml"))}
+    whole = [folder for folder, kind in kinds.items() if kind == "Kustomization" and folder.parent != Path("rbac")]
+    return [str(folder) for folder in whole] + [f"{part.parent}+{part.name}" for part in kinds if part.parent in whole and part not in whole]
 
 
 @cache
