@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from extproc.config import Settings, load
+from extproc.config import DnsSourceSettings, Settings, load
 from extproc.envoyconfig import render
 from tests.conftest import NEWEST
 
@@ -257,6 +257,19 @@ def test_engine_and_stager_see_adapters_under_the_same_path(kubectl: str, overla
     assert mounts["stager"]["mountPath"] == mounts["vllm"]["mountPath"] == pod.settings["stager"].stager.dir
     assert mounts["vllm"]["readOnly"]
     assert pod.spec["securityContext"]["fsGroup"] == OUR_USER
+
+
+@pytest.mark.parametrize("overlay", ["vllm", "simulated"])
+def test_stagers_find_each_other(kubectl: str, overlay: str) -> None:
+    """By a Service that has the addresses of all pods, which needs no rights."""
+    found = read(rendered(kubectl, overlay))
+    [pod] = pods(found)
+    [source] = pod.settings["stager"].pools[0].discovery
+    assert isinstance(source, DnsSourceSettings)
+    service = named(found, "Service", source.name)["spec"]
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"]
+    assert [port["port"] for port in service["ports"]] == [source.stager_port]
 
 
 def sidecar(kind: str) -> Manifest:
