@@ -19,6 +19,7 @@ import yaml
 from tests.fakes.kube_apiserver import running_cluster
 from tests.fakes.kubelet import POLL_S, Account, RunningPod, pods, skip_unless_able
 from tests.fakes.netns import ADDRESSES, network_of_its_own
+from tests.fakes.wait import PATIENCE_S
 
 from . import manifests
 from .manifests import Manifest, named, read, rendered, run
@@ -127,12 +128,14 @@ def test_what_is_deleted_all_at_once_finishes_what_it_does(fleet: Fleet) -> None
         first = stream.readline()
         fleet.show(ready=False, serving=True, terminating=True)
         ends = [ending.submit(pod.terminate) for pod in (fleet.engine, fleet.router, fleet.envoy)]
+        until = time.monotonic() + PATIENCE_S
         while fleet.router.probe("router", "readinessProbe"):
+            assert time.monotonic() < until
             time.sleep(POLL_S)
-        assert fleet.router.probe("router", "livenessProbe")
         with asked("llama") as late:
             assert late.status == 200
             late.read()
+        assert fleet.router.probe("router", "livenessProbe")
         rest = stream.read()
         assert "vllm: SIGTERM" not in fleet.engine.events
         for end in ends:
