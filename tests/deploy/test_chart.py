@@ -1,6 +1,7 @@
 """deploy/helm/lora-extproc: without values it is deploy/kubernetes/base, and what each value changes."""
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,17 @@ def test_a_chart_that_depends_on_it_gets_the_sidecar_of_the_sample(chart: Render
     assert engine.spec["containers"][0]["lifecycle"] == sample.spec["containers"][0]["lifecycle"]
     volumes = [volume for volume in sample.spec["volumes"] if volume["name"].startswith("stager-")]
     assert plain(engine.spec["volumes"]) == plain(volumes)
+
+
+def test_the_readmes_values_are_values(chart: Render) -> None:
+    """And the settings in them are settings."""
+    [text] = re.findall(r"^```yaml\n(.*?)^```$", (CHART / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    found = chart(yaml.safe_load(text))
+    router, stager = (
+        parse(yaml.safe_load(named(found, "ConfigMap", name)["data"]["settings.yaml"]), source=name) for name in ("lora-extproc", "lora-extproc-stager")
+    )
+    assert router.pools[0].discovery
+    assert stager.stager.origins
 
 
 def test_the_chart_is_of_this_packages_version() -> None:
