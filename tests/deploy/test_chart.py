@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.config import parse
+from extproc.config import Settings, parse
 
 from .manifests import CHART, KUBERNETES, Manifest, named, pods, read, rendered, run, unhashed
 
@@ -53,6 +53,10 @@ def without_labels(one: Manifest) -> Manifest:
     one = copy.deepcopy(one)
     one["metadata"].pop("labels", None)
     return one
+
+
+def _settings(found: list[Manifest], name: str) -> Settings:
+    return parse(yaml.safe_load(named(found, "ConfigMap", name)["data"]["settings.yaml"]), source=name)
 
 
 def test_without_values_it_is_the_base(chart: Render, kubectl: str) -> None:
@@ -124,9 +128,9 @@ def test_changed_settings_are_a_rollout(chart: Render) -> None:
 def test_large_numbers_stay_numbers(chart: Render) -> None:
     """As helm reads values, they could become text that is no number of bytes."""
     found = chart({"stager": {"settings": {"stager": {"max_bytes": 107_374_182_400}}}})
-    for name in ("lora-extproc", "lora-extproc-stager"):
-        settings = parse(yaml.safe_load(named(found, "ConfigMap", name)["data"]["settings.yaml"]), source=name)
-        assert settings.router.max_held_bytes == 2**30 or settings.stager.max_bytes == 100 * 2**30
+    router, stager = (_settings(found, name) for name in ("lora-extproc", "lora-extproc-stager"))
+    assert router.router.max_held_bytes == 2**30
+    assert stager.stager.max_bytes == 100 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -164,9 +168,7 @@ def test_the_readmes_values_are_values(chart: Render) -> None:
     """And the settings in them are settings."""
     [text] = re.findall(r"^```yaml\n(.*?)^```$", (CHART / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     found = chart(yaml.safe_load(text))
-    router, stager = (
-        parse(yaml.safe_load(named(found, "ConfigMap", name)["data"]["settings.yaml"]), source=name) for name in ("lora-extproc", "lora-extproc-stager")
-    )
+    router, stager = (_settings(found, name) for name in ("lora-extproc", "lora-extproc-stager"))
     assert router.pools[0].discovery
     assert stager.stager.origins
 
