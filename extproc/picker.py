@@ -2,7 +2,7 @@
 
 Names, meanings and defaults are those of the reference picker (LWEPP of the Gateway API Inference Extension, v1.6) and of llm-d's. Where flags name a pool,
 their defaults count as well: encrypted with a certificate made at start, and ports on every address. Flags of theirs that mean nothing here are refused
-as unknown ones are: one that is passed over in silence would look as if it did something.
+as unknown ones are: one that is passed over in silence would look as if it did something. `--conformance` alone is our own.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def _parser() -> _Parser:
     parser.add_argument("--secure-serving", nargs="?", const=True, type=_boolean)
     parser.add_argument("--cert-path", default="")
     parser.add_argument("--zap-encoder", choices=["json", "console"])
-    parser.add_argument("--conformance", action="store_true")  # our own: `router.conformance`, since the suite's manifests have flags alone
+    parser.add_argument("--conformance", action="store_true")  # `router.conformance`, since the suite's manifests have flags alone
     return parser
 
 

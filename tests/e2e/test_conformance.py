@@ -74,6 +74,10 @@ class Suite:
     def _endpoints_of(self, pool: str) -> Path:
         return self._directory / f"{pool}-picker.json"
 
+    def said(self, pool: str) -> str:
+        """The log of that pool's picker."""
+        return self._children[pool].log.read_text()
+
     async def start(self) -> None:
         await asyncio.gather(*(self.start_picker(pool) for pool in self._pickers))
         for pool in self._pickers:
@@ -259,7 +263,8 @@ async def test_the_gateways_hint_limits_the_picker(suite: Suite) -> None:
 
 
 async def test_nobody_but_the_pools_endpoints_is_ever_chosen(suite: Suite) -> None:
-    """Not even by a test: a picker is no way to other addresses."""
+    """Not even by a test: a picker is no way to other addresses. Whoever reads its log is told that clients choose among its own."""
+    assert "clients say who serves, and no model is known" in suite.said("primary")
     async with asking(suite) as asker:
         assert await asker.ask("primary", test_epp_endpoint_selection=suite.admin) == (503, "")
         status, served = await asker.ask("primary", x_gateway_destination_endpoint=suite.admin)
