@@ -26,7 +26,7 @@ from .site import ENGINE, ENVOY_ADMIN, FRONT, NAMES, PROXIES, ROUTERS, Pod, Site
 KUBERNETES = Path(__file__).parents[3] / "deploy" / "kubernetes"
 GATEWAY, ADMIN = f"{PROXIES[0]}:{FRONT}", f"{PROXIES[0]}:{ENVOY_ADMIN}"
 LARGE_BYTES, TOO_LARGE_BYTES = 20_000_000, 55_000_000  # router.max_body_bytes is 50 MiB
-NOBODY = f"{NETWORK}.20:8000"  # an address without a pod
+NOBODY = f"{NETWORK}.20"  # an address without a pod
 ALONE = "team/deep/d"  # an adapter of the origin that nothing else asks for: one pod has it
 
 
@@ -149,7 +149,7 @@ class Requests:
         """The destination of each pod, of which one at most has the adapter, and of an address that is of no pod; the mark of requests that must not be sent
         again; and what a conformance test would say."""
         assert (await site.client.chat(ALONE)).status == 200
-        for forged in [endpoint for pod in site.pods.values() for endpoint in pod.endpoints] + [NOBODY]:
+        for forged in [endpoint for pod in site.pods.values() for endpoint in pod.endpoints] + [f"{NOBODY}:{ENGINE}"]:
             headers = {"x-gateway-destination-endpoint": forged, "x-lora-extproc-no-retry": "1", "test-epp-endpoint-selection": forged}
             assert (await site.client.chat(ALONE, headers)).weights == weights_of(site.origin, ALONE)
 

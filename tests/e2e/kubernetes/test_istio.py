@@ -27,8 +27,8 @@ from tests.fakes.kube_apiserver import Admin, Cluster, crds, running_cluster
 from tests.fakes.kubectl import Kubectl
 from tests.fakes.wait import PATIENCE_S
 
-from .gateway import ADMIN, GATEWAY, KUBERNETES, Fronted, Requests
-from .site import FRONT, NAMES, PROXIES
+from .gateway import ADMIN, GATEWAY, KUBERNETES, NOBODY, Fronted, Requests
+from .site import ENGINE, FRONT, NAMES, PROXIES
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("network")]
 
@@ -69,6 +69,7 @@ class Meshed(Fronted):
         super().__init__(kubectl, admin, origin, directory)
         self.istio = istio
         self.way = FILTER
+        self.service = ""  # of the engines, as Envoy has it
 
     async def enter(self, way: Way) -> None:
         """Apply the overlay and run what its Deployment and its Gateway say."""
@@ -80,11 +81,11 @@ class Meshed(Fronted):
             patch = yaml.safe_dump({"spec": {"addresses": addresses}})
             await asyncio.to_thread(self.kubectl, "-n", "llm", "patch", "gateways.gateway.networking.k8s.io", "llm", "--type=merge", "-p", patch)
         await self.start_routers()
-        service, port, port_name = "vllm", "8000", "http"
+        self.service, port, port_name = "vllm", "8000", "http"
         if way is POOL:
-            service, port, port_name = await self._shadow(), "54321", "http-0"
-        self.services = {"vllm": "http", service: port_name}
-        self.models = f"outbound|{port}||{service}.llm.svc.cluster.local"
+            self.service, port, port_name = await self._shadow(), "54321", "http-0"
+        self.services = {"vllm": "http", self.service: port_name}
+        self.models = f"outbound|{port}||{self.service}.llm.svc.cluster.local"
         await self._publish()
         await self.until_served()
 
@@ -94,6 +95,17 @@ class Meshed(Fronted):
         self.routers.clear()
         await self.istio.remove(self.way.proxy)
         await asyncio.to_thread(self.kubectl, "delete", "-k", KUBERNETES / self.way.overlay)
+
+    async def change_pool(self, ports: list[int]) -> None:
+        """Give the InferencePool these target ports, and wait until Istio has taken them over."""
+        patch = yaml.safe_dump({"spec": {"targetPorts": [{"number": port} for port in ports]}})
+        await asyncio.to_thread(self.kubectl, "-n", "llm", "patch", "inferencepool", "llama", "--type=merge", "-p", patch)
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                [service] = await asyncio.to_thread(self.kubectl.get, "service", self.service, "-n", "llm")
+                if [port["targetPort"] for port in service["spec"]["ports"]] == ports:
+                    return
+                await asyncio.sleep(0.1)
 
     async def _shadow(self) -> str:
         """The Service that Istio makes of the InferencePool."""
@@ -222,6 +234,23 @@ class TestIstio(Requests):
         if update_golden:
             GOLDEN.write_text(f"{GOLDEN_HEAD}{yaml.safe_dump(told, sort_keys=False)}")
         assert yaml.safe_load(GOLDEN.read_text()) == told
+
+    async def test_every_rank_behind_a_pods_address_is_an_endpoint_of_a_pool(self, site: Meshed) -> None:
+        """Of a Service Istio keeps one endpoint for each address; of an InferencePool one for each of its ports."""
+        if site.way is not POOL:
+            pytest.skip("there is no pool")
+        ports = [ENGINE, ENGINE + 1]
+        await site.change_pool(ports)
+        try:
+            endpoints = [{"addresses": [NOBODY], "conditions": {"ready": True}}]
+            named = [{"name": f"http-{rank}", "port": port, "protocol": "TCP"} for rank, port in enumerate(ports)]
+            await site.admin.slice("ranks", site.service, endpoints, named)
+            async with asyncio.timeout(PATIENCE_S):
+                while not {f"{NOBODY}:{port}" for port in ports} <= (await site.asked_total()).keys():
+                    await asyncio.sleep(0.05)
+        finally:
+            await asyncio.to_thread(site.kubectl, "-n", "llm", "delete", "endpointslice", "ranks")
+            await site.change_pool(ports[:1])
 
     async def test_without_a_router_there_is_an_error(self, site: Meshed) -> None:
         """503 by the filter, which clients repeat; 500 for a pool, which fails closed, since Istio sets no other status."""
