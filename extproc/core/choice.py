@@ -1,6 +1,6 @@
 """Which endpoint serves a request, where a new copy is made, and which copy is prepared in the background: pure rules over what the router knows.
 
-The rule `bounded`. The *bound* is `balance_factor` times the mean of requests in flight; an endpoint is *below* it while it has fewer.
+The rule `bounded`. The *bound* is `balance_factor` times the mean of requests in flight; an endpoint is *below* it while it is known to have fewer.
 
 | where the adapter is | the request | in the background |
 | --- | --- | --- |
@@ -12,10 +12,11 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | nowhere in memory, but on its way to an endpoint that works on less than the bound | waits for that one, however many do: one fetch is enough | |
 | elsewhere or nowhere | waits for the best place | |
 
-The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy. Waiting for it pays
+The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; of what is leased once, only
+from CERTAIN times the bound on. Waiting for it pays
 where it costs a call or a load; where the files would have to be fetched first, only if the leased copy's engine queues.
 The *best place* is the less loaded of the key's first two endpoints (its *home*) that may be given something new, of those below the bound: one whose engine
-has room for an adapter before one that is full, one that has the files before one that has not. Else it is the first of the key's next ones that is
+has room for an adapter before one that is full, one that has the files, and less than NEAR the bound, before one that has not. Else it is the first of the key's next ones that is
 below the bound; else the least loaded.
 
 Most requests need no look at the whole table: `of_leased` serves them by the leased copies alone. Of what has at most MANY, one of them is at home and one
@@ -41,6 +42,8 @@ SAMPLED = 8  # endpoints that a base model's request chooses among
 _REMEMBERED = 65_536  # adapters whose pattern was looked for
 MANY = 4  # copies, above which a look at all of them costs more than what it finds is worth
 OFTEN, SELDOM = 16, 128  # one request in so many looks at all: where a copy may be wanted, and where all is well
+CERTAIN = 1.03  # times the bound: what an adapter's one copy has less beyond is chance, over before a load would be: of 24 requests of 4 s one ends in 0.17 s
+NEAR = 0.9  # of the bound: from here on an endpoint is given no more because it has the files. The key's other endpoint fetches them, once
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 
 
@@ -112,13 +115,13 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
     leased = [copy.endpoint for copy in copies if copy.at is At.LEASED]
     if not leased:
         return _without_lease(copies, order, loads, bound)
-    least = leased[0] if len(leased) == 1 else _least(leased, loads, order)
-    in_flight = loads[least.address].in_flight
-    serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].in_flight < bound else least
-    if in_flight < bound:
+    least = leased[0] if len(leased) == 1 else _least(loads.below(leased, bound) or leased, loads, order)
+    known = loads[least.address].known
+    serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].known < bound else least
+    if known < bound:
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(copies, order, loads, bound, rule)
-    if following is None:
+    if following is None or (len(leased) == 1 and known < CERTAIN * bound and not _is_warm(following, copies)):
         return Choice(least)
     return Choice(None, (following, least)) if _pays(following, least, copies, loads) else Choice(least, prepare=following)
 
@@ -141,39 +144,39 @@ def of_leased(leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Load
     return below if len(below) == 1 else (least, *(endpoint for endpoint in below if endpoint is not least))
 
 
+def _is_warm(place: Endpoint, copies: Sequence[Copy]) -> bool:
+    return any(copy.endpoint == place and copy.at is At.WARM for copy in copies)
+
+
 def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads) -> bool:
     """Whether a request should wait for `place`, rather than go to one above the bound that has the adapter in memory."""
     return any(copy.endpoint == place and copy.at is not At.COMING for copy in copies) or loads[instead.address].is_queueing
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
-    warm, leaving, parting = ([copy.endpoint for copy in copies if copy.at is at] for at in (At.WARM, At.LEAVING, At.PARTING))
-    place, beside = _of_warm(warm, copies, order, loads, bound) if warm else (_of_none(copies, order, loads, bound), None)
+    warm = [copy.endpoint for copy in copies if copy.at is At.WARM]
+    coming = [] if warm else [copy.endpoint for copy in copies if copy.at is At.COMING and _may_be_joined(loads[copy.endpoint.address], bound)]
+    leaving = [copy.endpoint for copy in copies if copy.at is At.LEAVING]
+    first = _least(warm or coming, loads, order) if warm or coming else _best_place(copies, order, loads, bound) or _coming(copies)
+    prepare = None
+    if warm and first is not None and loads[first.address].known >= bound:
+        place = _best_place(copies, order, loads, bound, must_be_below=True)
+        if place is not None and _pays(place, first, copies, loads):
+            first = place
+        else:
+            prepare = place
     if leaving:
-        return Choice(_least(leaving, loads, order), prepare=place)
-    has_files = warm or any(copy.at is At.COLD for copy in copies)
-    if parting and not has_files:
-        return Choice(None, (*parting, *order), place)
-    return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)
-
-
-def _of_warm(warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> tuple[Endpoint, Endpoint | None]:
-    """Which of these to wait for, or for what place in their stead; and what to prepare beside it."""
-    least = _least(warm, loads, order)
-    another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].in_flight >= bound else None
-    return (another, None) if another is not None and _pays(another, least, copies, loads) else (least, another)
-
-
-def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
-    """What to wait for where no engine has it: a copy on its way, unless too many others are sent there, else one to make."""
-    coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
-    joined = [endpoint for endpoint in coming if _may_be_joined(loads[endpoint.address], bound)]
-    return _least(joined, loads, order) if joined else _best_place(copies, order, loads, bound) or next(iter(coming), None)
+        return Choice(_least(leaving, loads, order), prepare=first)
+    is_elsewhere = first is not None and (warm or any(copy.at is At.COLD for copy in copies))
+    parting = [] if is_elsewhere else [copy.endpoint for copy in copies if copy.at is At.PARTING]
+    if parting:
+        return Choice(None, (*parting, *order), first)
+    return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)), prepare)
 
 
 def _may_be_joined(load: Load, bound: float) -> bool:
     """What is held there waits for this very copy, or for one that is loaded before it."""
-    return load.in_flight - load.held < bound
+    return load.known - load.held < bound
 
 
 def _coming(copies: Sequence[Copy]) -> Endpoint | None:
@@ -183,7 +186,7 @@ def _coming(copies: Sequence[Copy]) -> Endpoint | None:
 
 def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
     """The next copy to use: one that is there, else one to make, else none."""
-    warm = [copy.endpoint for copy in copies if copy.at is At.WARM and loads[copy.endpoint.address].in_flight < bound]
+    warm = [copy.endpoint for copy in copies if copy.at is At.WARM and loads[copy.endpoint.address].known < bound]
     if warm:
         return _least(warm, loads, order)
     if 0 < rule.max_copies <= _in_memory(copies):
@@ -221,14 +224,15 @@ def _home(leased: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[En
 def _best_place(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, *, must_be_below: bool = False) -> Endpoint | None:
     """Where a new copy is made: not where one is in memory already."""
     taken = {copy.endpoint.address for copy in copies if copy.at is not At.COLD}
-    home = [endpoint for endpoint in order[:HOME] if endpoint.address not in taken and loads[endpoint.address].in_flight < bound]
+    home = [endpoint for endpoint in order[:HOME] if endpoint.address not in taken and loads[endpoint.address].known < bound]
     if home:
-        has_files = [copy.endpoint.address for copy in copies if copy.at is At.COLD]
+        near = NEAR * bound
+        has_files = [copy.endpoint.address for copy in copies if copy.at is At.COLD and loads[copy.endpoint.address].known < near]
         return min(home, key=lambda endpoint: (loads[endpoint.address].is_full, endpoint.address not in has_files, loads[endpoint.address].in_flight))
     below = None
     for endpoint in order[HOME:]:
         load = loads[endpoint.address]
-        if load.in_flight < bound and endpoint.address not in taken:
+        if load.known < bound and endpoint.address not in taken:
             if not load.is_full:
                 return endpoint
             below = below or endpoint

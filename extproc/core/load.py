@@ -1,7 +1,9 @@
 """How many requests are in flight at each endpoint of a pool: what its engine said last, what routers have sent there since, and what is held for it here.
 
 An engine's word counts everybody's requests. What was sent after it was taken is added, as many times as there are routers: what the others send is not heard of
-sooner, and is as much. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before its last look
+sooner, and is as much. Several routers that have the same words so stay away from an engine that each of them has just sent something. As a count this is
+coarse, one request of four routers counts as four; so that whether an endpoint carries too much is asked of what is `known`, and the bound leaves room for what
+the others have sent an endpoint meanwhile on average. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before its last look
 is in the number, or as many have ended. If the stager says how often it looks, only what was sent since then counts: half of that time, as it is on average.
 Where there are other routers, all of that time: what they sent is an estimate, and one that is too low sends an engine more than the bound. If the stager does
 not say, everything since the word counts.
@@ -41,9 +43,9 @@ SILENT = Engine()
 
 
 class Load:
-    """One endpoint's. `in_flight` is kept by `Loads`."""
+    """One endpoint's. `in_flight` and `known` are kept by `Loads`."""
 
-    __slots__ = ("adapters", "counts", "engine", "held", "in_flight", "said_at", "sent")
+    __slots__ = ("adapters", "counts", "engine", "held", "in_flight", "known", "said_at", "sent")
 
     def __init__(self) -> None:
         self.engine = SILENT
@@ -52,7 +54,8 @@ class Load:
         self.held = 0  # requests that wait here until the adapter is there
         self.adapters = 0  # that are in demand there
         self.counts = True  # towards the mean
-        self.in_flight = 0.0
+        self.in_flight = 0.0  # with a guess of what other routers have sent since the word: by this endpoints are compared with each other
+        self.known = 0.0  # without it: this is compared with the bound
 
     @property
     def said(self) -> float:
@@ -74,7 +77,7 @@ class Loads:
 
     def __init__(self, addresses: Iterable[str] = ()) -> None:
         self._of: dict[str, Load] = {address: Load() for address in addresses}
-        self._said = self._total = 0.0  # over those that count
+        self._said = self._total = self._known = 0.0  # over those that count
         self._ready = len(self._of)
 
     def __getitem__(self, address: str) -> Load:
@@ -103,6 +106,7 @@ class Loads:
             load.counts = ready
             self._said += sign * load.said
             self._total += sign * load.in_flight
+            self._known += sign * load.known
             self._ready += sign
 
     def send(self, address: str, now: float) -> None:
@@ -152,7 +156,7 @@ class Loads:
         for load in self._of.values():
             if load.sent or now - load.said_at > STALE_S:
                 _expire(load, now)
-                load.in_flight = _in_flight(load)
+                _count(load)
         self._add_up()
 
     def mean(self) -> float:
@@ -160,28 +164,35 @@ class Loads:
         return max(self._said, self._total - ENDING * self._said) / self._ready if self._ready else 0.0
 
     def bound(self, factor: float) -> float:
-        """From so many requests in flight on, an endpoint carries too much: `factor` times the mean."""
-        return max(factor * self.mean(), FEW)
+        """From so many known requests in flight on, an endpoint carries too much: `factor` times the mean, less what other routers have sent an endpoint since
+        its word, if they send as much as this one."""
+        unheard = (self._total - self._known) / self._ready if self._ready else 0.0
+        return max(factor * self.mean() - unheard, FEW)
 
     def below(self, endpoints: Sequence[Endpoint], bound: float) -> list[Endpoint]:
-        """Those with less in flight than that."""
+        """Those that are not known to have as much in flight."""
         of = self._of
-        return [endpoint for endpoint in endpoints if of[endpoint.address].in_flight < bound]
+        return [endpoint for endpoint in endpoints if of[endpoint.address].known < bound]
 
     def _update(self, load: Load, said: float) -> None:
         """`said`: what its word was before."""
-        before, load.in_flight = load.in_flight, _in_flight(load)
+        in_flight, known = load.in_flight, load.known
+        _count(load)
         if load.counts:
             self._said += load.said - said
-            self._total += load.in_flight - before
+            self._total += load.in_flight - in_flight
+            self._known += load.known - known
 
     def _add_up(self) -> None:
         counted = [load for load in self._of.values() if load.counts]
         self._said, self._total, self._ready = sum(load.said for load in counted), sum(load.in_flight for load in counted), len(counted)
+        self._known = sum(load.known for load in counted)
 
 
-def _in_flight(load: Load) -> float:
-    return load.said + load.engine.routers * len(load.sent) + load.held
+def _count(load: Load) -> None:
+    sent = len(load.sent)
+    load.known = load.said + sent + load.held
+    load.in_flight = load.known + (load.engine.routers - 1) * sent
 
 
 def _expire(load: Load, now: float) -> None:

@@ -158,7 +158,7 @@ class Staging:
         if len(endpoints) < 2 or rule.balance != "bounded" or not (request.blocks or request.session):
             return None
         bound = loads.bound(rule.factor)
-        below = [endpoint for endpoint in endpoints if loads[endpoint.address].in_flight < bound]
+        below = loads.below(endpoints, bound)
         return self._prefixes.preferred(below, request.blocks, request.session) if below else None
 
     def _choose(self, forward: Forward) -> Choice:

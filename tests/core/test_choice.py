@@ -57,6 +57,20 @@ def test_above_the_bound_a_request_waits_for_a_load_and_not_for_a_fetch() -> Non
     assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(None, (B, A))
 
 
+def test_an_excess_that_is_over_before_a_load_would_be_makes_no_copy() -> None:
+    """One copy has less than CERTAIN times the bound: chance. Several that have as much are asked for often enough that the next one pays."""
+    loads = loads_of(25.9, 25.9, 18.4, 18.4, 18.4, 18.4)  # 26.1 is the bound
+    assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(A)
+    loads.say(A.address, Engine(running=26.8), 1.0)
+    loads.say(B.address, Engine(running=26.8), 1.0)
+    assert 26.8 > loads.bound(RULE.factor)
+    assert choose([*leased(A), Copy(C, At.COLD)], ENDPOINTS, loads, RULE) == Choice(A)
+    assert choose([*leased(A), Copy(C, At.WARM)], ENDPOINTS, loads, RULE) == Choice(None, (C, A))
+    assert choose([*leased(A, B), Copy(C, At.COLD)], ENDPOINTS, loads, RULE) == Choice(None, (C, A))
+    loads.say(A.address, Engine(running=28), 2.0)
+    assert choose([*leased(A), Copy(C, At.COLD)], ENDPOINTS, loads, RULE) == Choice(None, (C, A))
+
+
 def test_a_copy_that_others_had_made_is_used_before_one_is_made() -> None:
     """Its lease costs one call."""
     assert choose([*leased(A), Copy(D, At.WARM)], ENDPOINTS, loads_of(30, 10, 10, 10, 10, 10), RULE) == Choice(None, (D, A))
@@ -207,7 +221,20 @@ def test_without_any_endpoint_there_is_nothing_to_wait_for() -> None:
     assert choose([], (), loads_of(10), RULE) == Choice()
 
 
+def test_who_has_the_files_is_not_filled_up_to_the_bound_because_of_them() -> None:
+    """From NEAR the bound on, the key's other endpoint fetches them: later loads have two places to choose from."""
+    at = [Copy(B, At.COLD)]
+    assert choose(at, ENDPOINTS, loads_of(5, 10, 10, 10, 10, 10), RULE).wait_for[0] == B
+    assert choose(at, ENDPOINTS, loads_of(5, 11, 10, 10, 10, 10), RULE).wait_for[0] == A
+    assert choose([*at, Copy(A, At.COLD)], ENDPOINTS, loads_of(11, 12, 10, 10, 10, 10), RULE).wait_for[0] == A
+
+
 STATES = st.sampled_from(At)
+
+
+def test_a_draining_engine_is_asked_where_nothing_may_be_made_though_another_node_has_the_files() -> None:
+    """The key's places all drain, and the node with the files is none of them."""
+    assert choose([Copy(A, At.PARTING), Copy(B, At.COLD)], (), loads_of(10), RULE) == Choice(None, (A,))
 
 
 @given(

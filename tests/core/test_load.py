@@ -2,6 +2,7 @@
 
 import pytest
 
+from extproc.core.endpoint import Endpoint
 from extproc.core.load import ENDING, FEW, FORGOTTEN_S, MAX_SENT, STALE_S, Engine, Loads
 
 
@@ -33,6 +34,23 @@ def test_what_was_sent_counts_once_for_each_router() -> None:
     loads.say("a", Engine(running=5, routers=4), taken_at=0.0)
     loads.send("a", 0.1)
     assert loads["a"].in_flight == 9
+
+
+def test_a_guess_of_what_others_send_does_not_put_an_endpoint_above_the_bound() -> None:
+    """One request of one of four routers is no evidence of four: it counts once, and the bound is lower by what the others send an endpoint on average."""
+    loads = Loads(["a", "b"])
+    for address in ("a", "b"):
+        loads.say(address, Engine(running=20, routers=4), taken_at=0.0)
+    loads.send("a", 0.1)
+    assert (loads["a"].in_flight, loads["a"].known) == (24, 21)
+    assert loads.bound(1.25) == 1.25 * 20 - 3 / 2
+    a, b = Endpoint("a"), Endpoint("b")
+    assert loads.below((a, b), 21) == [b]
+    loads.stand_one("a", ready=False)
+    assert loads.bound(1.25) == 1.25 * 20
+    loads.stand_one("a", ready=True)
+    loads.say("a", Engine(running=20, routers=1), taken_at=0.2)
+    assert loads.bound(1.25) == 1.25 * 20
 
 
 def test_what_waits_here_for_an_adapter_counts_at_the_endpoint_that_will_have_it() -> None:
