@@ -6,9 +6,10 @@ The core is imported (choice, load, placement, copies, standing, popularity), as
 
 import argparse
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -82,6 +83,14 @@ def simulate(case: Case, way: str) -> Figures:
     return World(case, lambda: WAYS[way](case)).run()
 
 
+def typical(runs: Sequence[Figures]) -> Figures:
+    """Of runs with several seeds: the median of each figure, and of what must not happen the most."""
+    each = [asdict(run) for run in runs]
+    return Figures(
+        **{name: max(run[name] for run in each) if name in ("drain_waits", "death_waits") else statistics.median(run[name] for run in each) for name in each[0]}
+    )
+
+
 def verdict(row: Row, case: Case, figures: Figures, owner: Figures) -> str:
     """What misses a bound. With more slots owner only loads next to nothing, and a multiple of it says nothing."""
     misses = []
@@ -98,7 +107,7 @@ def verdict(row: Row, case: Case, figures: Figures, owner: Figures) -> str:
     return ", ".join(misses) or "ok"
 
 
-def main(*, names: Sequence[str], is_large: bool, seconds: float, processes: int) -> None:
+def main(*, names: Sequence[str], is_large: bool, seconds: float, seeds: Sequence[int], processes: int) -> None:
     console = Console(width=170)
     chosen = [row for row in rows(is_large=is_large) if not names or row.name in names]
     if seconds:
@@ -107,10 +116,10 @@ def main(*, names: Sequence[str], is_large: bool, seconds: float, processes: int
         "case", "rule", "routers", "loads/request", "x owner", "max/mean p99", "p50", "queued p99 s", "queued", "waited", "fetched", "prepared", "verdict"
     )
     with ProcessPoolExecutor(processes) as pool:
-        runs = [(row, way, case, pool.submit(simulate, case, way)) for row, way, case in work(chosen)]
+        runs = [(row, way, case, [pool.submit(simulate, replace(case, seed=seed), way) for seed in seeds]) for row, way, case in work(chosen)]
         owners = {row.name: run for row, way, _, run in runs if way == OWNER}
         for row, way, case, run in runs:
-            f, owner = run.result(), owners[row.name].result()
+            f, owner = (typical([each.result() for each in of]) for of in (run, owners[row.name]))
             table.add_row(
                 row.name,
                 way,
@@ -129,7 +138,7 @@ def main(*, names: Sequence[str], is_large: bool, seconds: float, processes: int
             if case.moves and way == OURS:
                 console.print(
                     f"{row.name}, {case.routers} routers: held although some engine had it: {f.drain_waits} for the drain, {f.death_waits} for the death; "
-                    f"{f.misread} read from the disk by an engine that was believed to have it; {f.orphan_waits} waits for what the dead node alone had"
+                    f"{f.misread:g} read from the disk by an engine that was believed to have it; {f.orphan_waits} waits for what the dead node alone had"
                 )
     console.print(table)
 
@@ -139,6 +148,9 @@ if __name__ == "__main__":
     parser.add_argument("cases", nargs="*", help="their names in the table; all without")
     parser.add_argument("--large", action="store_true", help="also the cases of 1,000 nodes, which take minutes")
     parser.add_argument("--seconds", type=float, default=0.0, help="of simulated time that count; 0: as the case says")
+    parser.add_argument("--seed", type=int, default=1, help="of what is drawn: names' places in the law, arrivals, service times")
+    parser.add_argument("--seeds", type=int, default=1, help="so many from --seed on; the table has the medians")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    main(names=arguments.cases, is_large=arguments.large, seconds=arguments.seconds, processes=arguments.processes)
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    main(names=arguments.cases, is_large=arguments.large, seconds=arguments.seconds, seeds=seeds, processes=arguments.processes)

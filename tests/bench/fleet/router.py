@@ -1,5 +1,6 @@
 """One simulated router: what `Staging`, `Residency`, `Membership` and `Moves` do with the core, without their sockets and tasks."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
@@ -42,6 +43,7 @@ class Router:
         self._clock = clock
         self._leases: dict[tuple[str, str], float] = {}  # (stager, adapter) -> until
         self._preparing: dict[str, set[str]] = {}  # by stager
+        self._asked: Counter[tuple[str, str]] = Counter()  # (stager, adapter): those who wait for its answer
         self._observed: dict[str, Observed] = {}
         self._ticks = 0
         self._tick()
@@ -95,6 +97,11 @@ class Router:
                     found.append(Copy(endpoint, At.LEASED if warm and leased else At.WARM if warm else At.COLD))
                 elif standing is Standing.DRAINING and (leased or warm):
                     found.append(Copy(endpoint, At.LEAVING if leased else At.PARTING))
+        if not any(copy.at is At.LEASED for copy in found):
+            there = [copy.endpoint for copy in found if copy.at is not At.COLD]
+            candidates = self.snapshot.stageable(self.snapshot.candidates(self.pool, adapter))
+            asked = [endpoint for endpoint in candidates if endpoint not in there and (endpoint.stager, adapter) in self._asked]
+            found = [*(copy for copy in found if copy.endpoint not in asked), *(Copy(endpoint, At.COMING) for endpoint in asked)]
         return found
 
     def _has_lease(self, endpoint: Endpoint, adapter: str) -> bool:
@@ -114,11 +121,17 @@ class Router:
         node.take(request)
 
     def _ensure(self, endpoint: Endpoint, adapter: str, then: Callable[[bool], None]) -> None:
+        call = (endpoint.stager, adapter)
+
         def answered(is_there: bool) -> None:
+            self._asked[call] -= 1
+            if not self._asked[call]:
+                del self._asked[call]
             if is_there:
-                self._leases[endpoint.stager, adapter] = self._clock.now + LEASE_S
+                self._leases[call] = self._clock.now + LEASE_S
             then(is_there)
 
+        self._asked[call] += 1
         self._nodes[endpoint.stager].ensure(adapter, answered)
 
     def _prepare(self, endpoint: Endpoint, adapter: str) -> None:
