@@ -107,9 +107,11 @@ def verdict(row: Row, case: Case, figures: Figures, owner: Figures) -> str:
     return ", ".join(misses) or "ok"
 
 
-def main(*, names: Sequence[str], is_large: bool, seconds: float, seeds: Sequence[int], processes: int) -> None:
+def main(*, names: Sequence[str], is_large: bool, only_ours: bool, seconds: float, seeds: Sequence[int], processes: int) -> None:
     console = Console(width=170)
     chosen = [row for row in rows(is_large=is_large) if not names or row.name in names]
+    if only_ours:
+        chosen = [replace(row, ways=(OURS, OWNER)) for row in chosen]
     if seconds:
         chosen = [replace(row, case=replace(row.case, seconds=seconds, warm_up_s=seconds / 3)) for row in chosen]
     table = Table(
@@ -147,10 +149,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="their names in the table; all without")
     parser.add_argument("--large", action="store_true", help="also the cases of 1,000 nodes, which take minutes")
+    parser.add_argument("--ours", action="store_true", help="only the router's own rule, beside owner only")
     parser.add_argument("--seconds", type=float, default=0.0, help="of simulated time that count; 0: as the case says")
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn: names' places in the law, arrivals, service times")
     parser.add_argument("--seeds", type=int, default=1, help="so many from --seed on; the table has the medians")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    main(names=arguments.cases, is_large=arguments.large, seconds=arguments.seconds, seeds=seeds, processes=arguments.processes)
+    main(
+        names=arguments.cases,
+        is_large=arguments.large,
+        only_ours=arguments.ours,
+        seconds=arguments.seconds,
+        seeds=range(arguments.seed, arguments.seed + arguments.seeds),
+        processes=arguments.processes,
+    )
