@@ -76,6 +76,8 @@ class EndpointSettings(Group):
     """`host:port` of the stager that fills this server's directory. Empty: nothing is staged, the server is used for base models only."""
     node: str = ""
     """Name of the machine, for logs and `owner`. Empty: the address."""
+    zone: str = ""
+    """What fails together with this server: an availability zone, a rack. A copy that is made for the case that another's node dies is made in another zone."""
 
 
 class FileSourceSettings(Group):
@@ -83,7 +85,7 @@ class FileSourceSettings(Group):
     """Endpoints from a file that something else writes: a ConfigMap, a configuration tool, a script."""
     path: str = Field(min_length=1)
     """YAML or JSON: a list of endpoints, or a mapping of pools' names to such lists, of which this pool's counts. An endpoint is `ip:port` or a mapping
-    with `address`, `stager`, `node`, `instance`, `leaving`. Prefer JSON for a thousand endpoints or more: ten thousand are read in 5 ms, as YAML in a second."""
+    with `address`, `stager`, `node`, `instance`, `zone`, `leaving`. Prefer JSON for a thousand endpoints or more: ten thousand are read in 5 ms, as YAML in a second."""
     poll_s: Seconds = 1.0
     """How often it is looked at. A look is one `stat`, so that every file system will do; the default is what a person who has saved a file waits for."""
 
@@ -270,7 +272,7 @@ class PoolSettings(Group):
         return values
 
     def members(self) -> tuple[Endpoint, ...]:
-        return tuple(Endpoint(e.address, e.node or e.address, e.stager) for e in self.endpoints)
+        return tuple(Endpoint(e.address, e.node or e.address, e.stager, zone=e.zone) for e in self.endpoints)
 
 
 class DiscoverySettings(Group):

@@ -13,6 +13,7 @@ class Endpoint:
     node: str = field(default="", compare=False)
     stager: str = field(default="", compare=False)  # host:port of the stager that fills this node's directory; "" = nothing is staged here
     instance: str = ""  # what the source of endpoints tells instances apart by, as a pod's UID; "": it does not
+    zone: str = field(default="", compare=False)  # what fails together; "": not known
     host: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

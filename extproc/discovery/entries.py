@@ -1,6 +1,6 @@
 """Endpoints as people and programs write them down, read one by one. Pure.
 
-An entry is `ip:port`, or a mapping with `address` and, where known, `stager`, `node`, `instance` and `leaving`. An entry that cannot be an endpoint is left
+An entry is `ip:port`, or a mapping with `address` and, where known, `stager`, `node`, `instance`, `zone` and `leaving`. An entry that cannot be an endpoint is left
 out and told of, since one bad line must not take the others down. A set of which no entry can be read is refused: then it is the form that has changed.
 """
 
@@ -16,7 +16,7 @@ from .source import Failed, Seen, Shown
 MAX_ENTRIES = 100_000  # of one set: a hundred times the largest fleet that this is built for; more is a wrong file or prefix
 MAX_TEXT_CHARACTERS = 253  # of a name, as DNS and Kubernetes limit theirs
 MAX_COMPLAINTS = 5  # told of one set; the others are counted
-KEYS = frozenset({"address", "stager", "node", "instance", "leaving"})
+KEYS = frozenset({"address", "stager", "node", "instance", "zone", "leaving"})
 
 
 class BadEntry(ValueError):
@@ -66,7 +66,8 @@ def read_entry(raw: object) -> Found:
             raise BadEntry(f"stager {_shown(stager)} is not host:port") from None
     if not _text(raw, "address"):
         raise BadEntry("has no address")
-    return Found(Endpoint(canonical(raw["address"]), node=_text(raw, "node"), stager=stager, instance=_text(raw, "instance")), leaving)
+    texts = {key: _text(raw, key) for key in ("node", "instance", "zone")}
+    return Found(Endpoint(canonical(raw["address"]), stager=stager, **texts), leaving)
 
 
 def collect(entries: Iterable[tuple[str, Found | BadEntry]], note: str = "") -> Seen:
@@ -94,10 +95,10 @@ def collect(entries: Iterable[tuple[str, Found | BadEntry]], note: str = "") -> 
     return Shown(tuple(found for _, found in endpoints.values()), tuple(complaints), left_out, note)
 
 
-def row(found: Found) -> tuple[str, str, str, str, bool]:
+def row(found: Found) -> tuple[str, str, str, str, str, bool]:
     """All that a source says of an endpoint, to compare and to keep: `Endpoint` itself is equal by its identity alone."""
     endpoint = found.endpoint
-    return endpoint.address, endpoint.node, endpoint.stager, endpoint.instance, found.is_leaving
+    return endpoint.address, endpoint.node, endpoint.stager, endpoint.instance, endpoint.zone, found.is_leaving
 
 
 def _text(raw: dict[str, object], key: str) -> str:

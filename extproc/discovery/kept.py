@@ -16,7 +16,7 @@ from ..core.fleet import Found
 from .entries import row
 
 FILE = "fleet.json"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 256 * 2**20  # some sources of MAX_ENTRIES each
 
 
@@ -38,7 +38,7 @@ class _Set(msgspec.Struct):
     pool: str
     source: str
     at: float
-    endpoints: list[tuple[str, str, str, str, bool]]  # `row` of each
+    endpoints: list[tuple[str, str, str, str, str, bool]]  # `row` of each
 
 
 class _File(msgspec.Struct):
@@ -83,5 +83,5 @@ def save(directory: Path, sets: Iterable[Kept]) -> None:
         raise
 
 
-def _found(address: str, node: str, stager: str, instance: str, is_leaving: bool) -> Found:
-    return Found(Endpoint(address, node, stager, instance), is_leaving)
+def _found(address: str, node: str, stager: str, instance: str, zone: str, is_leaving: bool) -> Found:
+    return Found(Endpoint(address, node, stager, instance, zone), is_leaving)

@@ -9,7 +9,8 @@ So a pod that terminates is leaving for as long as it answers, and then gone; on
 pod's UID: a pod that takes over an address has nothing of what the last one had. Its node is the pod.
 
 Each port of a pod is an engine: a data-parallel rank, which knows only the adapters that were loaded into itself. So each has a stager of its own, with a
-directory of its own: that of the first port listens on the stager's port, that of the next on the next, 9102, 9103 and so on. Zones are not read, since no choice of the router depends on them, and neither is `appProtocol`, which tells the gateway how to talk to a pod.
+directory of its own: that of the first port listens on the stager's port, that of the next on the next, 9102, 9103 and so on.
+`appProtocol` is not read: it tells the gateway how to talk to a pod. The zone of a pod is its label, which Kubernetes copies from its node since 1.35.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from ..core.fleet import Found
 from ..kubernetes.objects import Object
 from .entries import BadEntry, canonical
 
+ZONE = "topology.kubernetes.io/zone"  # a label of a pod
 STAGER_PORT = "lora-extproc/stager-port"  # an annotation of a pod: the port of its first stager; 0: nothing is staged there
 # annotations by which a pod names those of the pool's targetPorts where it serves; llm-d's, and the Inference Extension's own, which llm-d reads too
 ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
@@ -86,6 +88,7 @@ class _Target(msgspec.Struct):
 class _SliceEndpoint(msgspec.Struct, rename="camel"):
     addresses: list[str]
     conditions: _Conditions = msgspec.field(default_factory=_Conditions)
+    zone: str | None = None
     target_ref: _Target | None = None
 
 
@@ -121,9 +124,9 @@ class PodReader:
             return ((where, error),)
         owner = _Target(pod.metadata.name, pod.metadata.uid)
         is_leaving = bool(pod.metadata.deletion_timestamp)
-        return tuple(
-            (where, _found(status.ip, port, owner, _next(stager_port, rank), is_leaving=is_leaving)) for rank, port in enumerate(self.ports) if port in active
-        )
+        zone = pod.metadata.labels.get(ZONE, "")
+        ports = [(rank, port) for rank, port in enumerate(self.ports) if port in active]
+        return tuple((where, _found(status.ip, port, owner, _next(stager_port, rank), zone, is_leaving=is_leaving)) for rank, port in ports)
 
     def _active(self, annotations: Mapping[str, str]) -> frozenset[int]:
         name = next((name for name in ACTIVE_PORTS if name in annotations), None)
@@ -167,7 +170,7 @@ class SliceReader:
         target = one.target_ref or _Target()
         host = one.addresses[0]  # "clients must not assume" that others are the same endpoint; only the first is ever set
         for rank, port in ports.items():
-            yield where, _found(host, port, target, _next(self.stager_port, rank), is_leaving=bool(conditions.terminating))
+            yield where, _found(host, port, target, _next(self.stager_port, rank), one.zone or "", is_leaving=bool(conditions.terminating))
 
 
 def of_pods(pods: Iterable[tuple[Pod, tuple[Entry, ...]]]) -> list[Entry]:
@@ -185,13 +188,13 @@ def of_slices(slices: Iterable[tuple[EndpointSlice, tuple[Entry, ...]]]) -> list
     return sorted((entry for _, entries in in_order for entry in entries), key=lambda entry: isinstance(entry[1], Found) and not entry[1].is_leaving)
 
 
-def _found(host: str, port: int, pod: _Target, stager_port: int, *, is_leaving: bool) -> Found | BadEntry:
+def _found(host: str, port: int, pod: _Target, stager_port: int, zone: str, *, is_leaving: bool) -> Found | BadEntry:
     """The endpoint of one rank."""
     if stager_port > 65535:
         return BadEntry(f"has no stager for port {port}: each port has one, on the port after the last one's, and there is no {stager_port}")
     try:
         stager = _joined(host, stager_port) if stager_port else ""
-        return Found(Endpoint(canonical(_joined(host, port)), pod.name, stager, pod.uid), is_leaving)
+        return Found(Endpoint(canonical(_joined(host, port)), pod.name, stager, pod.uid, zone), is_leaving)
     except BadEntry as error:
         return error
 

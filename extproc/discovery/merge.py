@@ -6,7 +6,7 @@ of the settings that shows it; Envoy could not tell two apart.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.endpoint import Endpoint
 from ..core.fleet import Fleet, Found
@@ -56,11 +56,11 @@ def is_same_set(one: Sequence[Found], other: Sequence[Found]) -> bool:
 
 def _both(earlier: Found, later: Found) -> Found:
     a, b = earlier.endpoint, later.endpoint
-    endpoint = Endpoint(a.address, b.node or a.node, b.stager or a.stager, b.instance or a.instance)
+    endpoint = Endpoint(a.address, b.node or a.node, b.stager or a.stager, b.instance or a.instance, b.zone or a.zone)
     return Found(endpoint, earlier.is_leaving or later.is_leaving)
 
 
 def _named(found: Found) -> Found:
     """An endpoint of which no source says the node is its own node."""
     e = found.endpoint
-    return found if e.node else Found(Endpoint(e.address, e.address, e.stager, e.instance), found.is_leaving)
+    return found if e.node else Found(replace(e, node=e.address), found.is_leaving)

@@ -17,7 +17,7 @@ class StaticSource:
     is_final = True
 
     def __init__(self, endpoints: Sequence[EndpointSettings]) -> None:
-        self._endpoints = tuple(Found(Endpoint(_spelled(e.address), e.node, e.stager)) for e in endpoints)
+        self._endpoints = tuple(Found(Endpoint(_spelled(e.address), e.node, e.stager, zone=e.zone)) for e in endpoints)
 
     async def sets(self) -> AsyncGenerator[Seen, None]:
         """The one set."""

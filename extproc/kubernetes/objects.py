@@ -16,6 +16,7 @@ class Metadata(msgspec.Struct, rename="camel"):
     resource_version: str = ""
     creation_timestamp: str = ""
     deletion_timestamp: str = ""
+    labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
 
 

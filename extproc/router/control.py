@@ -32,7 +32,7 @@ def router_app(services: Services, why_not_ready: Callable[[], str | None]) -> F
                     "model": model,
                     "pool": pool.name,
                     "key": key,
-                    "candidates": [{"address": e.address, "node": e.node, "stager": e.stager} for e in candidates],
+                    "candidates": [{"address": e.address, "node": e.node, "stager": e.stager, "zone": e.zone} for e in candidates],
                 }
 
     @app.get("/v1/endpoints", summary="Every endpoint, how it stands (joining, ready, draining, down), why, and how many requests are in flight there.")
@@ -44,6 +44,7 @@ def router_app(services: Services, why_not_ready: Callable[[], str | None]) -> F
                 "address": e.address,
                 "node": e.node,
                 "stager": e.stager,
+                "zone": e.zone,
                 "standing": standing.name.lower(),
                 "why": why,
                 "down": why if standing is Standing.DOWN else None,

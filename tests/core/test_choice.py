@@ -1,5 +1,7 @@
 """Which endpoint serves, where a copy is made, and what is prepared."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,6 +104,14 @@ def test_a_second_copy_of_what_is_hot_is_made_where_there_is_room() -> None:
     for endpoint in ENDPOINTS:
         loads.demand(endpoint.address, 16, 16)
     assert choose(leased(A), ENDPOINTS, loads, RULE, is_hot=True) == Choice(A)
+
+
+def test_a_copy_for_the_case_of_a_death_is_made_in_another_zone() -> None:
+    """If the key's first endpoints have one with room; else in the same one."""
+    a, b, c = (replace(endpoint, zone=zone) for endpoint, zone in ((A, "x"), (B, "x"), (C, "y")))
+    for rule, is_hot in ((RULE, True), (Rule(RULE.draw, min_copies=2), False)):
+        assert choose(leased(a), (a, b, c), loads_of(10, 9, 10), rule, is_hot=is_hot).prepare == c
+        assert choose(leased(a), (a, b, c), loads_of(10, 9, 30), rule, is_hot=is_hot).prepare == b
 
 
 def test_the_copies_that_an_adapter_shall_have_are_made_whatever_the_load() -> None:

@@ -11,11 +11,11 @@ from extproc.discovery.entries import row
 from extproc.discovery.source import Failed, Seen, Shown
 from tests.fakes.wait import PATIENCE_S
 
-Row = tuple[str, str, str, str, bool]
+Row = tuple[str, str, str, str, str, bool]
 
 
-def found(address: str, node: str = "", stager: str = "", instance: str = "", *, leaving: bool = False) -> Found:
-    return Found(Endpoint(address, node, stager, instance), leaving)
+def found(address: str, node: str = "", stager: str = "", instance: str = "", zone: str = "", *, leaving: bool = False) -> Found:
+    return Found(Endpoint(address, node, stager, instance, zone), leaving)
 
 
 def rows(seen: Seen) -> list[Row]:

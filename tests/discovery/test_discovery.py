@@ -98,7 +98,7 @@ async def test_a_replaced_instance_and_another_stager_are_news() -> None:
         taken.fleets.clear()
         source.show(found("10.0.0.1:8000", "n", "b:1", "uid-2"))
         moved = (await taken.until("10.0.0.1:8000"))["p"][0]
-        assert (moved.endpoint == replaced.endpoint, row(moved)) == (True, ("10.0.0.1:8000", "n", "b:1", "uid-2", False))
+        assert (moved.endpoint == replaced.endpoint, row(moved)) == (True, ("10.0.0.1:8000", "n", "b:1", "uid-2", "", False))
 
 
 async def test_changes_that_follow_each_other_are_one_fleet() -> None:

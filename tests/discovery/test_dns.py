@@ -62,10 +62,10 @@ async def test_addresses_become_endpoints(tmp_path: Path) -> None:
     """With the port, and the stager's, of the settings; IPv4 and IPv6 by sources of their own."""
     async with zone(tmp_path) as server:
         assert rows(await seen_by(server.address, stager_port=9102)) == [
-            ("10.0.0.1:8000", "", "10.0.0.1:9102", "", False),
-            ("10.0.0.2:8000", "", "10.0.0.2:9102", "", False),
+            ("10.0.0.1:8000", "", "10.0.0.1:9102", "", "", False),
+            ("10.0.0.2:8000", "", "10.0.0.2:9102", "", "", False),
         ]
-        assert rows(await seen_by(server.address, record="AAAA", stager_port=9102)) == [("[2001:db8::1]:8000", "", "[2001:db8::1]:9102", "", False)]
+        assert rows(await seen_by(server.address, record="AAAA", stager_port=9102)) == [("[2001:db8::1]:8000", "", "[2001:db8::1]:9102", "", "", False)]
         assert addresses(await seen_by(server.address, name="slow.test.")) == ["10.0.0.1:8000", "10.0.0.2:8000"]
 
 
@@ -73,8 +73,8 @@ async def test_srv_records_have_ports_and_names(tmp_path: Path) -> None:
     """The name is the node. Less preferred targets are for when the others are gone, and the targets may have addresses of either kind."""
     async with zone(tmp_path) as server:
         assert rows(await seen_by(server.address, record="SRV", name="_http._tcp.vllm.test.", stager_port=9102)) == [
-            ("10.0.1.1:8001", "a.test", "10.0.1.1:9102", "", False),
-            ("[2001:db8::2]:8000", "b.test", "[2001:db8::2]:9102", "", False),
+            ("10.0.1.1:8001", "a.test", "10.0.1.1:9102", "", "", False),
+            ("[2001:db8::2]:8000", "b.test", "[2001:db8::2]:9102", "", "", False),
         ]
 
 
@@ -223,7 +223,7 @@ async def test_addresses_that_come_with_the_srv_records_are_not_asked_for() -> N
         return message
 
     async with scripted_dns(answer) as server:
-        assert rows(await seen_by(server.address, record="SRV")) == [("10.0.0.1:8000", "a.test", "", "", False)]
+        assert rows(await seen_by(server.address, record="SRV")) == [("10.0.0.1:8000", "a.test", "", "", "", False)]
         assert server.asked == ["udp vllm.test. IN SRV"]
 
 

@@ -53,9 +53,9 @@ def test_what_is_no_address_is_named_with_what_is_wrong(address: str, complaint:
 
 def test_an_entry_is_an_address_or_a_mapping() -> None:
     """Each key of the mapping is a field of the endpoint."""
-    assert row(read_entry("10.0.0.1:8000")) == ("10.0.0.1:8000", "", "", "", False)
-    whole = {"address": "10.0.0.1:8000", "stager": "one.local:9102", "node": "one", "instance": "uid-1", "leaving": True}
-    assert row(read_entry(whole)) == ("10.0.0.1:8000", "one", "one.local:9102", "uid-1", True)
+    assert row(read_entry("10.0.0.1:8000")) == ("10.0.0.1:8000", "", "", "", "", False)
+    whole = {"address": "10.0.0.1:8000", "stager": "one.local:9102", "node": "one", "instance": "uid-1", "zone": "a", "leaving": True}
+    assert row(read_entry(whole)) == ("10.0.0.1:8000", "one", "one.local:9102", "uid-1", "a", True)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_set_without_one_good_entry_is_a_failure() -> None:
 def test_of_two_entries_with_one_address_the_later_one_counts() -> None:
     """And it is told of, unless they say the same."""
     seen = collect([("a", found("10.0.0.1:8000", instance="1")), ("b", found("10.0.0.1:8000", instance="2")), ("c", found("10.0.0.1:8000", instance="2"))])
-    assert rows(seen) == [("10.0.0.1:8000", "", "", "2", False)]
+    assert rows(seen) == [("10.0.0.1:8000", "", "", "2", "", False)]
     assert isinstance(seen, Shown)
     assert seen.left_out == ("a has the address 10.0.0.1:8000 of b, which counts, as the later one",)
 

@@ -61,7 +61,7 @@ async def test_keys_that_come_change_and_go_are_followed(etcd: EtcdServer) -> No
         await listener.until("10.0.0.1:8000")
         await etcd.put(PREFIX + "b", {"address": "10.0.0.2:8000", "stager": "10.0.0.2:9102", "node": "b", "instance": "uid", "leaving": True})
         await listener.until("10.0.0.1:8000", "10.0.0.2:8000")
-        assert rows(listener.said[-1])[1] == ("10.0.0.2:8000", "b", "10.0.0.2:9102", "uid", True)
+        assert rows(listener.said[-1])[1] == ("10.0.0.2:8000", "b", "10.0.0.2:9102", "uid", "", True)
         await etcd.put(PREFIX + "a", "10.0.0.3:8000")
         await listener.until("10.0.0.3:8000", "10.0.0.2:8000")
         await etcd.put("/fleet/llama2/b", "10.9.9.9:8000")
@@ -106,7 +106,7 @@ async def test_of_two_keys_with_one_address_the_one_written_last_counts(etcd: Et
     """A pod that was replaced keeps its key for the time of its lease. The order of the names says nothing."""
     await etcd.put(PREFIX + "z-old", {"address": "10.0.0.1:8000", "instance": "old"})
     await etcd.put(PREFIX + "a-new", {"address": "10.0.0.1:8000", "instance": "new"})
-    assert rows(await first(etcd.url)) == [("10.0.0.1:8000", "", "", "new", False)]
+    assert rows(await first(etcd.url)) == [("10.0.0.1:8000", "", "", "new", "", False)]
 
 
 async def test_a_prefix_of_thousands_is_read_in_pages(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ async def test_yaml_and_json_are_read_alike(tmp_path: Path, suffix: str, write: 
     path = tmp_path / f"fleet{suffix}"
     path.write_text(write(["10.0.0.1:8000", {"address": "[2001:DB8::1]:8000", "stager": "one:9102", "node": "one", "instance": "u", "leaving": True}]))
     async with reading(path) as reader:
-        assert rows(await reader.next()) == [("10.0.0.1:8000", "", "", "", False), ("[2001:db8::1]:8000", "one", "one:9102", "u", True)]
+        assert rows(await reader.next()) == [("10.0.0.1:8000", "", "", "", "", False), ("[2001:db8::1]:8000", "one", "one:9102", "u", "", True)]
 
 
 async def test_a_mapping_has_a_list_per_pool(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from extproc.discovery.kept import FILE, Damaged, Kept, load, save
 from .scripted import found
 
 SETS = [
-    Kept("a", "file x", 1000.5, (found("10.0.0.1:8000", "one", "10.0.0.1:9102", "uid", leaving=True), found("[2001:db8::1]:8000"))),
+    Kept("a", "file x", 1000.5, (found("10.0.0.1:8000", "one", "10.0.0.1:9102", "uid", "zone-a", leaving=True), found("[2001:db8::1]:8000"))),
     Kept("b", "dns y", 2000.0, ()),
 ]
 
@@ -39,9 +39,9 @@ def test_nothing_is_kept_where_nothing_was_written(tmp_path: Path) -> None:
         (b'{"version": 1, "sets": [{"pool"', "truncated"),
         (b"\0" * 100, "malformed"),
         (b"[]", "Expected `object`"),
-        (b"{}", "not of version 1"),
-        (b'{"version": 2, "sets": []}', "not of version 1"),
-        (b'{"version": 1, "sets": [{"pool": "a", "source": "b", "at": 1, "endpoints": [["10.0.0.1:8000"]]}]}', "Expected `array` of length 5"),
+        (b"{}", "not of version 2"),
+        (b'{"version": 1, "sets": []}', "not of version 2"),
+        (b'{"version": 2, "sets": [{"pool": "a", "source": "b", "at": 1, "endpoints": [["10.0.0.1:8000"]]}]}', "Expected `array` of length 6"),
     ],
 )
 def test_a_damaged_file_is_told_of(tmp_path: Path, content: bytes, complaint: str) -> None:
@@ -71,4 +71,4 @@ def test_a_time_to_come_is_now(tmp_path: Path) -> None:
 def test_the_file_says_its_version(tmp_path: Path) -> None:
     """So that the next form can be told apart."""
     save(tmp_path, SETS)
-    assert json.loads((tmp_path / FILE).read_text())["version"] == 1
+    assert json.loads((tmp_path / FILE).read_text())["version"] == 2

@@ -73,7 +73,7 @@ async def test_the_pods_of_a_selector_are_followed(server: ApiServer, kubeconfig
         await server.put(PODS + "b", **pod("10.0.0.2", deletionTimestamp="now", uid=uid))
         await server.delete(PODS + "a")
         await listener.until("10.0.0.2:8000")
-        assert rows(listener.said[-1]) == [("10.0.0.2:8000", "b", "10.0.0.2:9102", uid, True)]
+        assert rows(listener.said[-1]) == [("10.0.0.2:8000", "b", "10.0.0.2:9102", uid, "", True)]
     assert server.asked("list")[0]["labelSelector"] == "app=vllm"
 
 
@@ -129,7 +129,7 @@ async def test_pods_that_swap_addresses_are_other_endpoints(server: ApiServer, k
         await listener.until("10.0.0.2:8000")
         await server.put(PODS + "b", **pod("10.0.0.1", uid="uid-b"))
         await listener.until("10.0.0.1:8000", "10.0.0.2:8000")
-        assert sorted((address, instance) for address, _, _, instance, _ in rows(listener.said[-1])) == [
+        assert sorted((address, instance) for address, _, _, instance, *_ in rows(listener.said[-1])) == [
             ("10.0.0.1:8000", "uid-b"),
             ("10.0.0.2:8000", "uid-a"),
         ]

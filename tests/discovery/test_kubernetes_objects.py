@@ -37,8 +37,14 @@ def rows(entries: Any) -> list[Any]:
 
 def test_a_ready_pod_is_an_endpoint() -> None:
     """Of its address and UID; its node is the pod, which has a stager and a directory of its own."""
-    assert rows(READER.read(pod())) == [("10.0.0.1:8000", "vllm-0", "10.0.0.1:9102", "uid-vllm-0", False)]
-    assert rows(READER.read(pod(ip="fd00::1"))) == [("[fd00::1]:8000", "vllm-0", "[fd00::1]:9102", "uid-vllm-0", False)]
+    assert rows(READER.read(pod())) == [("10.0.0.1:8000", "vllm-0", "10.0.0.1:9102", "uid-vllm-0", "", False)]
+    assert rows(READER.read(pod(ip="fd00::1"))) == [("[fd00::1]:8000", "vllm-0", "[fd00::1]:9102", "uid-vllm-0", "", False)]
+
+
+def test_the_zone_of_a_pod_is_its_label() -> None:
+    """Which Kubernetes copies from its node."""
+    labelled = pod(metadata={"labels": {"topology.kubernetes.io/zone": "eu-1a"}})
+    assert [zone for *_, zone, _ in rows(READER.read(labelled))] == ["eu-1a"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,7 @@ def test_a_pod_that_does_not_serve_is_none(status: dict[str, Any]) -> None:
 def test_a_pod_that_terminates_is_leaving_while_it_is_ready() -> None:
     """Then it is gone."""
     deleted = {"deletionTimestamp": "2026-11-29T12:01:00Z"}
-    assert rows(READER.read(pod(metadata=deleted))) == [("10.0.0.1:8000", "vllm-0", "10.0.0.1:9102", "uid-vllm-0", True)]
+    assert rows(READER.read(pod(metadata=deleted))) == [("10.0.0.1:8000", "vllm-0", "10.0.0.1:9102", "uid-vllm-0", "", True)]
     assert READER.read(pod(metadata=deleted, conditions=[{"type": "Ready", "status": "False"}])) == ()
 
 
@@ -84,7 +90,7 @@ def test_a_port_without_a_stager_is_told_of() -> None:
 def test_a_pods_annotation_says_its_stagers_port(annotation: str | None, stager: str) -> None:
     """Before the settings do; 0 is none."""
     metadata = {"annotations": {"lora-extproc/stager-port": annotation}} if annotation is not None else {}
-    [(_, _, found, _, _)] = rows(READER.read(pod(metadata=metadata)))
+    [(_, _, found, *_)] = rows(READER.read(pod(metadata=metadata)))
     assert found == stager
 
 
@@ -142,8 +148,8 @@ def read(*slices: EndpointSlice, names: tuple[str, ...] = (), stager_port: int =
 
 def test_a_ready_endpoint_of_a_slice_is_one() -> None:
     """With the pod that it names. One without conditions is ready, and one without a pod has no instance."""
-    assert read(slice_(endpoint(ready=True, serving=True, terminating=False))) == [("10.0.0.1:8000", "vllm-0", "10.0.0.1:9102", "uid-vllm-0", False)]
-    assert read(slice_({"addresses": ["10.0.0.1"]}), stager_port=0) == [("10.0.0.1:8000", "", "", "", False)]
+    assert read(slice_(endpoint(ready=True, serving=True, terminating=False))) == [("10.0.0.1:8000", "vllm-0", "10.0.0.1:9102", "uid-vllm-0", "z", False)]
+    assert read(slice_({"addresses": ["10.0.0.1"]}), stager_port=0) == [("10.0.0.1:8000", "", "", "", "", False)]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ def test_what_a_later_source_says_counts_and_what_it_does_not_say_stays() -> Non
         ("dns", [found("10.0.0.1:8000", "two")]),
         ("etcd", [found("10.0.0.1:8000", instance="2")]),
     ]
-    assert [row(one) for one in merge({"p": sources}).fleet["p"]] == [("10.0.0.1:8000", "two", "10.0.0.1:9102", "2", False)]
+    assert [row(one) for one in merge({"p": sources}).fleet["p"]] == [("10.0.0.1:8000", "two", "10.0.0.1:9102", "2", "", False)]
     sources.reverse()
-    assert [row(one) for one in merge({"p": sources}).fleet["p"]] == [("10.0.0.1:8000", "one", "10.0.0.1:9102", "1", False)]
+    assert [row(one) for one in merge({"p": sources}).fleet["p"]] == [("10.0.0.1:8000", "one", "10.0.0.1:9102", "1", "", False)]
 
 
 def test_an_endpoint_is_leaving_if_one_source_says_so() -> None:

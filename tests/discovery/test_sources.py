@@ -47,4 +47,4 @@ async def test_the_endpoints_of_the_settings_are_shown_as_other_sources_spell_th
     """Else one endpoint would be two. A host's name stays as it is: gateways may resolve it."""
     pool = PoolSettings.model_validate({"name": "p", "endpoints": ENDPOINTS})
     async with aclosing(StaticSource(pool.endpoints).sets()) as sets:
-        assert rows(await anext(sets)) == [("[2001:db8::1]:8000", "one", "one:9102", "", False), ("vllm-1:8000", "", "", "", False)]
+        assert rows(await anext(sets)) == [("[2001:db8::1]:8000", "one", "one:9102", "", "", False), ("vllm-1:8000", "", "", "", "", False)]

@@ -30,7 +30,7 @@ async def test_an_inference_pool_is_found_and_followed(admin: Admin, discovering
     await admin.pod("other", THREE, labels={"app": "else"})
     async with discovering(inference_pool="llama", stager_port=9102) as taken:
         fleet = await taken.until(f"{ONE}:8000")
-        assert row(fleet["p"][0]) == (f"{ONE}:8000", "a", f"{ONE}:9200", made.metadata.uid, False)
+        assert row(fleet["p"][0]) == (f"{ONE}:8000", "a", f"{ONE}:9200", made.metadata.uid, "", False)
         await admin.pod("b", TWO, is_ready=False)
         await admin.pod("b", TWO)
         await taken.until(f"{ONE}:8000", f"{TWO}:8000")
@@ -70,7 +70,7 @@ async def test_a_service_is_found_by_its_slices(admin: Admin, discovering: Disco
     await admin.slice("else-1", "else", [endpoint(THREE, **ready)], ports)
     async with discovering(service="vllm", port_names=["http"], stager_port=9102) as taken:
         fleet = await taken.until(f"{ONE}:8000")
-        assert row(fleet["p"][0]) == (f"{ONE}:8000", f"pod-{ONE}", f"{ONE}:9102", f"uid-{ONE}", False)
+        assert row(fleet["p"][0]) == (f"{ONE}:8000", f"pod-{ONE}", f"{ONE}:9102", f"uid-{ONE}", "", False)
         await admin.slice("vllm-2", "vllm", [endpoint(TWO, **ready)], ports)
         await taken.until(f"{ONE}:8000", f"{TWO}:8000")
         await admin.slice("vllm-1", "vllm", [endpoint(ONE, **terminating)], ports)
