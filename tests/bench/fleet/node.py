@@ -215,7 +215,7 @@ class Node:
         now, work = self._clock.now, Work(self.running, len(self.queue), 0.0)
         if now >= self._names_due:
             self._names_due = now + NAMES_S
-            for name in dict.fromkeys((*self._active, *(request.adapter for request in self.queue))):  # in an order that a seed repeats
+            for name in sorted({*self._active, *(request.adapter for request in self.queue)}):  # of no order that means anything, and the same in each run
                 if name in self._known:
                     self._use(name)
         if not self._is_exact and (is_step(self._last_told, work) or now - self._told_at >= MAX_S - BUSY_S):
