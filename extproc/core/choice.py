@@ -7,7 +7,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there |
 | leased here, none below the bound | waits for the next one; without one, goes to the one with the least in flight | |
 | leased here only where an endpoint drains | that one | the best place |
-| not leased here, and nowhere but at endpoints that drain, in an engine's memory there | waits for that one, which costs one call and no fetch | the best place |
+| not leased here, in the memory of an engine whose endpoint drains, and the place that would be waited for has no files | waits for that one, which costs one call and no fetch | the best place |
 | not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
 | nowhere in memory, but on its way to an endpoint that works on less than the bound | waits for that one, however many do: one fetch is enough | |
 | elsewhere or nowhere | waits for the best place | |
@@ -166,12 +166,25 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
         else:
             prepare = place
     if leaving:
-        return Choice(_least(leaving, loads, order), prepare=first)
-    is_elsewhere = first is not None and (warm or any(copy.at is At.COLD for copy in copies))
-    parting = [] if is_elsewhere else [copy.endpoint for copy in copies if copy.at is At.PARTING]
-    if parting:
-        return Choice(None, (*parting, *order), first)
-    return Choice(None, () if first is None else (first, *(endpoint for endpoint in order if endpoint != first)), prepare)
+        return Choice(_least(leaving, loads, order), prepare=place)
+    has_files = any(copy.endpoint == place and copy.at in (At.WARM, At.COLD) for copy in copies)
+    if parting and not has_files:
+        return Choice(None, (*parting, *order), place)
+    return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)
+
+
+def _of_warm(warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> tuple[Endpoint, Endpoint | None]:
+    """Which of these to wait for, or for what place in their stead; and what to prepare beside it."""
+    least = _least(warm, loads, order)
+    another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].known >= bound else None
+    return (another, None) if another is not None and _pays(another, least, copies, loads) else (least, another)
+
+
+def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
+    """What to wait for where no engine has it: a copy on its way, unless too many others are sent there, else one to make."""
+    coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
+    joined = [endpoint for endpoint in coming if _may_be_joined(loads[endpoint.address], bound)]
+    return _least(joined, loads, order) if joined else _best_place(copies, order, loads, bound) or next(iter(coming), None)
 
 
 def _may_be_joined(load: Load, bound: float) -> bool:

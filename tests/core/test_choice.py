@@ -242,9 +242,11 @@ def test_who_has_the_files_is_not_filled_up_to_the_bound_because_of_them() -> No
 STATES = st.sampled_from(At)
 
 
-def test_a_draining_engine_is_asked_where_nothing_may_be_made_though_another_node_has_the_files() -> None:
-    """The key's places all drain, and the node with the files is none of them."""
-    assert choose([Copy(A, At.PARTING), Copy(B, At.COLD)], (), loads_of(10), RULE) == Choice(None, (A,))
+def test_a_draining_engine_is_asked_where_another_wait_would_be_for_a_fetch() -> None:
+    """The node that has the files is none of the key's places, or has too much."""
+    copies = [Copy(A, At.PARTING), Copy(B, At.COLD)]
+    assert choose(copies, (), loads_of(10), RULE) == Choice(None, (A,))
+    assert choose(copies, (B, C), loads_of(10, 30, 10, 10, 10, 10), RULE) == Choice(None, (A, B, C), C)
 
 
 @given(
