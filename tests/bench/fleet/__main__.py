@@ -127,7 +127,7 @@ def main(*, names: Sequence[str], is_large: bool, only_ours: bool, seconds: floa
                 way,
                 str(case.routers),
                 f"{f.loads:.3f}",
-                f"{f.loads / owner.loads:.2f}",
+                f"{f.loads / owner.loads:.2f}" if owner.loads else "",  # a fleet with a slot for every adapter
                 f"{f.imbalance:.2f}",
                 f"{f.imbalance_p50:.2f}",
                 f"{f.queued_p99_s:.2f}",
