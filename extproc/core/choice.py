@@ -12,12 +12,12 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | nowhere in memory, but on its way to an endpoint that works on less than the bound | waits for that one, however many do: one fetch is enough | |
 | elsewhere or nowhere | waits for the best place | |
 
-The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; of what is leased once, only
-from CERTAIN times the bound on. Waiting for it pays
-where it costs a call or a load; where the files would have to be fetched first, only if the leased copy's engine queues.
+The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; where the adapter has one
+leased copy, only from CERTAIN times the bound on. Waiting for it pays where it costs a call or a load; where the files would have to be fetched first, only if
+the leased copy's engine queues.
 The *best place* is the less loaded of the key's first two endpoints (its *home*) that may be given something new, of those below the bound: one whose engine
-has room for an adapter before one that is full, one that has the files, and less than NEAR the bound, before one that has not. Else it is the first of the key's next ones that is
-below the bound; else the least loaded.
+has room for an adapter before one that is full, one that has the files before one that has not, unless it is NEAR the bound. Else it is the first of the key's
+next ones that is below the bound; else the least loaded.
 
 Most requests need no look at the whole table: `of_leased` serves them by the leased copies alone. Of what has at most MANY, one of them is at home and one
 below the bound; of what has more, the least loaded serves even above the bound, unless its engine queues. What is to be prepared for such adapters waits for
@@ -154,17 +154,8 @@ def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loa
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
-    warm = [copy.endpoint for copy in copies if copy.at is At.WARM]
-    coming = [] if warm else [copy.endpoint for copy in copies if copy.at is At.COMING and _may_be_joined(loads[copy.endpoint.address], bound)]
-    leaving = [copy.endpoint for copy in copies if copy.at is At.LEAVING]
-    first = _least(warm or coming, loads, order) if warm or coming else _best_place(copies, order, loads, bound) or _coming(copies)
-    prepare = None
-    if warm and first is not None and loads[first.address].known >= bound:
-        place = _best_place(copies, order, loads, bound, must_be_below=True)
-        if place is not None and _pays(place, first, copies, loads):
-            first = place
-        else:
-            prepare = place
+    warm, leaving, parting = ([copy.endpoint for copy in copies if copy.at is at] for at in (At.WARM, At.LEAVING, At.PARTING))
+    place, beside = _of_warm(warm, copies, order, loads, bound) if warm else (_of_none(copies, order, loads, bound), None)
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
     has_files = any(copy.endpoint == place and copy.at in (At.WARM, At.COLD) for copy in copies)

@@ -1,12 +1,19 @@
 """How many requests are in flight at each endpoint of a pool: what its engine said last, what routers have sent there since, and what is held for it here.
 
-An engine's word counts everybody's requests. What was sent after it was taken is added, as many times as there are routers: what the others send is not heard of
-sooner, and is as much. Several routers that have the same words so stay away from an engine that each of them has just sent something. As a count this is
-coarse, one request of four routers counts as four; so that whether an endpoint carries too much is asked of what is `known`, and the bound leaves room for what
-the others have sent an endpoint meanwhile on average. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before its last look
-is in the number, or as many have ended. If the stager says how often it looks, only what was sent since then counts: half of that time, as it is on average.
-Where there are other routers, all of that time: what they sent is an estimate, and one that is too low sends an engine more than the bound. If the stager does
-not say, everything since the word counts.
+An engine's word counts everybody's requests. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before
+its last look is in the number, or as many have ended. If the stager says how often it looks, only what was sent since then counts: half of that time, as it is
+on average. Where there are other routers, all of that time: what they sent is an estimate, and one that is too low sends an engine more than the bound. If the
+stager does not say, everything since the word counts.
+
+Of each endpoint there are two numbers, since what other routers have sent since the word is not heard of.
+
+| number | what this router has sent since the word counts | what it is for |
+| --- | --- | --- |
+| `in_flight` | as many times as there are routers, as if the others had sent as much | comparing endpoints: routers that have the same words stay away from an engine that each has just sent something |
+| `known` | once | comparing an endpoint with the bound: of four routers one request would count as four there, and each endpoint that is wrongly taken for too busy costs a copy |
+
+The bound leaves room for what the others have sent an endpoint meanwhile on average.
+
 Of an endpoint whose engine says nothing, what was sent in the last FORGOTTEN_S counts: it is all that is known, and a request ends some time.
 
 The mean is that of the engines' words, since as many requests end between two looks as are sent; what is sent beyond that, as to an idle fleet, is added.

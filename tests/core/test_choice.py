@@ -65,7 +65,7 @@ def test_an_excess_that_is_over_before_a_load_would_be_makes_no_copy() -> None:
     assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(A)
     loads.say(A.address, Engine(running=26.8), 1.0)
     loads.say(B.address, Engine(running=26.8), 1.0)
-    assert 26.8 > loads.bound(RULE.factor)
+    assert loads.bound(RULE.factor) < 26.8
     assert choose([*leased(A), Copy(C, At.COLD)], ENDPOINTS, loads, RULE) == Choice(A)
     assert choose([*leased(A), Copy(C, At.WARM)], ENDPOINTS, loads, RULE) == Choice(None, (C, A))
     assert choose([*leased(A, B), Copy(C, At.COLD)], ENDPOINTS, loads, RULE) == Choice(None, (C, A))

@@ -3,10 +3,11 @@
 import os
 import re
 import subprocess
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -20,6 +21,7 @@ OUR_IMAGE = "lora-extproc"
 # groups whose CRDs are not among those of LORA_EXTPROC_CRDS; golden files keep what was compared by hand
 NO_CRD_HERE = ("monitoring.coreos.com", "networking.gke.io")
 Manifest = dict[str, Any]
+_SEPARATOR = "---\n"  # between two objects
 _CRD = re.compile(r"^  group: (\S+)\n.*?^    kind: (\S+)\n", re.MULTILINE | re.DOTALL)
 _HASH = re.compile(r"-[2456789bcdfghkmt]{10}$")  # that kustomize appends to the name of a ConfigMap that it makes: ten digits of a hash in its own letters
 
@@ -34,8 +36,22 @@ def kustomizations() -> list[str]:
 
 @cache
 def rendered(kubectl: str, overlay: str) -> str:
-    """One of `kustomizations()`, as `kubectl apply -k` would apply it."""
-    return run([kubectl, "kustomize", str(KUBERNETES / overlay)])
+    """One of `kustomizations()`, as `kubectl apply -k` would apply it; or a directory of a test's."""
+    folder, _, component = overlay.partition("+")
+    if not component:
+        return run([kubectl, "kustomize", str(KUBERNETES / folder)])
+    with TemporaryDirectory() as directory:
+        above = os.path.relpath(KUBERNETES / folder, Path(directory).resolve())
+        (Path(directory) / "kustomization.yaml").write_text(yaml.dump({"resources": [above], "components": [f"{above}/{component}"]}))
+        return run([kubectl, "kustomize", directory])
+
+
+def own(kubectl: str, overlay: str) -> str:
+    """Of what it renders, the objects that are not as the base has them, or as the folder does that a component lies in."""
+    if overlay == "base":
+        return rendered(kubectl, overlay)
+    known = set(rendered(kubectl, overlay.partition("+")[0] if "+" in overlay else "base").split(_SEPARATOR))
+    return _SEPARATOR.join(one for one in rendered(kubectl, overlay).split(_SEPARATOR) if one not in known)
 
 
 def read(text: str) -> list[Manifest]:
@@ -50,10 +66,16 @@ def run(command: Sequence[str], text: str | None = None, **environment: str) -> 
     return done.stdout
 
 
-def crds(files: Iterable[Path], kinds: Container[tuple[str, str]]) -> list[Manifest]:
+def crds(files: Iterable[Path], kinds: Iterable[tuple[str, str]]) -> list[Manifest]:
     """Those of some kinds, each a group and a kind: read alone, since all take seconds to read and to install."""
+    texts = _crd_texts(tuple(files))
+    return [yaml.load(texts[kind], yaml.CSafeLoader) for kind in kinds if kind in texts]
+
+
+@cache
+def _crd_texts(files: tuple[Path, ...]) -> dict[tuple[str, str], str]:
     texts = (text for file in files for text in file.read_text().split("\n---\n"))
-    return [yaml.load(text, yaml.CSafeLoader) for text in texts if (found := _CRD.search(text)) is not None and (found[1], found[2]) in kinds]
+    return {(found[1], found[2]): text for text in texts if (found := _CRD.search(text)) is not None}
 
 
 # ---- what the objects say
@@ -71,7 +93,7 @@ def unhashed(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class PodContainer:
+class Container:
     """One of a pod's that run as long as the pod does, or, where it is no `sidecar` and an init container, before it."""
 
     spec: Manifest
@@ -97,9 +119,9 @@ class Pod:
     settings: dict[str, Settings]
 
     @property
-    def containers(self) -> list[PodContainer]:
-        initial = [PodContainer(one, is_initial=True) for one in self.spec.get("initContainers", ())]
-        return initial + [PodContainer(one, is_initial=False) for one in self.spec["containers"]]
+    def containers(self) -> list[Container]:
+        initial = [Container(one, is_initial=True) for one in self.spec.get("initContainers", ())]
+        return initial + [Container(one, is_initial=False) for one in self.spec["containers"]]
 
 
 def pods(found: Sequence[Manifest]) -> Iterator[Pod]:

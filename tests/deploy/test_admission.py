@@ -16,7 +16,7 @@ from .manifests import CHART, DEPLOY, KUBERNETES, NO_CRD_HERE, Manifest, crds, k
 
 sys.path.insert(0, str(DEPLOY / "compose"))
 
-from following import Step, differs, steps  # it is no package
+from following import differs, steps  # it is no package
 
 READMES = [*sorted(file.parent for file in KUBERNETES.rglob("README.md")), CHART]
 # commands that need a container engine or another registry; pods that run; a gateway's controller, which tests/e2e/kubernetes/ has. The API server of the test has its
@@ -106,7 +106,3 @@ def test_a_readmes_commands_do_what_it_says(kubectl: str, helm: str, kubeconfig:
     kinds = "deployment,service,configmap,secret,serviceaccount,role,rolebinding,poddisruptionbudget,networkpolicy"
     left = run([kubectl, "-n", "llm", "get", kinds, "-o", "name"], KUBECONFIG=kubeconfig)
     assert not left
-
-
-def _is_not_here(step: Step) -> bool:
-    return step.command.startswith(NOT_HERE) or any(word in step.command for word in WITHOUT_CRD)

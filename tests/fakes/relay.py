@@ -8,7 +8,8 @@ from typing import Self
 
 class Relay:
     """`cut` breaks every connection and lets no new one through until `mend`. `freeze` lets nothing pass and breaks nothing, until `thaw`: of all
-    connections, or of those on which the bytes of `mark` have come. Where `piece_bytes` is set, so many pass at a time, a thousand times a second. `port` is where it leads, and may change; `listen` is its own, 0 any that is free."""
+    connections, or of those on which the bytes of `mark` have come. Where `piece_bytes` is set, so many pass at a time, a thousand times a second. `port` is
+    where it leads, and may change; `listen` is its own, 0 any that is free, on `host`."""
 
     def __init__(self, port: int, mark: bytes = b"", listen: int = 0, host: str = "127.0.0.1") -> None:
         self.port = port

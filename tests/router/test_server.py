@@ -219,7 +219,7 @@ async def test_a_router_is_not_ready_before_the_fleet_has_been_found() -> None:
     address, http = (f"127.0.0.1:{port}" for port in free_ports(2))
     router = {"listen": address, "health_listen": "", "http_listen": http, "lameduck_s": 0}
     server = Server(parse({"pools": [{"name": "models", "endpoints": [{"address": "127.0.0.1:1"}]}], "router": router}, source="test"), clusters={})
-    server._discovery = Discovery({"models": [source]}, DiscoverySettings(first_wait_s=60), server.metrics)
+    server._discovery = Discovery({"models": [source]}, DiscoverySettings(first_wait_s=60), server.metrics.discovery)
     starting = asyncio.create_task(server.start())
     try:
         async with grpc.aio.insecure_channel(address) as channel:

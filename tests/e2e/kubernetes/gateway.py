@@ -33,12 +33,12 @@ ALONE = "team/deep/d"  # an adapter of the origin that nothing else asks for: on
 class Fronted(Site):
     """Pods behind relays, routers with the settings that are shipped, and a gateway's Envoy at GATEWAY, whose cluster of the engines is `models`."""
 
-    def __init__(self, kubectl: Kubectl, admin: Admin, origin: Path, directory: Path) -> None:
+    def __init__(self, kubectl: Kubectl, admin: Admin, origin: Path, directory: Path, models: str) -> None:
         super().__init__(admin, origin, directory, services=["vllm"])
         self.kubectl = kubectl
         self.client = Client(GATEWAY)
         self.origin = origin
-        self.models = ""
+        self.models = models
         self._relays: dict[str, Relay] = {}
 
     async def __aexit__(self, *error: object) -> None:
@@ -81,36 +81,38 @@ class Fronted(Site):
     # ---- manifests
 
     async def start_routers(self) -> None:
-        """Two, with the settings of the ConfigMap that the shipped Deployment mounts, as its service account; the base model here has another name."""
-        deployment, *_ = await asyncio.to_thread(self.kubectl.get, "deployment", "lora-extproc", "-n", "llm")
-        volume = next(volume for volume in deployment["spec"]["template"]["spec"]["volumes"] if volume["name"] == "settings")
-        [config] = await asyncio.to_thread(self.kubectl.get, "configmap", volume["configMap"]["name"], "-n", "llm")
-        settings = yaml.safe_load(config["data"]["settings.yaml"])
-        settings["pools"][0]["base_models"] = [demo.BASE_MODEL]
-        token = await self.admin.token("lora-extproc")
+        """With the settings that are shipped, as the service account that is."""
+        settings, token = await asyncio.to_thread(shipped_settings, self.kubectl), await self.admin.token("lora-extproc")
         for ip in ROUTERS:
             await self.start_router(settings, ip, token)
         await until_answered(*(f"http://{ip}:9090/readyz" for ip in ROUTERS))
+        await self.publish_routers()
+
+    async def publish_routers(self) -> None:
+        """Write the EndpointSlice of the routers' Service."""
         endpoints = [{"addresses": [ip], "conditions": {"ready": True, "serving": True}} for ip in ROUTERS]
         await self.admin.slice("lora-extproc-1", "lora-extproc", endpoints, [{"name": "grpc", "port": 9002, "protocol": "TCP"}])
 
-    async def until_served(self) -> None:
-        """Until a base model answers through the gateway, which then has its route, its engines and a router."""
+    async def until_answered_with(self, status: int) -> None:
+        """Until that is what a request for the base model gets."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
-                with contextlib.suppress(aiohttp.ClientError):
-                    if (await self.client.chat(demo.BASE_MODEL)).status == 200:
+                with contextlib.suppress(aiohttp.ClientError):  # the listener may not be there yet
+                    if (await self.client.chat(demo.BASE_MODEL)).status == status:
                         return
                 await asyncio.sleep(0.1)
 
     async def until_accepted(self, kinds: str) -> None:
-        """Until the status of every object of these kinds is as it should be."""
-        async with asyncio.timeout(PATIENCE_S):
-            while any(not is_true for *_, is_true in await self.conditions(kinds)):
-                await asyncio.sleep(0.1)
+        """Until every condition of every object of these kinds is true."""
+        wrong: list[tuple[str, str, bool]] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while wrong := [condition for condition in await self.conditions(kinds) if not condition[-1]]:
+                    await asyncio.sleep(0.1)
+        assert not wrong
 
     async def conditions(self, kinds: str) -> list[tuple[str, str, bool]]:
-        """Of each object: its name, a condition, and whether it is as it should be; one without any has not been looked at."""
+        """Of each object: its name, a condition, and whether it is true; one without any has not been looked at."""
         found = []
         for one in await asyncio.to_thread(self.kubectl.get, kinds, "-n", "llm"):
             status = one.get("status", {})
@@ -125,11 +127,21 @@ class Fronted(Site):
         async with aiohttp.ClientSession() as session, session.get(f"http://{ADMIN}/config_dump") as response:
             return await response.json(content_type=None)
 
-    async def asked_total(self) -> Counter[str]:
+    async def asked_total(self, cluster: str = "") -> Counter[str]:
         """How many requests Envoy has sent to each pod, retries included."""
         async with aiohttp.ClientSession() as session, session.get(f"http://{ADMIN}/clusters") as response:
             lines = [line.split("::") for line in (await response.text()).splitlines()]
-        return Counter({line[1]: int(line[3]) for line in lines if line[0] == self.models and line[2] == "rq_total"})
+        return Counter({line[1]: int(line[3]) for line in lines if line[0] == (cluster or self.models) and line[2] == "rq_total"})
+
+
+def shipped_settings(kubectl: Kubectl) -> Any:
+    """Of the router, from the ConfigMap that its Deployment mounts. The engines here are called otherwise."""
+    deployment, *_ = kubectl.get("deployment", "lora-extproc", "-n", "llm")
+    volume = next(volume for volume in deployment["spec"]["template"]["spec"]["volumes"] if volume["name"] == "settings")
+    [config] = kubectl.get("configmap", volume["configMap"]["name"], "-n", "llm")
+    settings = yaml.safe_load(config["data"]["settings.yaml"])
+    settings["pools"][0]["base_models"] = [demo.BASE_MODEL]
+    return settings
 
 
 class Requests:

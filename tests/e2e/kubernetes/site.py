@@ -116,23 +116,10 @@ class Site:
     async def add(self, name: str, ranks: int = 1, **pod: Any) -> None:
         """A pod that is ready. `pod`: what Admin.pod takes beside."""
         ip = self.ip(name)
-        self._started += 1
-        directory = self.directory / f"{name}-{self._started}"
-        directory.mkdir()
-        at = await self._engine_at(name)
-        engine = {"url": f"http://{at}", "base_model": demo.BASE_MODEL, "max_loras": 4, "max_cpu_loras": 8}
-        stager = {"listen": f"{ip}:{STAGER}", "http_listen": f"{ip}:{STAGER_HTTP}", "dir": str(directory), "engine": engine}
-        file = self.directory / f"{directory.name}.yaml"
-        file.write_text(yaml.safe_dump({"stager": {**stager, "origins": [{"type": "file", "path": str(self._origin)}]}}))
-        slots = ("--max-loras", "4", "--max-cpu-loras", "8")
-        sim = python("sim", "--listen", at, "--dir", str(directory), "--base-model", demo.BASE_MODEL, *slots)
-        one = self.pods[name] = Pod(
-            name,
-            ip,
-            await spawn(f"{directory.name}-stager", python("stager", "--config", str(file)), self.directory),
-            await spawn(f"{directory.name}-engine", sim, self.directory),
-        )
-        await until_answered(f"http://{ip}:{ENGINE}/health", f"http://{ip}:{STAGER_HTTP}/readyz")
+        one = self.pods[name] = Pod(name, ip, [], [])
+        for rank in range(ranks):
+            await self._start_rank(one, rank)
+        await until_answered(*(f"http://{ip}:{port + rank}{path}" for rank in range(ranks) for port, path in ((ENGINE, "/health"), (STAGER_HTTP, "/readyz"))))
         one.uid = (await self.admin.pod(name, ip, **pod)).metadata.uid
         await self._publish()
 
@@ -141,7 +128,7 @@ class Site:
         label = f"{pod.name}-{self._started}"
         directory = self.directory / label
         directory.mkdir()
-        address = f"{pod.ip}:{ENGINE + rank}"
+        address = await self._engine_at(pod, rank)
         engine = {"url": f"http://{address}", "base_model": demo.BASE_MODEL, "max_loras": 4, "max_cpu_loras": 8}
         stager = {"listen": f"{pod.ip}:{STAGER + rank}", "http_listen": f"{pod.ip}:{STAGER_HTTP + rank}", "dir": str(directory), "engine": engine}
         file = self.directory / f"{label}.yaml"
@@ -149,6 +136,10 @@ class Site:
         flags = ("--base-model", demo.BASE_MODEL, "--max-loras", "4", "--max-cpu-loras", "8", "--token-ms", "1")
         pod.stagers.append(await spawn(f"{label}-stager", python("stager", "--config", str(file)), self.directory))
         pod.engines.append(await spawn(f"{label}-engine", python("sim", "--listen", address, "--dir", str(directory), *flags), self.directory))
+
+    async def _engine_at(self, pod: Pod, rank: int) -> str:
+        """Where an engine that starts listens, and where its own stager finds it."""
+        return f"{pod.ip}:{ENGINE + rank}"
 
     async def drain(self, name: str) -> None:
         """As `kubectl delete pod`: it is shown to terminate, its processes end in order, then it is gone."""
@@ -183,10 +174,6 @@ class Site:
     def ip(self, name: str) -> str:
         """Of the pod `a`, `b`, ..."""
         return f"{NETWORK}.{11 + ord(name) - ord('a')}"
-
-    async def _engine_at(self, name: str) -> str:
-        """Where the engine of a pod that starts listens, and where its own stager finds it."""
-        return f"{self.ip(name)}:{ENGINE}"
 
     async def _forget(self, name: str) -> None:
         await self.admin.remove(name)

@@ -21,7 +21,6 @@ import pytest_asyncio
 import yaml
 
 from extproc.up import demo
-from extproc.up.processes import spawn
 from tests.deploy.manifests import crds as crds_of_kinds
 from tests.e2e.client import Client, post_with_trailers, weights_of
 from tests.e2e.test_served import MOST_FAILED, asked
@@ -30,8 +29,9 @@ from tests.fakes.kube_apiserver import Admin, Cluster, crds, running_cluster
 from tests.fakes.kubectl import Kubectl
 from tests.fakes.wait import PATIENCE_S
 
-from .envoy_gateway_site import ADMIN, GATEWAY, MODELS, ONCE, OVERLAY, Gateway, shipped_settings
-from .site import FRONT, NAMES, PROXIES, ROUTERS, until_answered
+from .envoy_gateway_site import MODELS, ONCE, OVERLAY, Gateway
+from .gateway import ADMIN, GATEWAY, KUBERNETES, LARGE_BYTES, TOO_LARGE_BYTES, Requests, shipped_settings
+from .site import FRONT, NAMES, PROXIES, ROUTERS
 
 sys.path.insert(0, str(OVERLAY.parents[1] / "compose"))
 
@@ -39,7 +39,7 @@ from following import differs, steps  # it is no package
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("network")]
 
-KUBERNETES, ROOT = OVERLAY.parent, OVERLAY.parents[2]
+ROOT = KUBERNETES.parents[1]
 NOT_HERE = ("helm install", "kubectl create namespace llm")  # there is no way to Envoy Gateway's chart; the site has the namespace
 ADDRESS = "$(kubectl -n llm get gateway llm -o jsonpath='{.status.addresses[0].value}')"
 POLICIES = "backendtrafficpolicies,clienttrafficpolicies,envoyextensionpolicies,envoypatchpolicies"
@@ -47,7 +47,6 @@ KINDS = {
     "gateway.networking.k8s.io": ("GatewayClass", "Gateway", "HTTPRoute", "ReferenceGrant"),
     "gateway.envoyproxy.io": ("BackendTrafficPolicy", "ClientTrafficPolicy", "EnvoyExtensionPolicy", "EnvoyPatchPolicy", "EnvoyProxy"),
 }
-LARGE_BYTES, TOO_LARGE_BYTES = 20_000_000, 55_000_000  # router.max_body_bytes is 50 MiB
 REQUESTS = 200
 
 
@@ -74,12 +73,7 @@ async def running(cluster: Cluster, origin: Path, tmp_path_factory: pytest.TempP
     ):
         await asyncio.to_thread(kubectl, "apply", "-f", KUBERNETES / "vllm" / "service.yaml", "-n", "llm")
         await site.apply()
-        settings = await asyncio.to_thread(shipped_settings, kubectl, directory)
-        for ip in ROUTERS:
-            await site.start_router(settings, ip)
-        await asyncio.gather(envoy_gateway.deploy("llm", PROXIES[0], ADMIN), site.have("a", "b", "c"))
-        await until_answered(*(f"http://{ip}:9090/readyz" for ip in ROUTERS))
-        await site.publish_routers()
+        await asyncio.gather(envoy_gateway.deploy("llm", PROXIES[0], ADMIN), site.start_routers(), site.have("a", "b", "c"))
         await site.until_answered_with(200)
         yield site
 
@@ -114,39 +108,18 @@ async def test_every_policy_is_accepted_and_the_gateway_is_programmed(site: Gate
     }
 
 
-async def test_cold_warm_and_streamed_requests_are_answered_by_the_adapter(site: Gateway, client: Client, origin: Path) -> None:
-    """Fetched while the request is held, then at once; a stream comes in pieces, and a base model needs nothing."""
-    for name in NAMES:
-        cold, warm = await client.chat(name), await client.chat(name)
-        assert cold.weights == warm.weights == weights_of(origin, name)
-    streamed = await client.chat("team/a", stream=True)
-    assert streamed.text.count("data: ") > 2
-    assert weights_of(origin, "team/a") in streamed.text
-    assert (await client.chat(demo.BASE_MODEL)).status == 200
+class TestEnvoyGateway(Requests):
+    """What is asked of every gateway."""
 
 
-async def test_what_a_client_forges_steers_nothing(site: Gateway, client: Client, origin: Path) -> None:
+async def test_a_forged_mark_takes_no_request_to_the_rule_without_retries(site: Gateway, client: Client, origin: Path) -> None:
     """A destination, and the mark that takes a request to the rule without retries: each request reaches the pod that its router named first."""
     before, once = await site.served(), await site.asked_total(ONCE)
     for pod in site.pods.values():
-        forged = {"x-gateway-destination-endpoint": pod.endpoint, "x-lora-extproc-no-retry": "1"}
+        forged = {"x-gateway-destination-endpoint": pod.endpoints[0], "x-lora-extproc-no-retry": "1"}
         assert (await client.chat("team/a", forged)).weights == weights_of(origin, "team/a")
     assert await site.served() - before == {"true": len(site.pods)}
     assert await site.asked_total(ONCE) == once
-
-
-async def test_errors_are_the_routers(site: Gateway, client: Client) -> None:
-    """An adapter that no origin has, a path that nobody serves, an engine's administration, a body that is none."""
-    assert (await client.chat("team/nobody")).code == "model_not_found"
-    assert (await client.send("GET", "/nowhere")).code == "unknown_path"
-    assert (await client.send("POST", "/v1/unload_lora_adapter", b"{}")).code == "forbidden"
-    assert (await client.post(b"{")).code == "invalid_request"
-
-
-async def test_a_body_passes_up_to_the_routers_own_limit(site: Gateway, client: Client, origin: Path) -> None:
-    """Envoy's buffers, of 1 MiB each, are no limit in full duplex; above `router.max_body_bytes` the router answers."""
-    assert (await client.chat("team/a", padding=LARGE_BYTES)).weights == weights_of(origin, "team/a")
-    assert (await client.chat("team/a", padding=TOO_LARGE_BYTES)).code == "body_too_large"
 
 
 async def test_a_body_that_ends_in_trailers_arrives_once(site: Gateway, origin: Path) -> None:
@@ -200,28 +173,6 @@ async def test_envoy_gateway_is_away_and_back_under_load_without_a_failed_reques
         await site.until_shown('"num_retries": 4', is_gone=True)
         await load.more(30)
     assert not load.failed()
-
-
-async def test_an_engine_that_dies_costs_what_it_was_answering(site: Gateway) -> None:
-    """Its adapters are served by the others, and by it again when it is back."""
-    name = await site.owner("team/a")
-    pod = site.pods[name]
-    async with site.load(GATEWAY) as load:
-        await load.more(30)
-        engine = pod.engines.pop()
-        engine.process.kill()
-        await engine.process.wait()
-        port = await site.cut(name)
-        died_s = asyncio.get_running_loop().time()
-        await load.more(100)
-        await site.mend(name, port)
-        pod.engine = await spawn(pod.engine.name, pod.engine.command, site.directory)
-        before = (await site.asked_total())[pod.endpoint]
-        async with asyncio.timeout(PATIENCE_S):
-            while (await site.asked_total())[pod.endpoint] <= before:
-                await load.more(10)
-    assert not load.failed(died_s)
-    assert load.failed().total() <= len(NAMES)
 
 
 async def test_an_engine_that_only_envoy_cannot_reach_costs_a_few_retries_and_no_404(site: Gateway, client: Client, origin: Path) -> None:
@@ -324,9 +275,9 @@ async def test_without_a_router_clients_are_told_to_ask_again(site: Gateway, cli
 
 async def test_with_one_endpoint_a_router_names_one_pod(site: Gateway, client: Client, origin: Path) -> None:
     """By the settings of that component, which differ from the base's by nothing else; the route has no retries."""
-    plain = await asyncio.to_thread(shipped_settings, site.kubectl, site.directory)
+    plain = await asyncio.to_thread(shipped_settings, site.kubectl)
     await site.apply("one-endpoint")
-    settings = await asyncio.to_thread(shipped_settings, site.kubectl, site.directory)
+    settings = await asyncio.to_thread(shipped_settings, site.kubectl)
     assert settings == {**plain, "router": {**plain["router"], "max_retry_endpoints": 1}}
     await site.until_shown('"num_retries": 2', is_gone=True)
     await site.start_router(settings, ROUTERS[0])

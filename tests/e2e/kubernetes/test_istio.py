@@ -19,8 +19,7 @@ import yaml
 
 from extproc.up import demo
 from extproc.up.processes import spawn, stop
-from tests.e2e.client import weights_of
-from tests.e2e.test_modes import _post_with_trailers
+from tests.e2e.client import post_with_trailers, weights_of
 from tests.e2e.test_served import MOST_FAILED, asked
 from tests.fakes.istio import SYSTEM, Istio
 from tests.fakes.kube_apiserver import Admin, Cluster, crds, running_cluster
@@ -66,7 +65,7 @@ class Meshed(Fronted):
     """With Istio."""
 
     def __init__(self, istio: Istio, kubectl: Kubectl, admin: Admin, origin: Path, directory: Path) -> None:
-        super().__init__(kubectl, admin, origin, directory)
+        super().__init__(kubectl, admin, origin, directory, "")
         self.istio = istio
         self.way = FILTER
         self.service = ""  # of the engines, as Envoy has it
@@ -87,7 +86,7 @@ class Meshed(Fronted):
         self.services = {"vllm": "http", self.service: port_name}
         self.models = f"outbound|{port}||{self.service}.llm.svc.cluster.local"
         await self._publish()
-        await self.until_served()
+        await self.until_answered_with(200)
 
     async def leave(self) -> None:
         """As the overlay's README says, and end what was started by hand."""
@@ -223,7 +222,7 @@ class TestIstio(Requests):
         if site.way is POOL:
             pytest.skip("Istio's route to an InferencePool has retries, which only an EnvoyFilter could take away")
         body = json.dumps({"messages": [{"role": "user", "content": "x" * 300_000}], "model": "team/a"}).encode()
-        status, answer = await _post_with_trailers(GATEWAY, body, {})
+        status, answer = await post_with_trailers(GATEWAY, body, {})
         assert (status, json.loads(answer)["system_fingerprint"]) == (200, weights_of(site.origin, "team/a"))
 
     async def test_conformance_is_shown_on_what_istio_configures(self, site: Meshed, update_golden: bool) -> None:
