@@ -107,8 +107,11 @@ class Staging:
         lease = self._lease(forward, chosen)  # which renews it
         if lease is None:
             return None
-        others = (e for e in leased if e is not chosen and leases[e.stager].model == lease.model)
-        return Placed((chosen, *islice(others, self._max_others)), "hit", "", 0.0, lease.model, lease)
+        endpoints: tuple[Endpoint, ...] = (chosen,)
+        if len(leased) > 1:
+            others = (e for e in leased if e is not chosen and leases[e.stager].model == lease.model)
+            endpoints = (chosen, *islice(others, self._max_others))
+        return Placed(endpoints, "hit", "", 0.0, lease.model, lease)
 
     def _by_all(self, forward: Forward) -> Placed | None:
         """What `choose` says of all copies; what is to be prepared in the background is."""
@@ -171,19 +174,19 @@ class Staging:
     def _copies(self, forward: Forward) -> list[Copy]:
         """Where the adapter is, of the endpoints that may be sent this request."""
         snapshot, found = forward.snapshot, []
-        for stager, warm in self._residency.copies.of(forward.adapter):
+        nodes = self._residency.copies.of(forward.adapter)
+        leases = self._residency.leased([stager for stager, _ in nodes], forward.adapter, plain=forward.plain)
+        for stager, warm in nodes:
+            is_leased = stager in leases
             endpoints: Sequence[Endpoint] = forward.pool.at(stager)
             if forward.subset is not None:
                 endpoints = snapshot.usable(endpoints, forward.subset)
             for endpoint in endpoints:
-                standing = snapshot.standing(endpoint)
+                standing = snapshot.standing(endpoint) if snapshot.standings else Standing.READY
                 if standing is Standing.READY:
-                    leased = warm and self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None
-                    found.append(Copy(endpoint, At.LEASED if leased else At.WARM if warm else At.COLD))
-                elif standing is Standing.DRAINING:
-                    leased = self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None
-                    if leased or warm:
-                        found.append(Copy(endpoint, At.LEAVING if leased else At.PARTING))
+                    found.append(Copy(endpoint, At.COLD if not warm else At.LEASED if is_leased else At.WARM))
+                elif standing is Standing.DRAINING and (is_leased or warm):
+                    found.append(Copy(endpoint, At.LEAVING if is_leased else At.PARTING))
         if not any(copy.at is At.LEASED for copy in found):
             there = [copy.endpoint for copy in found if copy.at is not At.COLD]
             asked = [e for e in snapshot.stageable(forward.candidates) if e not in there and self._residency.is_asked(e, forward.adapter, plain=forward.plain)]

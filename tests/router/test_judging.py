@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+import fcntl
 import gzip
 import json
 import os
 import random
 import signal
+import socket
+import sys
+import termios
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -147,18 +151,24 @@ async def test_no_memory_file_is_left_open(judges: Judges) -> None:
     await until(lambda: memory_files([os.getpid(), pid]) == [])  # the judge closes its own behind its answer
 
 
+def unread(sent: socket.socket) -> int:
+    """How much of what was sent there has not been read."""
+    return int.from_bytes(fcntl.ioctl(sent, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_judge_that_dies_or_hangs_in_the_middle_is_replaced(judges: Judges, how: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
     """Its body is answered 429, which is repeated; the next is judged by another process. Nothing is left of the first."""
     pid = await process_of(judges)
+    judge = judges._idle.get_nowait()
+    judges._idle.put(judge)
+    sent = judge._socket
+    assert sent is not None
     if how is signal.SIGSTOP:
-        (judge,) = [judges._idle.get_nowait()]
-        assert judge._socket is not None
-        judge._socket.settimeout(0.5)
-        judges._idle.put(judge)
+        sent.settimeout(0.5)
     os.kill(pid, signal.SIGSTOP)  # before the body comes, so that it is in the middle when it dies
     judged = asyncio.create_task(judges.judge(JSON, in_pieces(LARGE)))
-    await until(lambda: memory_files([os.getpid()]))
+    await until(lambda: unread(sent))
     if how is signal.SIGKILL:
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(Overloaded, match=f"the body of {len(LARGE)} bytes could not be read within"):
