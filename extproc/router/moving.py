@@ -153,8 +153,10 @@ class Moves:
             leased = self._residency.leased_at(endpoint.stager)
             if leased:
                 rank = {adapter: place for place, (adapter, _) in enumerate(await self._ranked())}
-                for adapter, plain in [lease for lease in leased if lease[0] not in rank]:
-                    self._residency.give_back(endpoint.stager, adapter, plain=plain)  # nobody asks for it: it needs no other place
+                pool = fleet.snapshot.pool(name)
+                if pool is not None and pool.has_another_ready(endpoint, fleet.snapshot.standings):  # else this lease is all that could serve it
+                    for adapter, plain in [lease for lease in leased if lease[0] not in rank]:
+                        self._residency.give_back(endpoint.stager, adapter, plain=plain)  # nobody asks for it: it needs no other place
                 leased = sorted((lease for lease in leased if lease[0] in rank), key=lambda lease: rank[lease[0]])
                 done = await asyncio.gather(*(self._succeed(fleet, name, endpoint, adapter, plain=plain) for adapter, plain in leased[:AT_ONCE]))
                 moved += sum(done)

@@ -293,6 +293,25 @@ def test_what_drains_serves_until_its_successors_are_warm_and_is_left_empty() ->
     in_virtual_time(main)
 
 
+def test_where_nobody_else_is_ready_what_nobody_asks_for_is_kept() -> None:
+    """As while all stagers are away: the next request for it can be served by that lease alone."""
+
+    async def main() -> None:
+        router, old = await started()
+        owner = router.owner("a")
+        await serve(router, chat("a"))
+        for _ in range(3):
+            router.popularity.roll()
+        for endpoint in old:
+            router.stager_of(endpoint).events.put_nowait(NodeState(True, "maintenance", "first", resumed=True, draining=True))
+        await asyncio.sleep(10)
+        assert router.residency.leased_at(owner.stager) == [("a", False)]
+        assert (await serve(router, chat("a"))).first_destination() == owner.address
+        await router.stop()
+
+    in_virtual_time(main)
+
+
 def test_what_nobody_asks_for_any_more_is_given_back_at_once() -> None:
     """A node that drains is not kept by leases that no request has used for a minute, whether others have room for them or not."""
 
