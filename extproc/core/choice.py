@@ -175,7 +175,7 @@ def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bo
     """What to wait for where no engine has it: a copy on its way, unless too many others are sent there, else one to make."""
     coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
     joined = [endpoint for endpoint in coming if _may_be_joined(loads[endpoint.address], bound)]
-    return _least(joined, loads, order) if joined else _best_place(copies, order, loads, bound) or next(iter(coming), None)
+    return _least(joined, loads, order) if joined else _best_place(copies, order, loads, bound) or _coming(copies)
 
 
 def _may_be_joined(load: Load, bound: float) -> bool:

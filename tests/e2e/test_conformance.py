@@ -22,6 +22,7 @@ import yaml
 from extproc.core.conformance import ECHO_HEADER, SERVED_HEADER
 from extproc.up.processes import Child, free_ports, python, spawn, stop
 from tests.conftest import OLDEST
+from tests.fakes.children import until_answered
 from tests.fakes.wait import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -55,7 +56,7 @@ class Suite:
         file = self._directory / f"{pool}.yaml"
         file.write_text(yaml.safe_dump({"router": router, "pools": pools}))
         self._children[pool] = await spawn(pool, python("router", "--config", str(file)), self._directory)
-        await until_answered(f"http://{http}/readyz", self._children[pool])
+        await until_answered(f"http://{http}/readyz", child=self._children[pool])
 
     async def show_picker(self, pool: str, *, is_there: bool) -> None:
         """Whether its Service has an endpoint, until the gateway knows."""
@@ -99,7 +100,7 @@ class Suite:
             "gateway",
         ]
         self._children["envoy"] = await spawn("envoy", command, self._directory)
-        await until_answered(f"http://{self.admin}/ready", self._children["envoy"])
+        await until_answered(f"http://{self.admin}/ready", child=self._children["envoy"])
 
     async def stop(self) -> None:
         await stop(list(self._children.values()), 5.0)
@@ -169,19 +170,6 @@ def _assignment(name: str, addresses: list[str]) -> dict[str, Any]:
     split = [address.rpartition(":") for address in addresses]
     endpoints = [{"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}} for host, _, port in split]
     return {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]}
-
-
-async def until_answered(url: str, child: Child) -> None:
-    async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
-        while True:
-            assert child.process.returncode is None, child.last_words()
-            try:
-                async with session.get(url) as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.05)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

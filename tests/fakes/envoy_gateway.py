@@ -8,20 +8,19 @@ Envoy would wait 15 seconds for the endpoints of the Service that Envoy Gateway 
 """
 
 import asyncio
-import contextlib
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import yaml
 
 from extproc.up.processes import Child, spawn
 from extproc.up.stack import envoy_binary
 
 from .assets import asset
+from .children import kill, until_answered
 from .kubectl import Kubectl
 from .wait import PATIENCE_S
 
@@ -66,8 +65,7 @@ class EnvoyGateway:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for proxy in self._proxies:
-            await _kill(proxy)
+        await kill(*self._proxies)
         await self.kill()
 
     def _install(self) -> None:
@@ -83,18 +81,11 @@ class EnvoyGateway:
         command = [self._program, "server", "--config-path", str(self._directory / "envoy-gateway.yaml")]
         command = _rooted(self._directory / "gateway-root", {"/certs": self._directory / "certs" / "envoy-gateway"}, command)
         self._process = await spawn("envoy-gateway", command, self._directory, environment=self._environment)
-        async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
-            while True:
-                assert self._process.process.returncode is None, self._process.last_words()
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with session.get(READY) as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(0.1)
+        await until_answered(READY, child=self._process)
 
     async def kill(self) -> None:
         if self._process is not None:
-            await _kill(self._process)
+            await kill(self._process)
             self._process = None
 
     async def deploy(self, gateway: str, ip: str, admin: str) -> None:
@@ -140,12 +131,6 @@ class EnvoyGateway:
                 if found:
                     return found[0]
                 await asyncio.sleep(0.1)
-
-
-async def _kill(child: Child) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        child.process.kill()
-    await child.process.wait()
 
 
 def _of_this_pod(argument: str, name: str, admin: str) -> str:

@@ -6,20 +6,18 @@ Service that the Gateway names as its address, and a pod behind it. To be used i
 """
 
 import asyncio
-import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import yaml
 
 from extproc.up.processes import Child, spawn
 from extproc.up.stack import envoy_binary
 
 from .assets import asset
+from .children import kill, until_answered
 from .kubectl import Kubectl
-from .wait import PATIENCE_S
 
 SYSTEM = "istio-system"
 VERSION = "1.31.0"  # that the proxy says it is
@@ -69,18 +67,11 @@ class Istio:
     async def start(self) -> None:
         """Return when it serves."""
         self._process = await spawn("pilot-discovery", self._command, self._directory, environment={**os.environ, **ENVIRONMENT})
-        async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
-            while True:
-                assert self._process.process.returncode is None, self._process.last_words()
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with session.get(READY) as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(0.1)
+        await until_answered(READY, child=self._process)
 
     async def kill(self) -> None:
         if self._process is not None:
-            await _kill(self._process)
+            await kill(self._process)
             self._process = None
 
     async def deploy(self, name: str, namespace: str, labels: dict[str, str], ip: str, front: int, admin: str) -> None:
@@ -119,7 +110,7 @@ class Istio:
 
     async def remove(self, name: str) -> None:
         """End a proxy; its objects stay."""
-        await _kill(self._proxies.pop(name))
+        await kill(self._proxies.pop(name))
 
 
 def _bootstrap(name: str, namespace: str, labels: dict[str, str], ip: str, admin: str) -> dict[str, Any]:
@@ -151,9 +142,3 @@ def _bootstrap(name: str, namespace: str, labels: dict[str, str], ip: str, admin
 
 def _address(host: str, port: int) -> dict[str, Any]:
     return {"socket_address": {"address": host, "port_value": port}}
-
-
-async def _kill(child: Child) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        child.process.kill()
-    await child.process.wait()

@@ -132,6 +132,15 @@ def test_an_endpoint_that_cannot_be_given_anything_is_ready_all_the_same(trouble
     assert ("and is ready with what it has" in caplog.text) == (trouble == "hangs")
 
 
+async def leased_and_forgotten() -> tuple[Router, list[Endpoint], Endpoint]:
+    """A router, its endpoints, and the one where `a` is leased, for which nobody has asked for a while."""
+    router, old = await started()
+    await serve(router, chat("a"))
+    for _ in range(3):
+        router.popularity.roll()
+    return router, old, router.owner("a")
+
+
 def test_where_nobody_else_is_ready_an_endpoint_is_ready_at_once() -> None:
     """A pool that had none, or whose only node restarts, waits for nothing."""
 
@@ -297,11 +306,7 @@ def test_where_nobody_else_is_ready_what_nobody_asks_for_is_kept() -> None:
     """As while all stagers are away: the next request for it can be served by that lease alone."""
 
     async def main() -> None:
-        router, old = await started()
-        owner = router.owner("a")
-        await serve(router, chat("a"))
-        for _ in range(3):
-            router.popularity.roll()
+        router, old, owner = await leased_and_forgotten()
         for endpoint in old:
             router.stager_of(endpoint).events.put_nowait(NodeState(True, "maintenance", "first", resumed=True, draining=True))
         await asyncio.sleep(10)
@@ -316,11 +321,7 @@ def test_what_nobody_asks_for_any_more_is_given_back_at_once() -> None:
     """A node that drains is not kept by leases that no request has used for a minute, whether others have room for them or not."""
 
     async def main() -> None:
-        router, old = await started()
-        owner = router.owner("a")
-        await serve(router, chat("a"))
-        for _ in range(3):
-            router.popularity.roll()
+        router, old, owner = await leased_and_forgotten()
         for endpoint in old:
             if endpoint != owner:
                 router.stager_of(endpoint).error = NoSpace("full")

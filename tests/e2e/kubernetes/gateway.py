@@ -15,13 +15,14 @@ import yaml
 from extproc.up import demo
 from extproc.up.processes import free_ports, spawn
 from tests.e2e.client import Client, weights_of
+from tests.fakes.children import kill, until_answered
 from tests.fakes.kube_apiserver import Admin
 from tests.fakes.kubectl import Kubectl
 from tests.fakes.netns import NETWORK
 from tests.fakes.relay import Relay
 from tests.fakes.wait import PATIENCE_S
 
-from .site import ENGINE, ENVOY_ADMIN, FRONT, NAMES, PROXIES, ROUTERS, Pod, Site, until_answered
+from .site import ENGINE, ENVOY_ADMIN, FRONT, NAMES, PROXIES, ROUTERS, Pod, Site
 
 KUBERNETES = Path(__file__).parents[3] / "deploy" / "kubernetes"
 GATEWAY, ADMIN = f"{PROXIES[0]}:{FRONT}", f"{PROXIES[0]}:{ENVOY_ADMIN}"
@@ -184,8 +185,7 @@ class Requests:
         [engine], [endpoint] = pod.engines, pod.endpoints
         async with site.load(GATEWAY) as load:
             await load.more(50)
-            engine.process.kill()
-            await engine.process.wait()
+            await kill(engine)
             port = await site.cut(name)
             died_s = asyncio.get_running_loop().time()
             await load.more(100)

@@ -29,6 +29,7 @@ from extproc.up import demo
 from extproc.up.processes import Child, python, spawn, stop
 from extproc.up.stack import envoy_binary
 from tests.e2e.client import Client, weights_of
+from tests.fakes.children import kill, until_answered
 from tests.fakes.kube_apiserver import ADMIN, Admin
 from tests.fakes.netns import NETWORK
 from tests.fakes.wait import PATIENCE_S
@@ -154,9 +155,7 @@ class Site:
     async def kill(self, name: str) -> None:
         """Its node dies; the object goes later."""
         pod = self.pods[name]
-        for child in (*pod.stagers, *pod.engines):
-            child.process.kill()
-            await child.process.wait()
+        await kill(*pod.stagers, *pod.engines)
         await self._forget(name)
 
     async def show(self, name: str, *, is_ready: bool) -> None:
@@ -283,15 +282,3 @@ class Load:
                 await asyncio.sleep(0.01)
         finally:
             await client.close()
-
-
-async def until_answered(*urls: str) -> None:
-    """Until each of them answers 200."""
-    async with asyncio.timeout(PATIENCE_S), aiohttp.ClientSession() as session:
-        for url in urls:
-            while True:
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with session.get(url) as response:
-                        if response.status == 200:
-                            break
-                await asyncio.sleep(0.05)

@@ -24,6 +24,7 @@ from extproc.up import demo
 from tests.deploy.manifests import crds as crds_of_kinds
 from tests.e2e.client import Client, post_with_trailers, weights_of
 from tests.e2e.test_served import MOST_FAILED, asked
+from tests.fakes.children import kill
 from tests.fakes.envoy_gateway import EnvoyGateway
 from tests.fakes.kube_apiserver import Admin, Cluster, crds, running_cluster
 from tests.fakes.kubectl import Kubectl
@@ -257,8 +258,7 @@ async def test_a_router_that_dies_costs_the_requests_whose_engines_have_not_answ
     async with site.load(GATEWAY) as load:
         await load.more(30)
         dead = site.routers.pop()
-        dead.process.kill()
-        await dead.process.wait()
+        await kill(dead)
         died_s = asyncio.get_running_loop().time()
         await load.more(100)
     assert not load.failed(died_s)
@@ -267,9 +267,7 @@ async def test_a_router_that_dies_costs_the_requests_whose_engines_have_not_answ
 
 async def test_without_a_router_clients_are_told_to_ask_again(site: Gateway, client: Client) -> None:
     """503, where Envoy Gateway's own default is 500."""
-    for router in site.routers:
-        router.process.kill()
-        await router.process.wait()
+    await kill(*site.routers)
     assert (await client.chat("team/a")).status == 503
 
 

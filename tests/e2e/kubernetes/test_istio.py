@@ -21,6 +21,7 @@ from extproc.up import demo
 from extproc.up.processes import spawn, stop
 from tests.e2e.client import post_with_trailers, weights_of
 from tests.e2e.test_served import MOST_FAILED, asked
+from tests.fakes.children import kill
 from tests.fakes.istio import SYSTEM, Istio
 from tests.fakes.kube_apiserver import Admin, Cluster, crds, running_cluster
 from tests.fakes.kubectl import Kubectl
@@ -253,9 +254,7 @@ class TestIstio(Requests):
 
     async def test_without_a_router_there_is_an_error(self, site: Meshed) -> None:
         """503 by the filter, which clients repeat; 500 for a pool, which fails closed, since Istio sets no other status."""
-        for router in site.routers:
-            router.process.kill()
-            await router.process.wait()
+        await kill(*site.routers)
         assert (await site.client.chat("team/a")).status == (500 if site.way is POOL else 503)
 
 
