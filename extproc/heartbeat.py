@@ -78,8 +78,9 @@ class Listener(Generic[T]):
                         raise Silence(gone_s)
                 message = await reading
             finally:
-                reading.cancel()
-                await asyncio.wait({reading})  # only then may its stream be closed
+                if not reading.done():
+                    reading.cancel()
+                    await asyncio.wait({reading})  # only then may its stream be closed
             if message is None:
                 return
             if silent_s:

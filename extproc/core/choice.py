@@ -41,8 +41,10 @@ Balance = Literal["bounded", "maglev", "hrw", "random", "least_adapters", "least
 SAMPLED = 8  # endpoints that a base model's request chooses among
 _REMEMBERED = 65_536  # adapters whose pattern was looked for
 MANY = 4  # copies, above which a look at all of them costs more than what it finds is worth
-OFTEN, SELDOM = 16, 128  # one request in so many looks at all: where a copy may be wanted, and where all is well
+OFTEN, SELDOM = 16, 128  # one request in so many looks at all: where a copy may be wanted (of more copies, one in as many as there are), and where all is well
 CERTAIN = 1.03  # times the bound: what an adapter's one copy has less beyond is chance, over before a load would be: of 24 requests of 4 s one ends in 0.17 s
+CROWDED = 1.5  # times the bound
+ONCE = 32  # requests that an engine is given in any case: the least that one is set to compute at once, in practice
 NEAR = 0.9  # of the bound: from here on an endpoint is given no more because it has the files. The key's other endpoint fetches them, once
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 
@@ -56,7 +58,8 @@ class At(Enum):
     LEAVING = "leased, on an endpoint that drains"
     PARTING = "in the memory of an engine whose endpoint drains: a lease costs one call, and is not for long"
     WARM = "in the engine's memory, as its stager says: a lease costs one call"
-    COMING = "on its way, since this router has asked for it: who waits for it costs nobody anything more"
+    COMING = "its files are on their way, since this router has asked for it"
+    LOADING = "on disk, and about to be loaded, since this router has asked for it"
     COLD = "on disk alone: a request costs a load into the engine, whether it is leased or not"
 
 
@@ -119,11 +122,13 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
     known = loads[least.address].known
     serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].known < bound else least
     if known < bound:
+        if len(leased) > MANY and _runs_short(len(loads.below(leased, bound)), len(leased)):
+            return Choice(serve, prepare=_following(copies, order, loads, bound, rule))
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(copies, order, loads, bound, rule)
     if following is None or (len(leased) == 1 and known < CERTAIN * bound and not _is_warm(following, copies)):
         return Choice(least)
-    return Choice(None, (following, least)) if _pays(following, least, copies, loads) else Choice(least, prepare=following)
+    return Choice(None, (following, least)) if _pays(following, least, copies, loads, bound) else Choice(least, prepare=following)
 
 
 def of_leased(leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Loads, rule: Rule, look: int, *, is_hot: bool = False) -> Sequence[Endpoint]:
@@ -133,7 +138,8 @@ def of_leased(leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Load
     below = loads.below(leased, loads.bound(rule.factor))
     if len(leased) > MANY:
         least = _least(below or leased, loads, ())  # of equals any: routers that take different ones spread what they send
-        needs_look = look % SELDOM == 0 if below else look % OFTEN == 0 or loads[least.address].is_queueing
+        every = max(OFTEN, len(leased)) if _runs_short(len(below), len(leased)) else SELDOM
+        needs_look = look % every == 0 or (not below and loads[least.address].is_queueing)
     elif not below or len(leased) < rule.min_copies or not any(endpoint in order[:HOME] for endpoint in leased):
         return ()
     else:
@@ -144,13 +150,28 @@ def of_leased(leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Load
     return below if len(below) == 1 else (least, *(endpoint for endpoint in below if endpoint is not least))
 
 
+def _runs_short(below: int, leased: int) -> bool:
+    """Whether so few of many leased copies are `below` the bound that another should be there by the time that none is."""
+    return 2 * below < leased
+
+
+def is_crowded(endpoint: Endpoint, loads: Loads, rule: Rule) -> bool:
+    """Whether who has waited for an adapter there should choose again: so many have waited with it that they would queue."""
+    return rule.balance == "bounded" and _is_crowded(loads[endpoint.address], loads.bound(rule.factor))
+
+
+def _is_crowded(load: Load, bound: float) -> bool:
+    return load.known - load.held >= max(CROWDED * bound, ONCE)
+
+
 def _is_warm(place: Endpoint, copies: Sequence[Copy]) -> bool:
     return any(copy.endpoint == place and copy.at is At.WARM for copy in copies)
 
 
-def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads) -> bool:
+def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float) -> bool:
     """Whether a request should wait for `place`, rather than go to one above the bound that has the adapter in memory."""
-    return any(copy.endpoint == place and copy.at is not At.COMING for copy in copies) or loads[instead.address].is_queueing
+    load = loads[instead.address]
+    return any(copy.endpoint == place and copy.at is not At.COMING for copy in copies) or load.is_queueing or _is_crowded(load, bound)
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
@@ -158,7 +179,7 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
     place, beside = _of_warm(warm, copies, order, loads, bound) if warm else (_of_none(copies, order, loads, bound), None)
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
-    has_files = any(copy.endpoint == place and copy.at in (At.WARM, At.COLD) for copy in copies)
+    has_files = any(copy.endpoint == place and copy.at in (At.WARM, At.LOADING, At.COLD) for copy in copies)
     if parting and not has_files:
         return Choice(None, (*parting, *order), place)
     return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)
@@ -168,24 +189,18 @@ def _of_warm(warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[E
     """Which of these to wait for, or for what place in their stead; and what to prepare beside it."""
     least = _least(warm, loads, order)
     another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].known >= bound else None
-    return (another, None) if another is not None and _pays(another, least, copies, loads) else (least, another)
+    return (another, None) if another is not None and _pays(another, least, copies, loads, bound) else (least, another)
 
 
 def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
     """What to wait for where no engine has it: a copy on its way, unless too many others are sent there, else one to make."""
-    coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
-    joined = [endpoint for endpoint in coming if _may_be_joined(loads[endpoint.address], bound)]
-    return _least(joined, loads, order) if joined else _best_place(copies, order, loads, bound) or _coming(copies)
-
-
-def _may_be_joined(load: Load, bound: float) -> bool:
-    """What is held there waits for this very copy, or for one that is loaded before it."""
-    return load.known - load.held < bound
-
-
-def _coming(copies: Sequence[Copy]) -> Endpoint | None:
-    """A copy that is on its way, if any."""
-    return next((copy.endpoint for copy in copies if copy.at is At.COMING), None)
+    coming = [copy.endpoint for copy in copies if copy.at in (At.COMING, At.LOADING)]
+    has_files = any(copy.at in (At.COLD, At.LOADING) for copy in copies)
+    joined = [endpoint for endpoint in coming if not has_files or loads[endpoint.address].awaited < bound]
+    if joined:
+        return joined[0]
+    place = _best_place(copies, order, loads, bound, must_be_below=bool(coming))
+    return place or (_least(coming, loads, order) if coming else None)
 
 
 def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
@@ -195,7 +210,9 @@ def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, 
         return _least(warm, loads, order)
     if 0 < rule.max_copies <= _in_memory(copies):
         return None
-    return _coming(copies) or _best_place(copies, order, loads, bound, must_be_below=True)
+    coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
+    is_enough = len(coming) >= sum(copy.at is At.LEASED for copy in copies)  # copies may double in the time that one takes
+    return coming[0] if is_enough else _best_place(copies, order, loads, bound, must_be_below=True)
 
 
 def _spare(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, *, is_hot: bool) -> Endpoint | None:

@@ -31,6 +31,7 @@ STALE_S = 6.0  # an engine's word counts so long: three of those that come every
 LATE_S = 0.01  # that a stager's look and its word take
 ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does
 MAX_SENT = 1024  # requests remembered per endpoint between two words; more than an engine takes in 2 s
+UNHEARD = 1.5  # times what others have sent an endpoint on average: between two looks at its engine it grows from nothing to twice that
 FEW = 2.0  # requests in flight are never too many: below that, integers alone make an endpoint look busy
 
 
@@ -72,6 +73,11 @@ class Load:
     def is_queueing(self) -> bool:
         """Whether a request that comes now waits for others to end: a queue of a quarter of what runs does not empty before the next word."""
         return self.engine.waiting > self.engine.running / 4
+
+    @property
+    def awaited(self) -> float:
+        """With what other routers hold here, if they hold as much as this one: of what is asked for everywhere, each holds its part."""
+        return self.known + (self.engine.routers - 1) * self.held
 
     @property
     def is_full(self) -> bool:
@@ -174,7 +180,7 @@ class Loads:
         """From so many known requests in flight on, an endpoint carries too much: `factor` times the mean, less what other routers have sent an endpoint since
         its word, if they send as much as this one."""
         unheard = (self._total - self._known) / self._ready if self._ready else 0.0
-        return max(factor * self.mean() - unheard, FEW)
+        return max(factor * self.mean() - UNHEARD * unheard, FEW)
 
     def below(self, endpoints: Sequence[Endpoint], bound: float) -> list[Endpoint]:
         """Those that are not known to have as much in flight."""
@@ -209,7 +215,7 @@ def _expire(load: Load, now: float) -> None:
         load.engine = Engine(slots=engine.slots)
         counts_s = FORGOTTEN_S
     elif engine.every_s:
-        counts_s = engine.every_s / (2 if engine.routers == 1 else 1) + LATE_S
+        counts_s = (now - load.said_at - LATE_S) % engine.every_s + LATE_S
     else:
         return
     while load.sent and load.sent[0] <= now - counts_s:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..client import Staged
-from ..core.choice import At, Choice, Copy, Rule, Rules, choose, least_of, of_leased
+from ..core.choice import At, Choice, Copy, Rule, Rules, choose, is_crowded, least_of, of_leased
 from ..core.decision import Forward, PassThrough
 from ..core.endpoint import Endpoint
 from ..core.load import Loads
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 3  # a fault of three nodes in a row is not theirs
 NO_SPACE_PAUSE_S, MAX_NO_SPACE_PAUSE_S = 0.25, 2.0
+CHOSEN_AGAIN = 6  # times, and then it goes: copies may double each time, and 64 are enough for the hottest of a thousand nodes
 WARM_S = 0.5  # a stager that has the adapter in its engine's memory answers within milliseconds, or hangs
 USUAL_GAPS = 3  # silence of a stager counts as none of its usual ones above this many of them
 
@@ -187,10 +188,14 @@ class Staging:
                     found.append(Copy(endpoint, At.COLD if not warm else At.LEASED if is_leased else At.WARM))
                 elif standing is Standing.DRAINING and (is_leased or warm):
                     found.append(Copy(endpoint, At.LEAVING if is_leased else At.PARTING))
-        if not any(copy.at is At.LEASED for copy in found):
-            there = [copy.endpoint for copy in found if copy.at is not At.COLD]
-            asked = [e for e in snapshot.stageable(forward.candidates) if e not in there and self._residency.is_asked(e, forward.adapter, plain=forward.plain)]
-            found = [*(copy for copy in found if copy.endpoint not in asked), *(Copy(endpoint, At.COMING) for endpoint in asked)]
+        is_leased = any(copy.at is At.LEASED for copy in found)
+        for endpoint in snapshot.stageable(forward.candidates):
+            if self._residency.is_asked(endpoint, forward.adapter, plain=forward.plain):
+                copy = next((copy for copy in found if copy.endpoint == endpoint), None)
+                if copy is None:
+                    found.append(Copy(endpoint, At.COMING))
+                elif copy.at is At.COLD and not is_leased:
+                    copy.at = At.LOADING
         return found
 
     def _order(self, forward: Forward, rule: Rule, copies: int) -> Sequence[Endpoint]:
@@ -270,8 +275,17 @@ class Staging:
             raise failure from None
 
     async def _walk(self, forward: Forward, began: float) -> Placed:
+        """Wait for the place that is chosen, and choose again where it is crowded by then: all who come while the first copy of an adapter is fetched wait
+        for that one."""
+        for _ in range(CHOSEN_AGAIN):
+            choice = self._choose(forward)
+            placed = await self._ask(forward, choice, began)
+            if choice.serve is not None or not is_crowded(placed.endpoints[0], self._loads[forward.pool.name], self._rules.of(forward.adapter)):
+                return placed
+        return await self._ask(forward, self._choose(forward), began)
+
+    async def _ask(self, forward: Forward, choice: Choice, began: float) -> Placed:
         """Ask the candidates in turn, and beside one that makes no progress the next. The first that has the adapter is the place."""
-        choice = self._choose(forward)
         loads = self._loads[forward.pool.name]
         candidates = choice.wait_for[:MAX_CANDIDATES] if choice.serve is None else (choice.serve,)
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")

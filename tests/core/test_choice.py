@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import OFTEN, SAMPLED, SELDOM, At, Balance, Choice, Copy, Rule, Rules, choose, least_of, of_leased
+from extproc.core.choice import OFTEN, SAMPLED, SELDOM, At, Balance, Choice, Copy, Rule, Rules, choose, is_crowded, least_of, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
 
@@ -187,11 +187,11 @@ def test_a_copy_in_another_engines_memory_is_waited_for() -> None:
 
 def test_one_that_has_too_much_is_left_alone_for_another_that_has_the_files() -> None:
     """A load takes half a second. Where it would have to be fetched, it is prepared meanwhile, unless the engine that has it queues."""
-    loads = loads_of(40, 10, 10, 10, 10, 10)
+    loads = loads_of(30, 10, 10, 10, 10, 10)
     assert choose([Copy(A, At.WARM), Copy(B, At.COLD)], ENDPOINTS, loads, RULE).wait_for[0] == B
     choice = choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE)
     assert (choice.wait_for[0], choice.prepare) == (A, B)
-    loads.say(A.address, Engine(running=30, waiting=10), 1.0)
+    loads.say(A.address, Engine(running=20, waiting=10), 1.0)
     assert choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE).wait_for[0] == B
     assert choose([Copy(A, At.WARM)], (A,), loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for == (A,)
 
@@ -266,7 +266,7 @@ def test_whatever_is_known_a_choice_can_be_followed(
     at = dict(known)
     assert choice.serve is None or at[choice.serve] in (At.LEASED, At.LEAVING)
     assert (choice.serve is None) != (not choice.wait_for) or not (copies or ready) or all(copy.at is At.COLD for copy in copies)
-    assert choice.prepare is None or at.get(choice.prepare) in (None, At.WARM, At.COLD, At.COMING)
+    assert choice.prepare is None or at.get(choice.prepare) in (None, At.WARM, At.COLD, At.COMING, At.LOADING)
     assert len(set(choice.wait_for)) == len(choice.wait_for)
 
 
@@ -322,9 +322,52 @@ def test_who_comes_while_a_copy_is_made_waits_for_that_one() -> None:
     assert choose([Copy(A, At.COMING), Copy(D, At.WARM)], ENDPOINTS, loads, RULE).wait_for[0] == D
 
 
-def test_a_copy_on_its_way_to_an_engine_that_has_too_much_by_now_is_not_joined() -> None:
-    """Others have sent it more meanwhile."""
-    assert choose([Copy(A, At.COMING)], ENDPOINTS, loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for[0] == B
+def test_one_fetch_from_an_origin_is_enough_and_then_copies_are_made_from_it() -> None:
+    """Who comes before any node has the files waits for them, however many do; who comes later waits where there is room, or has another copy made."""
+    busy = loads_of(40, 10, 10, 10, 10, 10)
+    assert choose([Copy(A, At.COMING)], ENDPOINTS, busy, RULE).wait_for[0] == A
+    assert choose([Copy(A, At.LOADING)], ENDPOINTS, busy, RULE).wait_for[0] == B
+    assert choose([Copy(A, At.LOADING), Copy(B, At.COMING)], ENDPOINTS, busy, RULE).wait_for[0] == B
+    assert choose([Copy(A, At.LOADING)], (A,), busy, RULE).wait_for[0] == A
+
+
+def test_what_others_hold_at_a_copy_on_its_way_counts_as_what_is_held_here() -> None:
+    """Of an adapter that all ask for, each router has its part of those who wait."""
+    for routers, place in ((1, A), (4, B)):
+        loads = loads_of(10)
+        loads.say(A.address, Engine(running=9, routers=routers), 0.0)
+        loads.hold(A.address)
+        assert choose([Copy(A, At.LOADING)], ENDPOINTS, loads, RULE).wait_for[0] == place
+
+
+def test_as_many_copies_are_on_their_way_as_are_there() -> None:
+    """Above the bound each request has the next one prepared, until there are twice as many."""
+    loads = loads_of(30, 30, 10, 10, 10, 10)
+    assert choose([*leased(A, B), Copy(C, At.COMING)], ENDPOINTS, loads, RULE).prepare == D
+    assert choose([*leased(A, B), Copy(C, At.COMING), Copy(D, At.COMING)], ENDPOINTS, loads, RULE).prepare == C
+
+
+def test_of_many_copies_another_is_prepared_while_half_of_them_are_below_the_bound() -> None:
+    """What so many requests ask for evens out what others cause, as long as some engine that has it can take more."""
+    most, half = loads_of_twenty(30, 30, 30), loads_of_twenty(30, 30)
+    assert choose(leased(*MANY_LEASED), TWENTY, most, RULE).prepare == TWENTY[5]
+    assert choose(leased(*MANY_LEASED), TWENTY, half, RULE).prepare is None
+    for look in range(1, 129):
+        looks_at_all = [not of_leased(MANY_LEASED, TWENTY, loads, RULE, look) for loads in (most, half)]
+        assert looks_at_all == [look % 16 == 0, look % 128 == 0]
+
+
+# ---- where all wait for one copy
+
+
+def test_who_has_waited_with_too_many_others_chooses_again_and_waits_even_for_a_fetch() -> None:
+    """32 requests are never too many at once, and others' rules know no such thing."""
+    crowded, busy = loads_of(40, 10, 10, 10, 10, 10), loads_of(31, 10, 10, 10, 10, 10)
+    assert [is_crowded(A, loads, RULE) for loads in (crowded, busy)] == [True, False]
+    assert not is_crowded(A, crowded, Rule(RULE.draw, "maglev"))
+    assert not is_crowded(A, loads_of(40), RULE)
+    assert choose(leased(A), ENDPOINTS, crowded, RULE) == Choice(None, (B, A))
+    assert choose(leased(A), ENDPOINTS, busy, RULE) == Choice(A, prepare=B)
 
 
 def test_a_drain_ends_where_engines_hold_fewer_adapters_than_are_asked_for() -> None:

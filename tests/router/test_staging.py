@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from extproc.core.artifact import AdapterName
+from extproc.core.choice import ONCE
 from extproc.core.decision import Forward
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine
@@ -222,6 +224,28 @@ async def test_a_copy_of_which_a_stager_tells_is_asked_for_before_one_is_made() 
     router.residency.copies.put(third.stager, "a", warm=True)
     assert (await serve(router, chat("a"))).first_destination() == third.address
     assert router.stager_of(owner).asked == []
+    await router.stop()
+
+
+async def test_of_all_who_wait_for_the_first_copy_no_more_go_there_at_once_than_an_engine_computes() -> None:
+    """The first to come go first. The rest wait for the next copy, which is made now that a node has the files; one fetch was enough until then."""
+    router = Router(3)
+    stagers = [router.stager_of(endpoint) for endpoint in router.pool.candidates("a")]
+    for stager in stagers:
+        stager.gate.clear()
+    requests = [asyncio.create_task(serve(router, chat("a"))) for _ in range(2 * ONCE + 1)]
+    await turns(20)
+    assert [stager.asked for stager in stagers] == [["a"], [], []]
+    stagers[0].gate.set()
+    await turns(20)
+    assert [request.done() for request in requests] == [True] * ONCE + [False] * (ONCE + 1)
+    assert [stager.asked for stager in stagers] == [["a"], ["a"], []]
+    stagers[1].gate.set()
+    stagers[2].gate.set()
+    streams = await asyncio.gather(*requests)
+    assert Counter(stream.first_destination() for stream in streams) == {
+        endpoint.address: count for endpoint, count in zip(router.pool.candidates("a"), (ONCE, ONCE, 1), strict=True)
+    }
     await router.stop()
 
 

@@ -96,7 +96,7 @@ class Meter:
 
     def _take(self, reading: Reading) -> None:
         self.reading, before = reading, self.told
-        if before is None or is_step(before.work, reading.work) or (reading.work is not None and reading.at - before.at >= MAX_S - BUSY_S):
+        if before is None or is_step(before.work, reading.work, self.wanting) or (reading.work is not None and reading.at - before.at >= MAX_S - BUSY_S):
             self.told = reading
             self._tell()
 
@@ -106,8 +106,9 @@ class Meter:
         return min(MAX_S, max(usual_s, took_s / SHARE))
 
 
-def is_step(before: Work | None, now: Work | None) -> bool:
-    """Whether what was told says too little of what is: the number of requests, whether any waits, whether it is known."""
+def is_step(before: Work | None, now: Work | None, routers: int) -> bool:
+    """Whether what `routers` were told says too little of what is: the number of requests, whether any waits, whether it is known."""
     if before is None or now is None:
         return before is not now
-    return abs(now.requests - before.requests) > max(STEP, STEP_PART * before.requests) or (now.waiting > 0) != (before.waiting > 0)
+    step = 0.0 if routers == 1 else max(STEP, STEP_PART * before.requests)
+    return abs(now.requests - before.requests) > step or (now.waiting > 0) != (before.waiting > 0)

@@ -1,9 +1,9 @@
 """One simulated router: what `Staging`, `Residency`, `Membership` and `Moves` do with the core, without their sockets and tasks."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 from extproc.core.choice import At, Choice, Copy
 from extproc.core.copies import Copies
@@ -15,17 +15,23 @@ from extproc.core.standing import Observed, Standing
 from extproc.router.membership import TICK_S, WINDOW_TICKS
 from extproc.router.moving import AT_ONCE, MOST
 from extproc.router.residency import MAX_PREPARATIONS
+from extproc.router.staging import CHOSEN_AGAIN
 
 from .node import LEASE_S, Clock, Node, Request
 
 AGAIN_S = 0.25  # a request that can go nowhere is decided again
 
 
-class Way(Protocol):
+class Way(ABC):
     """A rule under comparison."""
 
+    @abstractmethod
     def choose(self, adapter: str, copies: list[Copy], router: "Router") -> Choice:
         """What to do with a request for `adapter`."""
+
+    def is_crowded(self, place: Endpoint, router: "Router") -> bool:
+        """Whether a request that has waited for `place` chooses again."""
+        return False
 
 
 class Router:
@@ -78,7 +84,8 @@ class Router:
     def _wait_for(self, place: Endpoint, request: Request) -> None:
         def over(is_there: bool) -> None:
             self.loads.release(place.address)
-            if is_there:
+            request.waits += is_there
+            if is_there and (request.waits > CHOSEN_AGAIN or not self._way.is_crowded(place, self)):
                 self._send(place, request)
             else:
                 self.take(request)
@@ -97,11 +104,15 @@ class Router:
                     found.append(Copy(endpoint, At.LEASED if warm and leased else At.WARM if warm else At.COLD))
                 elif standing is Standing.DRAINING and (leased or warm):
                     found.append(Copy(endpoint, At.LEAVING if leased else At.PARTING))
-        if not any(copy.at is At.LEASED for copy in found):
-            there = [copy.endpoint for copy in found if copy.at is not At.COLD]
-            candidates = self.snapshot.stageable(self.snapshot.candidates(self.pool, adapter))
-            asked = [endpoint for endpoint in candidates if endpoint not in there and (endpoint.stager, adapter) in self._asked]
-            found = [*(copy for copy in found if copy.endpoint not in asked), *(Copy(endpoint, At.COMING) for endpoint in asked)]
+        is_leased = any(copy.at is At.LEASED for copy in found)
+        of = {copy.endpoint: copy for copy in found}
+        for endpoint in self.snapshot.stageable(self.snapshot.candidates(self.pool, adapter)):
+            if (endpoint.stager, adapter) in self._asked:
+                copy = of.get(endpoint)
+                if copy is None:
+                    found.append(Copy(endpoint, At.COMING))
+                elif copy.at is At.COLD and not is_leased:
+                    copy.at = At.LOADING
         return found
 
     def _has_lease(self, endpoint: Endpoint, adapter: str) -> bool:

@@ -3,17 +3,17 @@
 import math
 from collections import Counter
 
-from extproc.core.choice import At, Choice, Copy, Rule, choose, of_leased
+from extproc.core.choice import At, Choice, Copy, Rule, choose, is_crowded, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import FIRST
 
-from .router import Router
+from .router import Router, Way
 
 FACTOR = 1.25  # of the mean: router.balance_factor, and CHWBL's c
 DYNAMO_TICK_S, DYNAMO_TICKS, DYNAMO_COOLDOWN = 3.0, 30, 3  # Dynamo's defaults: a tick, the window of 90 s, ticks that a smaller set waits for
 
 
-class Core:
+class Core(Way):
     """`choice.choose`, given what `Staging` gives it."""
 
     def __init__(self, rule: Rule) -> None:
@@ -34,15 +34,18 @@ class Core:
             order = snapshot.candidates(pool, adapter)
         return choose(copies, snapshot.stageable(order), router.loads, self._rule, is_hot=is_hot)
 
+    def is_crowded(self, place: Endpoint, router: Router) -> bool:
+        return is_crowded(place, router.loads, self._rule)
 
-class LeastLoaded:
+
+class LeastLoaded(Way):
     """The endpoint with the least in flight, whatever it has."""
 
     def choose(self, adapter: str, copies: list[Copy], router: Router) -> Choice:
         return _at(router.snapshot.stageable(router.pool.table.endpoints), copies, router)
 
 
-class Chwbl:
+class Chwbl(Way):
     """Consistent hashing with bounded loads (Mirrokni et al. 2017): the first in the key's order that stays within c times the mean, this request included."""
 
     def choose(self, adapter: str, copies: list[Copy], router: Router) -> Choice:
@@ -59,7 +62,7 @@ class Chwbl:
             count *= 2
 
 
-class Dynamo:
+class Dynamo(Way):
     """As many of the key's first endpoints as the adapter's share of the requests is worth in slots, and of those the least loaded. A set grows at once, and
     shrinks when it should have been smaller for some ticks."""
 

@@ -23,6 +23,7 @@ SHIFT_S = 60.0  # between two shifts of popularity
 SHIFTED = 10  # one in so many adapters changes places with another
 SAMPLE_S = 0.5
 DEMAND_S = 5.0  # between two words of how many adapters are in demand
+WAIT_S = 0.05  # more than a call to a stager takes
 AFTER_S = 60.0  # a move is to blame for the first wait of each adapter that it concerned, so long
 
 
@@ -137,6 +138,7 @@ class World:
             started=self._started,
             is_exact=case.is_exact,
             routers=case.routers,
+            has_peer=lambda adapter: bool(self._copies.of(adapter)),
         )
         self._nodes[endpoint.stager] = node
         self.clock.after(self._random.random() * BUSY_S, node.poll)
@@ -176,7 +178,7 @@ class World:
     def _started(self, request: Request) -> None:
         if not request.is_counted:
             return
-        waits = request.held_s + request.loading_s > 0.05
+        waits = request.held_s + request.loading_s > WAIT_S
         self._queued.append(request.queued_s)
         self._figures.waited += waits
         for move in self._moves:
@@ -210,8 +212,8 @@ class World:
         node = self._node(0)
 
         def blame(request: Request) -> None:
-            self._figures.drain_waits += request.was_there and request.held_s > 0
-            self._figures.misread += request.was_there and not request.held_s
+            self._figures.drain_waits += request.was_there and request.held_s > WAIT_S
+            self._figures.misread += request.was_there and request.held_s <= WAIT_S
 
         self._moves.append(_Move(node, set(node.memory), self.clock.now + AFTER_S, blame))
         for router in self._routers:
@@ -222,8 +224,8 @@ class World:
         node = self._node(1)
 
         def blame(request: Request) -> None:
-            self._figures.death_waits += request.was_there and request.held_s > 0
-            self._figures.misread += request.was_there and not request.held_s
+            self._figures.death_waits += request.was_there and request.held_s > WAIT_S
+            self._figures.misread += request.was_there and request.held_s <= WAIT_S
             self._figures.orphan_waits += not request.was_there
 
         self._moves.append(_Move(node, set(node.memory), self.clock.now + AFTER_S, blame))

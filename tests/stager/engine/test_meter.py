@@ -84,9 +84,17 @@ def test_nobody_asks_the_engine_unless_somebody_wants_to_know(metered: Metered) 
 
 def test_a_step_is_told_with_the_reading_that_shows_it(metered: Metered) -> None:
     """More than one request or a twentieth, whichever is more; the first and the last that waits."""
-    metered.run((busy(100), 1.0), (busy(105), 0.5), (busy(106), 0.5), (busy(106, 1), 0.5), (busy(107), 0.5))
+    looks = (busy(100), 1.0), (busy(105), 0.5), (busy(106), 0.5), (busy(106, 1), 0.5), (busy(107), 0.5)
+    metered.meter.wanting = 1  # another router
+    metered.run(*looks)
     shown = [work for _, work in metered.told]
     assert shown == [busy(100), busy(106), busy(106, 1), busy(107)]
+
+
+def test_a_single_router_is_told_of_every_change(metered: Metered) -> None:
+    """It knows what it sends, and lacks only what ends."""
+    metered.run((busy(100), 1.0), (busy(101), 0.5), (busy(101), 0.5), (busy(100), 0.5))
+    assert [work for _, work in metered.told] == [busy(100), busy(101), busy(100)]
 
 
 def test_how_often_the_engine_is_looked_at_is_said(metered: Metered) -> None:
