@@ -90,6 +90,8 @@ Event = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | Respo
 
 
 class Direction(Enum):
+    __hash__ = object.__hash__  # as Mode's
+
     REQUEST = "request"
     RESPONSE = "response"
 

@@ -35,6 +35,8 @@ from .http2.streams import LARGE_BYTES
 
 _REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types
 _NO_METADATA = b"\x42\x00"
+_ENDS = (b"\x22\x02\x10\x01", b"\x22\x02\x10\x01" + _NO_METADATA)  # the end of a body that has been shown already, once per full-duplex request
+_MODES = {mode.value: mode for mode in Mode}  # one that is newer than ours is taken for one that is not spoken, and answered so
 KEPT_IN_PIECES_BYTES = 64 * 1024  # a body up to this size is joined when it is read: one object is handled faster than several
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
@@ -45,8 +47,10 @@ ATTRIBUTES, UPSTREAM_ADDRESS = "envoy.filters.http.ext_proc", "upstream.address"
 
 def decode(message: Message) -> Event:
     """One ProcessingRequest as an event. What cannot be read is an event too: the exchange answers it."""
-    body = _decode_body(message if isinstance(message, tuple) else (message,))
-    if body is not None:
+    if type(message) is bytes and len(message) < LARGE_BYTES:
+        if message in _ENDS:
+            return RequestBody(b"", True)
+    elif (body := _decode_body(message if isinstance(message, tuple) else (message,))) is not None:
         return body
     try:
         request = pb.ProcessingRequest.FromString(joined(message))
@@ -58,8 +62,8 @@ def decode(message: Message) -> Event:
         return RequestHeaders(
             headers=_headers(request.request_headers.headers),
             end_of_stream=request.request_headers.end_of_stream,
-            request_mode=_mode(config.request_body_mode),  # Envoy leaves protocol_config out where all of it is NONE
-            response_mode=_mode(config.response_body_mode),
+            request_mode=_MODES.get(config.request_body_mode, Mode.GRPC),  # Envoy leaves protocol_config out where all of it is NONE
+            response_mode=_MODES.get(config.response_body_mode, Mode.GRPC),
             subset=_subset(request) if request.HasField("metadata_context") else None,
         )
     if kind == "request_body":
@@ -121,8 +125,9 @@ def _response(reply: Reply) -> pb.ProcessingResponse:
     return response
 
 
-# Bodies are most of the bytes, so their two messages are read and written by hand: through the generated code each would be copied four times.
-# Anything but the plain form goes the ordinary way, and the tests compare both with an independent full set.
+# Bodies are most of the bytes, so their two messages are read and written by hand: through the generated code each would be copied four times. Of small
+# ones the copies cost less than reading by hand does, so those are read by the generated code, too. Anything but the plain form goes the ordinary way, and
+# the tests compare both with an independent full set.
 
 
 def _decode_body(pieces: tuple[Buffer, ...]) -> RequestBody | ResponseBody | None:
@@ -215,13 +220,6 @@ def _headers(message: pb.HeaderMap) -> Mapping[str, str]:
         raw = header.raw_value
         headers.setdefault(header.key, raw.decode("utf-8", "surrogateescape") if raw else header.value)
     return headers
-
-
-def _mode(value: int) -> Mode:
-    try:
-        return Mode(value)
-    except ValueError:
-        return Mode.GRPC  # a mode newer than ours: not spoken, and answered so
 
 
 def _subset(request: pb.ProcessingRequest) -> tuple[str, ...] | None:
