@@ -32,6 +32,7 @@ class Account:
         "model",
         "outcome",
         "reason",
+        "request_id",
         "transport_bytes",
         "waits_since",
     )
@@ -45,15 +46,16 @@ class Account:
         self.held_bytes = 0
         self.arrives_since = self.arrived_last = 0.0
         self.headers: Mapping[str, str] = {}
+        self.request_id = ""
         self.model = self.adapter = self.destination = ""
         self.waits_since = 0.0
         self.outcome, self.reason = "abandoned", ""  # what the request is counted as when it ends
         self.is_closed = False
         metrics.open_streams += 1
 
-    @property
-    def request_id(self) -> str:
-        return self.headers.get("x-request-id", "")
+    def begin(self, headers: Mapping[str, str]) -> None:
+        """The request's headers have come."""
+        self.headers, self.request_id = headers, headers.get("x-request-id", "")
 
     def refuse(self, error: LoraExtprocError) -> None:
         """Answer the request with `error`."""
@@ -71,14 +73,17 @@ class Account:
         self.transport_bytes = size
         self.count(exchange_bytes)
 
-    def arrives(self) -> None:
-        """The body is arriving."""
-        self._admission.arrives(self)
-
-    def arrived(self) -> None:
-        """The body has ended."""
-        if self.arrives_since:
+    def settle(self, exchange_bytes: int, *, is_arriving: bool) -> None:
+        """Bring bytes and place up to date after each message: what the exchange holds, and whether the body has more to come."""
+        self.count(exchange_bytes)
+        if is_arriving:
+            self._admission.arrives(self)
+        elif self.arrives_since:
             self._admission.arrived(self)
+
+    def arrives(self) -> None:
+        """More of the body has come, and it has not ended."""
+        self._admission.arrives(self)
 
     def trace(self, name: str, took_s: float, notes: Mapping[str, str | float], failed: str = "") -> None:
         """A span that ends now."""
@@ -99,8 +104,7 @@ class Account:
         self._refuse = None
         self._metrics.open_streams -= 1
         self.transport_bytes = 0
-        self.arrived()
-        self.count(0)
+        self.settle(0, is_arriving=False)
         if has_begun:
             self._metrics.answered(self.outcome, self.reason)
             self._log()

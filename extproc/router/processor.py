@@ -12,7 +12,20 @@ from typing import Any, TypeVar
 from ..core import cors
 from ..core.decision import Decision, Facts, Forward, ListModels, NobodyReady, PassThrough, Policy, Reject, decide
 from ..core.endpoint import Endpoint
-from ..core.events import Action, BodyReply, Decide, ImmediateReply, Judge, Mutation, OwnReply, Reply, RequestHeaders, ResponseHeaders
+from ..core.events import (
+    Action,
+    BodyReply,
+    Decide,
+    HeadersReply,
+    ImmediateReply,
+    Judge,
+    Mutation,
+    OwnReply,
+    Reply,
+    RequestHeaders,
+    ResponseHeaders,
+    TrailersReply,
+)
 from ..core.exchange import Exchange, State
 from ..core.paths import Paths
 from ..core.placement import Pool
@@ -98,16 +111,17 @@ class Processor:
         try:
             event = wire.decode(message)
             if isinstance(event, RequestHeaders) and not account.headers:
-                account.headers = event.headers
+                account.begin(event.headers)
             self._s.watchdog.handles(account.request_id)
-            began, was = self._s.clock(), exchange.state
+            began, was_arriving = self._s.clock(), exchange.is_arriving
             actions = exchange.receive(event)
-            if was is State.BODY and exchange.state not in (State.BODY, State.JUDGING):
+            if was_arriving and not exchange.is_arriving and exchange.state is not State.JUDGING:
                 self._judged_within(self._s.clock() - began, exchange.held_bytes)
             if isinstance(event, ResponseHeaders) and event.served and self._named:
                 self._note_served(event)
-            self._carry_out(actions)
-            self._settle_account()
+            if actions:
+                self._carry_out(actions)
+            account.settle(exchange.held_bytes, is_arriving=exchange.is_arriving)
         except Exception:
             log.exception("a request failed in the router itself")
             self._failed_inside()
@@ -149,6 +163,8 @@ class Processor:
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
+                case HeadersReply() | BodyReply() | TrailersReply():  # as most: they are asked for first
+                    self._outbox.append(action)
                 case Decide(facts):
                     self._carry_out(self._decide(facts))
                 case Judge() as question:
@@ -161,9 +177,8 @@ class Processor:
                 case OwnReply():
                     self._account.outcome, action.notes, action.headers = "listed", {"outcome": "listed"}, self._cors_headers()
                     self._outbox.append(action)
-                case _:
-                    self._outbox.append(action)
-        self._send()
+        if self._outbox:
+            self._send()
 
     def _send(self) -> None:
         """Send what there is, of a large body a part per turn of the event loop, however often this is called in one."""
@@ -194,7 +209,8 @@ class Processor:
         self._account.model = facts.model or ""
         began = self._s.clock()
         decision = decide(facts, self._s.membership.snapshot, self._s.policy)
-        self._account.trace("decide", self._s.clock() - began, {"model": facts.model or ""})
+        if self._s.tracing is not None:
+            self._account.trace("decide", self._s.clock() - began, {"model": facts.model or ""})
         return self._follow(facts, decision)
 
     def _follow(self, facts: Facts, decision: Decision) -> Sequence[Action]:
@@ -367,11 +383,7 @@ class Processor:
         self._account.trace("scan", took_s, {})
 
     def _settle_account(self) -> None:
-        self._account.count(self._exchange.held_bytes)
-        if self._exchange.is_arriving:
-            self._account.arrives()
-        else:
-            self._account.arrived()
+        self._account.settle(self._exchange.held_bytes, is_arriving=self._exchange.is_arriving)
 
     def _close_if_done(self) -> None:
         if self._half_closed:
@@ -382,7 +394,8 @@ class Processor:
         self._end()
 
     def _end(self) -> None:
-        self._cancel_waits()
+        if self._tasks:
+            self._cancel_waits()
         self._outbox.clear()
         self._account.close(has_begun=self._exchange.state is not State.START)
 

@@ -57,7 +57,7 @@ def test_a_body_that_arrives_is_known_until_it_has_arrived_or_its_stream_ends() 
     arrived, closed, arriving = (account(router, refused) for _ in range(3))
     for one in (arrived, closed, arriving):
         one.arrives()
-    arrived.arrived()
+    arrived.settle(0, is_arriving=False)
     closed.close(has_begun=True)
     router.now = 2000.0
     router.admission.refuse_late()
@@ -69,7 +69,7 @@ def test_one_line_per_exchange_without_what_is_empty(caplog: pytest.LogCaptureFi
     caplog.set_level(logging.DEBUG, "extproc.router.account")
     router = Router()
     one = account(router)
-    one.headers = {"x-request-id": "r-1"}
+    one.begin({"x-request-id": "r-1"})
     one.outcome, one.reason = "rejected", "no_space"
     one.close(has_begun=True)
     assert caplog.messages == ["exchange request_id=r-1 outcome=rejected reason=no_space"]
