@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, NewType
 
 import msgspec
@@ -21,9 +22,11 @@ VERSION_MARK = "@sha256:"  # as container registries write it
 VERSION_DIGITS = 12
 
 MAX_NAME_BYTES = 256  # longer than any org/name of a hub, short enough for logs
+_REMEMBERED_NAMES = 16_384  # that have passed: a look costs a tenth of the checks, and at most 6 MB
 MAX_PART_BYTES = 235  # NAME_MAX of every Linux file system, 255, less what the name of a version adds: one part becomes one directory entry
 
 
+@lru_cache(_REMEMBERED_NAMES)
 def adapter_name(raw: str) -> AdapterName:
     """The one gate from text to a name that may reach a file system, a URL or a label.
 
