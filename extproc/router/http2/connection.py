@@ -62,7 +62,7 @@ from .frames import (
 from .headers import METHOD_NOT_ALLOWED, UNSUPPORTED_MEDIA_TYPE, Blocks, Request
 from .outbox import RESPONSE_HEADERS, Outbox
 from .patience import DROP_AFTER_TICKS, MAX_USELESS, TICK_S, Patience, Silence
-from .streams import LARGE_BYTES, PREFIX, STREAM_WINDOW, VERDICTS, Closed, Refused, State, Stream, Verdict, error_code
+from .streams import LARGE_BYTES, PREFIX, PREFIX_BYTES, STREAM_WINDOW, VERDICTS, Closed, Refused, State, Stream, Verdict, error_code
 
 log = logging.getLogger(__name__)
 
@@ -548,9 +548,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _take(self, stream: Stream, data: memoryview) -> bool:
         """Hand over the messages that have become whole. False if the stream is over, before or because of them."""
-        size = len(data) - PREFIX.size
+        size = len(data) - PREFIX_BYTES
         if stream.pieces is None and 0 <= size <= self._max_message_bytes and PREFIX.unpack_from(data) == (0, size):  # one message in one frame, as most
-            whole = data[PREFIX.size :]
+            whole = data[PREFIX_BYTES:]
             return self._hand_over(stream, bytes(whole) if size < LARGE_BYTES else whole)
         try:
             for message in stream.messages(data, self._max_message_bytes):

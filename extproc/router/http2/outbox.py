@@ -9,12 +9,11 @@ import asyncio
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 from ...core.pieces import Buffer
 from .calls import Message
 from .frames import DATA, DEFAULT_WINDOW, END_HEADERS, END_STREAM, FLOW_CONTROL_ERROR, HEAD, HEADERS, MAX_WINDOW, MIN_MAX_FRAME, ConnectionFault
-from .streams import LARGE_BYTES, PREFIX, Stream
+from .streams import LARGE_BYTES, PREFIX, PREFIX_BYTES, Stream
 
 MAX_UNREAD_ANSWERS = 10_000  # control frames that a peer may cause while it reads nothing, before it is cut off
 FRAMES_PER_TURN = 1000  # sent to streams that have waited, before the loop gets its turn
@@ -62,17 +61,11 @@ class Outbox:
 
     def message(self, stream: Stream, message: Message) -> None:
         """One gRPC message: as much as the windows allow now, the rest when they open."""
-        first: Buffer
-        others: Sequence[Buffer]
-        if type(message) is tuple:
-            first, *others = message
-            length = len(first) + sum(map(len, others))
-        else:
-            first, others = cast("Buffer", message), ()
-            length = len(first)
-        size = PREFIX.size + length
+        pieces = message if isinstance(message, tuple) else (message,)
+        length = sum(map(len, pieces)) if len(pieces) > 1 else len(pieces[0])
+        size = PREFIX_BYTES + length
         if stream.unsent_bytes or self.is_paused or size > self._window or size > self._initial_window + stream.credit or size > self.max_frame:
-            self._queue(stream, length, first, others)
+            self._queue(stream, length, pieces)
         else:  # in one frame, with nothing to remember
             stream.credit -= size
             self._window -= size
@@ -81,24 +74,25 @@ class Outbox:
                 head = _NEXT_MESSAGE.pack(size >> 8, size & 0xFF, DATA, 0, stream.id, 0, length)
             else:
                 stream.started = True
-                headers = (0, len(RESPONSE_HEADERS), HEADERS, END_HEADERS, stream.id, RESPONSE_HEADERS)
-                head = _FIRST_MESSAGE.pack(*headers, size >> 8, size & 0xFF, DATA, 0, stream.id, 0, length)
+                id_ = stream.id
+                head = _FIRST_MESSAGE.pack(
+                    0, len(RESPONSE_HEADERS), HEADERS, END_HEADERS, id_, RESPONSE_HEADERS, size >> 8, size & 0xFF, DATA, 0, id_, 0, length
+                )
             self._out.append(head)
-            self._out.append(first)
-            self._out += others
+            self._out += pieces
             self._out_bytes += len(head) + length
         if not self.waits_for_flush:
             self.flush_soon()
 
-    def _queue(self, stream: Stream, length: int, first: Buffer, others: Iterable[Buffer]) -> None:
+    def _queue(self, stream: Stream, length: int, pieces: Sequence[Buffer]) -> None:
         if not stream.started:
             stream.started = True
             self.frame(HEADERS, END_HEADERS, stream.id, RESPONSE_HEADERS)
         if stream.unsent is None:
             stream.unsent = deque()
-        stream.unsent.append(memoryview(PREFIX.pack(0, length) + first))  # views are cut into frames without copying
-        stream.unsent.extend(memoryview(part) for part in others if part)
-        stream.unsent_bytes += PREFIX.size + length
+        stream.unsent.append(memoryview(PREFIX.pack(0, length) + pieces[0]))  # views are cut into frames without copying
+        stream.unsent.extend(memoryview(part) for part in pieces[1:] if part)
+        stream.unsent_bytes += PREFIX_BYTES + length
         self.proceed(stream)
 
     # -- windows

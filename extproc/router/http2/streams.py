@@ -26,6 +26,7 @@ JOINED_BYTES = 2**16  # up to so many, so that no byte is copied more than a few
 MAX_CLOSED = 1024  # streams that are remembered after their end; frames of them may be on their way for a round trip
 
 PREFIX = struct.Struct(">BI")  # of a gRPC message: whether it is compressed, its length
+PREFIX_BYTES = PREFIX.size
 
 
 class State(Enum):
@@ -185,13 +186,13 @@ class Stream:
             data = memoryview(b"".join((*self.pieces, data)))
             self.pieces, self.held = None, 0
         position, size = 0, len(data)
-        while size - position >= PREFIX.size:
+        while size - position >= PREFIX_BYTES:
             compressed, length = PREFIX.unpack_from(data, position)
             if compressed:
                 raise Refused(UNIMPLEMENTED, "compressed messages are not understood")
             if length > max_bytes:
                 raise Refused(RESOURCE_EXHAUSTED, f"a message of {length} bytes; the limit is {max_bytes}")
-            begin = position + PREFIX.size
+            begin = position + PREFIX_BYTES
             end = begin + length
             if end > size:
                 self.missing = end - size
@@ -222,5 +223,5 @@ class Stream:
         assert self.pieces is not None
         pieces = [memoryview(piece) for piece in self.pieces]
         self.pieces, self.held = None, 0
-        pieces[0] = pieces[0][PREFIX.size :]
+        pieces[0] = pieces[0][PREFIX_BYTES:]
         return (*pieces, rest)
