@@ -13,6 +13,7 @@ from .placement import Pool, Snapshot
 from .prefix import MIN_BLOCKS
 
 PLACES = 16  # of a base model's request, among which its session or its prompt chooses: a look at each costs a quarter of a microsecond
+_LISTING = Kind.LISTING  # looked up on every request
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def _decide(facts: Facts, snapshot: Snapshot, policy: Policy) -> Decision:
     if policy.for_conformance:
         facts = replace(facts, subset=conformance.selected(facts.headers, facts.subset))
         return _pass_through(facts, snapshot, snapshot.pools[0], None, "", 0.0)
-    if facts.path.kind is Kind.LISTING and facts.method == "GET" and policy.lists_models:
+    if facts.path.kind is _LISTING and facts.method == "GET" and policy.lists_models:
         return ListModels(facts.path.model)
     wait = wait_s(policy.timeout_header, facts.headers, policy.stage_deadline_s, policy.max_stage_deadline_s)
     model = facts.model

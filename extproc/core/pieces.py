@@ -1,6 +1,6 @@
 """A body in the pieces that it came in: another value put into it, and cut into messages, as views. Nothing large is copied."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 Buffer = bytes | memoryview
 Pieces = Buffer | tuple[Buffer, ...]  # one piece is handled faster than a tuple of one
@@ -33,12 +33,11 @@ def spliced(pieces: Sequence[Buffer], begin: int, end: int, value: bytes) -> lis
     return [piece for piece in changed if len(piece)]
 
 
-def cut(pieces: Sequence[Buffer], max_bytes: int) -> Iterator[Pieces]:
+def cut(pieces: Sequence[Buffer], max_bytes: int) -> list[Pieces]:
     """The body in parts of `max_bytes`, the last of what is left; none of them empty."""
     if len(pieces) == 1 and len(pieces[0]) <= max_bytes:
-        if len(pieces[0]):
-            yield pieces[0]
-        return
+        return [piece for piece in pieces if len(piece)]
+    parts: list[Pieces] = []
     part: list[Buffer] = []
     room = max_bytes
     for piece in pieces:
@@ -48,10 +47,11 @@ def cut(pieces: Sequence[Buffer], max_bytes: int) -> Iterator[Pieces]:
             part.append(taken)
             room -= len(taken)
             if not room:
-                yield one(part)
+                parts.append(one(part))
                 part, room = [], max_bytes
     if part:
-        yield one(part)
+        parts.append(one(part))
+    return parts
 
 
 def one(pieces: Sequence[Buffer]) -> Pieces:
