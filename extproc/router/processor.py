@@ -52,6 +52,8 @@ ASKED_AGAIN_S = 0.5  # stagers of which nothing new was heard, for a request tha
 MAX_NOTED_KEY_CHARS = 256  # of a key in the access log: a header that is hashed may have 60 KB
 BASE_MUTATIONS = 1024  # of base models: pools, times the endpoints that can be first
 
+_BODY, _JUDGING = State.BODY, State.JUDGING  # looked up for every message
+
 T = TypeVar("T")
 
 
@@ -113,9 +115,9 @@ class Processor:
             if isinstance(event, RequestHeaders) and not account.headers:
                 account.begin(event.headers)
             self._s.watchdog.handles(account.request_id)
-            began, was_arriving = self._s.clock(), exchange.is_arriving
+            began, was = self._s.clock(), exchange.state
             actions = exchange.receive(event)
-            if was_arriving and not exchange.is_arriving and exchange.state is not State.JUDGING:
+            if exchange.state is not was and was is _BODY and exchange.state is not _JUDGING:
                 self._judged_within(self._s.clock() - began, exchange.held_bytes)
             if isinstance(event, ResponseHeaders) and event.served and self._named:
                 self._note_served(event)
@@ -215,6 +217,18 @@ class Processor:
 
     def _follow(self, facts: Facts, decision: Decision) -> Sequence[Action]:
         match decision:
+            case Forward() as forward:
+                self._account.adapter = forward.adapter
+                placed = self._placed and self._s.staging.again(forward, self._placed)
+                placed = placed or self._s.staging.now(forward)
+                if placed is not None:
+                    return self._answer_placed(forward, placed)
+                if not self._s.staging.can_stage(forward):
+                    error = NoEndpoint(f"{forward.adapter} is nowhere yet, and no endpoint of pool {forward.pool.name} can be given it now")
+                    return self._wait_for_an_endpoint(facts, error, forward.wait_s)
+                self._waits()
+                self._wait(self._s.staging.wait(forward), f"wait {forward.adapter}", lambda task, took_s: self._staged(facts, forward, task, took_s))
+                return []
             case Reject(error):
                 return self._exchange.failed(error)
             case NobodyReady(error):
@@ -236,18 +250,6 @@ class Processor:
                     if prefiller is not None:
                         self._s.membership.send(pool.prefill, prefiller)
                 return actions
-            case Forward() as forward:
-                self._account.adapter = forward.adapter
-                placed = self._placed and self._s.staging.again(forward, self._placed)
-                placed = placed or self._s.staging.now(forward)
-                if placed is not None:
-                    return self._answer_placed(forward, placed)
-                if not self._s.staging.can_stage(forward):
-                    error = NoEndpoint(f"{forward.adapter} is nowhere yet, and no endpoint of pool {forward.pool.name} can be given it now")
-                    return self._wait_for_an_endpoint(facts, error, forward.wait_s)
-                self._waits()
-                self._wait(self._s.staging.wait(forward), f"wait {forward.adapter}", lambda task, took_s: self._staged(facts, forward, task, took_s))
-                return []
 
     def _order(self, through: PassThrough) -> Sequence[Endpoint]:
         return through.candidates if through.key else self._s.staging.spread(through, self._s.membership.turn())

@@ -20,6 +20,7 @@ class Watchdog:
     def __init__(self, metrics: RouterMetrics) -> None:
         self._stalls = metrics.loop_stall
         self._handled: deque[str] = deque(maxlen=REMEMBERED)
+        self.handles = self._handled.append  # to be told the id of the request that a message belongs to, for every message
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._worst_s = 0.0
@@ -32,10 +33,6 @@ class Watchdog:
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-    def handles(self, request_id: str) -> None:
-        """A message of that request is handled now."""
-        self._handled.append(request_id)
 
     def _wait(self) -> None:
         self._due = time.monotonic() + TICK_S

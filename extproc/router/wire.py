@@ -53,7 +53,7 @@ def decode(message: Message) -> Event:
     elif (body := _decode_body(message if isinstance(message, tuple) else (message,))) is not None:
         return body
     try:
-        request = pb.ProcessingRequest.FromString(joined(message))
+        request = pb.ProcessingRequest.FromString(message if type(message) is bytes else joined(message))
     except DecodeError:
         return Unreadable("not a ProcessingRequest")
     kind = request.WhichOneof("request")

@@ -31,6 +31,7 @@ from .frames import (
     FRAME_SIZE_ERROR,
     GOAWAY,
     HEAD,
+    HEAD_BYTES,
     HEADER_TABLE_SIZE,
     HEADERS,
     INITIAL_WINDOW_SIZE,
@@ -326,7 +327,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._awaits_preface:
             if not PREFACE.startswith(data[: len(PREFACE)]):
                 raise ConnectionFault(PROTOCOL_ERROR, "not an HTTP/2 client")
-            if size < len(PREFACE) + HEAD.size:
+            if size < len(PREFACE) + HEAD_BYTES:
                 self._rest = bytes(data)
                 return
             _, _, kind, flags, _ = HEAD.unpack_from(data, len(PREFACE))
@@ -334,12 +335,12 @@ class Connection(asyncio.BufferedProtocol):
                 raise ConnectionFault(PROTOCOL_ERROR, "SETTINGS do not come first")  # 3.4
             self._awaits_preface = False
             position = len(PREFACE)
-        while size - position >= HEAD.size:
+        while size - position >= HEAD_BYTES:
             high, low, kind, flags, stream_id = HEAD.unpack_from(data, position)
             length = high << 8 | low
             if length > MIN_MAX_FRAME:
                 raise ConnectionFault(FRAME_SIZE_ERROR, f"a frame of {length} bytes; the limit is {MIN_MAX_FRAME}")
-            begin = position + HEAD.size
+            begin = position + HEAD_BYTES
             if begin + length > size:
                 break
             position = begin + length

@@ -17,6 +17,7 @@ MIN_MAX_FRAME, MAX_MAX_FRAME = 2**14, 2**24 - 1
 MAX_SETTINGS_BYTES = 6 * 32  # as nghttp2 allows; a dozen settings are registered
 
 HEAD = struct.Struct(">HBBBI")  # a length of three bytes, type, flags, stream
+HEAD_BYTES = HEAD.size
 SETTING = struct.Struct(">HI")
 WORD = struct.Struct(">I")
 

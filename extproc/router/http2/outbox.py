@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ...core.pieces import Buffer
 from .calls import Message
-from .frames import DATA, DEFAULT_WINDOW, END_HEADERS, END_STREAM, FLOW_CONTROL_ERROR, HEAD, HEADERS, MAX_WINDOW, MIN_MAX_FRAME, ConnectionFault
+from .frames import DATA, DEFAULT_WINDOW, END_HEADERS, END_STREAM, FLOW_CONTROL_ERROR, HEAD, HEAD_BYTES, HEADERS, MAX_WINDOW, MIN_MAX_FRAME, ConnectionFault
 from .streams import LARGE_BYTES, PREFIX, PREFIX_BYTES, Stream
 
 MAX_UNREAD_ANSWERS = 10_000  # control frames that a peer may cause while it reads nothing, before it is cut off
@@ -49,7 +49,7 @@ class Outbox:
 
     def frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         """One frame that no window holds back."""
-        self._out_bytes += HEAD.size + len(payload)
+        self._out_bytes += HEAD_BYTES + len(payload)
         self._out.append(HEAD.pack(len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream_id) + payload)
 
     def answer(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
@@ -179,7 +179,7 @@ class Outbox:
         stream.unsent_bytes -= size
         self._window -= size
         self.sent += 1
-        self._out_bytes += HEAD.size + size
+        self._out_bytes += HEAD_BYTES + size
         self._out.append(HEAD.pack(size >> 8, size & 0xFF, DATA, 0, stream.id))
         while size:
             part = stream.unsent[0]
