@@ -79,6 +79,7 @@ class Account:
         if is_arriving:
             self._admission.arrives(self)
         elif self.arrives_since:
+            self.arrives_since = 0.0
             self._admission.arrived(self)
 
     def arrives(self) -> None:

@@ -52,7 +52,7 @@ ASKED_AGAIN_S = 0.5  # stagers of which nothing new was heard, for a request tha
 MAX_NOTED_KEY_CHARS = 256  # of a key in the access log: a header that is hashed may have 60 KB
 BASE_MUTATIONS = 1024  # of base models: pools, times the endpoints that can be first
 
-_BODY, _JUDGING = State.BODY, State.JUDGING  # looked up for every message
+_START, _BODY, _JUDGING = State.START, State.BODY, State.JUDGING  # looked up for every message
 
 T = TypeVar("T")
 
@@ -399,7 +399,7 @@ class Processor:
         if self._tasks:
             self._cancel_waits()
         self._outbox.clear()
-        self._account.close(has_begun=self._exchange.state is not State.START)
+        self._account.close(has_begun=self._exchange.state is not _START)
 
 
 def _told_prefiller(pool: Pool, prefiller: Endpoint | None) -> str | None:

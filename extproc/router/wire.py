@@ -36,7 +36,8 @@ from .http2.streams import LARGE_BYTES
 _REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types
 _NO_METADATA = b"\x42\x00"
 _ENDS = (b"\x22\x02\x10\x01", b"\x22\x02\x10\x01" + _NO_METADATA)  # the end of a body that has been shown already, once per full-duplex request
-_MODES = {mode.value: mode for mode in Mode}  # one that is newer than ours is taken for one that is not spoken, and answered so
+_MODES = {mode.value: mode for mode in Mode}
+_UNSPOKEN = Mode.GRPC  # what a mode that is newer than ours is taken for, and answered as
 KEPT_IN_PIECES_BYTES = 64 * 1024  # a body up to this size is joined when it is read: one object is handled faster than several
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
@@ -62,8 +63,8 @@ def decode(message: Message) -> Event:
         return RequestHeaders(
             headers=_headers(request.request_headers.headers),
             end_of_stream=request.request_headers.end_of_stream,
-            request_mode=_MODES.get(config.request_body_mode, Mode.GRPC),  # Envoy leaves protocol_config out where all of it is NONE
-            response_mode=_MODES.get(config.response_body_mode, Mode.GRPC),
+            request_mode=_MODES.get(config.request_body_mode, _UNSPOKEN),  # Envoy leaves protocol_config out where all of it is NONE
+            response_mode=_MODES.get(config.response_body_mode, _UNSPOKEN),
             subset=_subset(request) if request.HasField("metadata_context") else None,
         )
     if kind == "request_body":
@@ -86,7 +87,7 @@ def encode(reply: Reply) -> Message:
             return _encode_body(reply.direction, chunk, reply.end_of_stream)
         case BodyReply(replaces=True):
             return _encode_replacement(reply)
-        case HeadersReply(Direction.REQUEST, Mutation() as mutation):
+        case HeadersReply(mutation=Mutation() as mutation):
             if not mutation.encoded:
                 mutation.encoded = _encode(reply)
             return mutation.encoded
