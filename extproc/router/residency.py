@@ -104,8 +104,12 @@ class Residency:
 
     def leased(self, stagers: Sequence[str], adapter: str, *, plain: bool = False) -> dict[str, Lease]:
         """The leases on it with these stagers, by stager. As `known`, this renews nothing."""
-        now, leases = self._clock(), self._leases
-        return {stager: lease for stager in stagers if (lease := leases.get((stager, adapter, plain))) is not None and now < lease.until}
+        now, found = self._clock(), {}
+        for stager in stagers:
+            lease = self._leases.get((stager, adapter, plain))
+            if lease is not None and now < lease.until:
+                found[stager] = lease
+        return found
 
     # -- asking
 

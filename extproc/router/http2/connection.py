@@ -349,10 +349,10 @@ class Connection(asyncio.BufferedProtocol):
             if kind == DATA:
                 self._on_data(flags, stream_id & MAX_WINDOW, data[begin:position])
             else:
-                self._on_other(kind, flags, stream_id & MAX_WINDOW, bytes(data[begin:position]))
+                self._on_other(kind, flags, stream_id & MAX_WINDOW, data[begin:position].tobytes())
             if self._over:
                 return
-        self._rest = bytes(data[position:])
+        self._rest = data[position:].tobytes()
 
     def _on_other(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         weight, size, on_stream, handler = self._RULES.get(kind, self._UNKNOWN)
@@ -552,7 +552,7 @@ class Connection(asyncio.BufferedProtocol):
         size = len(data) - PREFIX_BYTES
         if stream.pieces is None and 0 <= size <= self._max_message_bytes and PREFIX.unpack_from(data) == (0, size):  # one message in one frame, as most
             whole = data[PREFIX_BYTES:]
-            return self._hand_over(stream, bytes(whole) if size < LARGE_BYTES else whole)
+            return self._hand_over(stream, whole.tobytes() if size < LARGE_BYTES else whole)
         try:
             for message in stream.messages(data, self._max_message_bytes):
                 if not self._hand_over(stream, message):
