@@ -20,7 +20,7 @@ class Kind(Enum):
     FORM = "multipart/form-data"
 
 
-_JSON = Kind.JSON  # as the exchange's states: a look through the class takes longer than the comparison
+_JSON = Kind.JSON  # as the states of core/exchange.py
 
 
 @dataclass(frozen=True, slots=True)

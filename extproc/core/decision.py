@@ -13,7 +13,7 @@ from .placement import Pool, Snapshot
 from .prefix import MIN_BLOCKS
 
 PLACES = 16  # of a base model's request, among which its session or its prompt chooses: a look at each costs a quarter of a microsecond
-_LISTING = Kind.LISTING  # looked up on every request
+_LISTING = Kind.LISTING  # as the states of core/exchange.py
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ _FULL_DUPLEX, _BUFFERED, _NONE = _D, _B, _N = Mode.FULL_DUPLEX_STREAMED, Mode.BU
 _START, _BODY, _JUDGING, _DECIDING, _ANSWERED = State.START, State.BODY, State.JUDGING, State.DECIDING, State.ANSWERED
 _HEADERS, _BODY_PART, _BODY_END = Kind.HEADERS, Kind.BODY, Kind.BODY_END
 _REQUEST = Direction.REQUEST
-_JUDGED = (paths.Kind.INFERENCE, paths.Kind.MODEL_OPTIONAL)  # the paths whose bodies name a model
+_NAMING_A_MODEL = (paths.Kind.INFERENCE, paths.Kind.MODEL_OPTIONAL)  # paths whose bodies do, or may
 
 Chunk = bytes | tuple[Buffer, ...]
 Step = Callable[["Exchange", Chunk, bool], list[Action]]  # what came of the body with the event, and whether that was the last of it
@@ -256,7 +256,7 @@ class Exchange:
             raise GatewayProtocolError("the gateway does not send `:path`, by which requests are told apart")
         self._path = self._allowed.path(start.headers[":path"])
         reads_body = has_body and self.mode is not _NONE and start.headers.get(":method") not in WITHOUT_MODEL
-        if not reads_body or self._path.kind not in _JUDGED:
+        if not reads_body or self._path.kind not in _NAMING_A_MODEL:
             return
         self._content = content.of_headers(start.headers)
         if self._content is None:
@@ -480,7 +480,7 @@ class Exchange:
 REQUEST_STEPS = Exchange.STEPS
 
 
-def _in_chunks(body: Sequence[Buffer], *, end_of_stream: bool, direction: Direction = _REQUEST) -> list[BodyReply]:
+def _in_chunks(body: Sequence[Buffer], *, end_of_stream: bool, direction: Direction = _REQUEST) -> Sequence[BodyReply]:
     """The body as messages of at most BODY_CHUNK_BYTES; an empty one only where nothing else carries the end of the stream."""
     replies = [BodyReply(direction, part) for part in pieces.cut(body, BODY_CHUNK_BYTES)]
     if end_of_stream:

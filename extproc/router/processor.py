@@ -52,7 +52,7 @@ ASKED_AGAIN_S = 0.5  # stagers of which nothing new was heard, for a request tha
 MAX_NOTED_KEY_CHARS = 256  # of a key in the access log: a header that is hashed may have 60 KB
 BASE_MUTATIONS = 1024  # of base models: pools, times the endpoints that can be first
 
-_START, _BODY, _JUDGING = State.START, State.BODY, State.JUDGING  # looked up for every message
+_START, _BODY, _JUDGING = State.START, State.BODY, State.JUDGING  # as in the exchange, since each message looks for them
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class Processor:
             self._s.watchdog.handles(account.request_id)
             began, was = self._s.clock(), exchange.state
             actions = exchange.receive(event)
-            if exchange.state is not was and was is _BODY and exchange.state is not _JUDGING:
+            if was is _BODY and exchange.state not in (_BODY, _JUDGING):
                 self._judged_within(self._s.clock() - began, exchange.held_bytes)
             if isinstance(event, ResponseHeaders) and event.served and self._named:
                 self._note_served(event)
@@ -165,7 +165,7 @@ class Processor:
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
-                case HeadersReply() | BodyReply() | TrailersReply():  # as most: they are asked for first
+                case HeadersReply() | BodyReply() | TrailersReply():  # nearly all of them, so these are looked for first
                     self._outbox.append(action)
                 case Decide(facts):
                     self._carry_out(self._decide(facts))

@@ -20,7 +20,7 @@ class Watchdog:
     def __init__(self, metrics: RouterMetrics) -> None:
         self._stalls = metrics.loop_stall
         self._handled: deque[str] = deque(maxlen=REMEMBERED)
-        self.handles = self._handled.append  # to be told the id of the request that a message belongs to, for every message
+        self.handles = self._handled.append  # to be called with the request's id for each of its messages
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._worst_s = 0.0

@@ -35,7 +35,7 @@ from .http2.streams import LARGE_BYTES
 
 _REQUEST_BODY, _RESPONSE_BODY, _BODY, _END_OF_STREAM = 0x22, 0x2A, 0x0A, 0x10  # field numbers and wire types
 _NO_METADATA = b"\x42\x00"
-_ENDS = (b"\x22\x02\x10\x01", b"\x22\x02\x10\x01" + _NO_METADATA)  # the end of a body that has been shown already, once per full-duplex request
+_ENDS = (b"\x22\x02\x10\x01", b"\x22\x02\x10\x01" + _NO_METADATA)  # a body's end, behind its last byte: in full duplex each body has one
 _MODES = {mode.value: mode for mode in Mode}
 _UNSPOKEN = Mode.GRPC  # what a mode that is newer than ours is taken for, and answered as
 KEPT_IN_PIECES_BYTES = 64 * 1024  # a body up to this size is joined when it is read: one object is handled faster than several
@@ -54,7 +54,7 @@ def decode(message: Message) -> Event:
     elif (body := _decode_body(message if isinstance(message, tuple) else (message,))) is not None:
         return body
     try:
-        request = pb.ProcessingRequest.FromString(message if type(message) is bytes else joined(message))
+        request = pb.ProcessingRequest.FromString(joined(message))
     except DecodeError:
         return Unreadable("not a ProcessingRequest")
     kind = request.WhichOneof("request")
