@@ -147,8 +147,9 @@ class Staging:
         known = self._prefixes.record(endpoint, blocks)
         if prefiller is not None:
             known = self._prefixes.record(prefiller, blocks)
-        self._known_blocks.inc(known)
-        self._new_blocks.inc(len(blocks) - known)
+        for counter, count in ((self._known_blocks, known), (self._new_blocks, len(blocks) - known)):
+            if count:  # mostly one of the two is 0, and an increment takes a lock
+                counter.inc(count)
 
     def spread(self, through: PassThrough, turn: int) -> Sequence[Endpoint]:
         """Where a base model's request goes that has no key, best first: every endpoint has the model, so it is chosen among as among copies."""
