@@ -23,6 +23,7 @@ Its sums over what is `ready` are kept up to date, since every decision asks for
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from .endpoint import Endpoint
 
@@ -51,9 +52,9 @@ SILENT = Engine()
 
 
 class Load:
-    """One endpoint's. `in_flight` and `known` are kept by `Loads`."""
+    """One endpoint's. `said`, `in_flight` and `known` are kept by `Loads`."""
 
-    __slots__ = ("adapters", "counts", "engine", "held", "in_flight", "known", "said_at", "sent")
+    __slots__ = ("adapters", "counts", "engine", "held", "in_flight", "known", "said", "said_at", "sent")
 
     def __init__(self) -> None:
         self.engine = SILENT
@@ -62,12 +63,9 @@ class Load:
         self.held = 0  # requests that wait here until the adapter is there
         self.adapters = 0  # that are in demand there
         self.counts = True  # towards the mean
+        self.said = 0.0  # by the engine's word: what it computes and what it queues
         self.in_flight = 0.0  # with a guess of what other routers have sent since the word: by this endpoints are compared with each other
         self.known = 0.0  # without it: this is compared with the bound
-
-    @property
-    def said(self) -> float:
-        return self.engine.running + self.engine.waiting
 
     @property
     def is_queueing(self) -> bool:
@@ -126,10 +124,9 @@ class Loads:
         """A request goes there."""
         load = self._of.get(address)
         if load is not None:
-            said = load.said
             _expire(load, now)
             load.sent.append(now)
-            self._update(load, said)
+            self._update(load)
 
     def hold(self, address: str) -> None:
         """A request waits here for what that endpoint will have. `release` must follow."""
@@ -143,18 +140,17 @@ class Loads:
         load = self._of.get(address)
         if load is not None:
             load.held = max(0, load.held + requests)  # another endpoint may have come under the address meanwhile
-            self._update(load, load.said)
+            self._update(load)
 
     def say(self, address: str, engine: Engine, taken_at: float) -> None:
         """The engine's word, of the time `taken_at`."""
         load = self._of.get(address)
         if load is None or taken_at < load.said_at:
             return
-        said = load.said
         load.engine, load.said_at = engine, taken_at
         while load.sent and load.sent[0] <= taken_at:
             load.sent.popleft()
-        self._update(load, said)
+        self._update(load)
 
     def demand(self, address: str, adapters: int, slots: int) -> None:
         """How many adapters are in demand there; `slots` 0: as the engine said."""
@@ -187,9 +183,8 @@ class Loads:
         of = self._of
         return [endpoint for endpoint in endpoints if of[endpoint.address].known < bound]
 
-    def _update(self, load: Load, said: float) -> None:
-        """`said`: what its word was before."""
-        in_flight, known = load.in_flight, load.known
+    def _update(self, load: Load) -> None:
+        said, in_flight, known = load.said, load.in_flight, load.known
         _count(load)
         if load.counts:
             self._said += load.said - said
@@ -203,16 +198,17 @@ class Loads:
 
 
 def _count(load: Load) -> None:
-    sent = len(load.sent)
+    engine, sent = load.engine, len(load.sent)
+    load.said = engine.running + engine.waiting
     load.known = load.said + sent + load.held
-    load.in_flight = load.known + (load.engine.routers - 1) * sent
+    load.in_flight = load.known + (engine.routers - 1) * sent
 
 
 def _expire(load: Load, now: float) -> None:
     """Forget what was sent and counts no longer, and a word that is too old."""
     engine = load.engine
     if now - load.said_at > STALE_S:
-        load.engine = Engine(slots=engine.slots)
+        load.engine = _silent(engine.slots)
         counts_s = FORGOTTEN_S
     elif engine.every_s:
         counts_s = (now - load.said_at - LATE_S) % engine.every_s + LATE_S
@@ -220,3 +216,9 @@ def _expire(load: Load, now: float) -> None:
         return
     while load.sent and load.sent[0] <= now - counts_s:
         load.sent.popleft()
+
+
+@lru_cache(256)  # how many adapters engines keep in memory is a setting, of which a fleet has a few; making one takes as long as the rest of `Loads.send`
+def _silent(slots: int) -> Engine:
+    """What is known of an engine that says nothing."""
+    return Engine(slots=slots)
