@@ -323,17 +323,17 @@ class Processor:
     # -- answering
 
     def _answer_placed(self, forward: Forward, placed: Placed) -> Sequence[Action]:
-        actions = self._answer(forward.pool.name, self._place(forward, placed))
+        actions = self._answer(forward.pool.name, self._place(forward, placed), is_sent=placed.is_sent)
         if actions:
             self._s.staging.count(forward, placed)
             if placed.prefiller is not None:
                 self._s.membership.send(forward.pool.prefill, placed.prefiller)
         return actions
 
-    def _answer(self, pool: str, mutation: Mutation) -> Sequence[Action]:
+    def _answer(self, pool: str, mutation: Mutation, *, is_sent: bool = False) -> Sequence[Action]:
         """Let the request go, unless its body is arriving yet: then it is decided again."""
         actions = self._exchange.decided(mutation)
-        if actions and self._named:
+        if actions and self._named and not is_sent:
             self._s.membership.send(pool, self._named[0])
         return actions
 

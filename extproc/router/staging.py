@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 from ..client import Staged
 from ..core.choice import At, Choice, Copy, Rule, Rules, choose, is_crowded, least_of, of_leased
@@ -42,6 +42,7 @@ class Placed:
     waited_s: float
     model: str = ""  # what the request's `model` must be there; "": as it is
     lease: Lease | None = None  # of the chosen one, for a request that did not wait
+    is_sent: bool = False  # whether it counts in the endpoint's load: of those who waited for one copy, each sees who went before it
     prefiller: Endpoint | None = None  # that computes the prompt, and knows the adapter by the same name; None: the chosen one does
 
 
@@ -217,7 +218,7 @@ class Staging:
         lease = self._lease(forward, endpoint) if is_usable else None
         if lease is None:
             return None
-        placed = Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model)
+        placed = Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model, is_sent=before.is_sent)
         return placed if forward.prefill is None else _with_prefiller(placed, self._now(forward.prefill))
 
     async def wait(self, forward: Forward) -> Placed:
@@ -278,12 +279,16 @@ class Staging:
     async def _walk(self, forward: Forward, began: float) -> Placed:
         """Wait for the place that is chosen, and choose again where it is crowded by then: all who come while the first copy of an adapter is fetched wait
         for that one."""
-        for _ in range(CHOSEN_AGAIN):
+        loads, rule = self._loads[forward.pool.name], self._rules.of(forward.adapter)
+        for chosen in count(1):
             choice = self._choose(forward)
             placed = await self._ask(forward, choice, began)
-            if choice.serve is not None or not is_crowded(placed.endpoints[0], self._loads[forward.pool.name], self._rules.of(forward.adapter)):
-                return placed
-        return await self._ask(forward, self._choose(forward), began)
+            endpoint = placed.endpoints[0]
+            if choice.serve is not None or chosen > CHOSEN_AGAIN or not is_crowded(endpoint, loads, rule):
+                break
+        loads.send(endpoint.address, self._clock())
+        placed.is_sent = True
+        return placed
 
     async def _ask(self, forward: Forward, choice: Choice, began: float) -> Placed:
         """Ask the candidates in turn, and beside one that makes no progress the next. The first that has the adapter is the place."""

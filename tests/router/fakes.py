@@ -230,6 +230,7 @@ class Router:
         clock: Callable[[], float] | None = None,
         pools: Sequence[Pool] = (),
         senders: Senders | None = None,
+        max_waiting_per_adapter: int = 3,
         **settings: Any,
     ) -> None:
         self.now = 0.0
@@ -266,8 +267,8 @@ class Router:
         )
         self.admission = Admission(
             self.metrics,
-            max_waiting=10,
-            max_waiting_per_adapter=3,
+            max_waiting=max(10, max_waiting_per_adapter),
+            max_waiting_per_adapter=max_waiting_per_adapter,
             max_bytes=max_held_bytes or 4 * max_body_bytes,
             body_deadline_s=self.settings.body_deadline_s,
             clock=clock,
