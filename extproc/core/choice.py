@@ -123,9 +123,9 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
     serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].known < bound else least
     if known < bound:
         if len(leased) > MANY and _runs_short(len(loads.below(leased, bound)), len(leased)):
-            return Choice(serve, prepare=_following(copies, order, loads, bound, rule))
+            return Choice(serve, prepare=_following(copies, order, loads, bound, rule, is_crowded=False))
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
-    following = _following(copies, order, loads, bound, rule)
+    following = _following(copies, order, loads, bound, rule, is_crowded=_is_crowded(loads[least.address], bound))
     if following is None or (len(leased) == 1 and known < CERTAIN * bound and not _is_warm(following, copies)):
         return Choice(least)
     return Choice(None, (following, least)) if _pays(following, least, copies, loads, bound) else Choice(least, prepare=following)
@@ -203,8 +203,8 @@ def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bo
     return place or (_least(coming, loads, order) if coming else None)
 
 
-def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
-    """The next copy to use: one that is there, else one to make, else none."""
+def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, *, is_crowded: bool) -> Endpoint | None:
+    """The next copy to use: one that is there, else one to make, else none. Above the bound it is made only for what is crowded where it is."""
     warm = [copy.endpoint for copy in copies if copy.at is At.WARM and loads[copy.endpoint.address].known < bound]
     if warm:
         return _least(warm, loads, order)
@@ -212,7 +212,7 @@ def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, 
         return None
     coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
     is_enough = len(coming) >= sum(copy.at is At.LEASED for copy in copies)  # copies may double in the time that one takes
-    return coming[0] if is_enough else _best_place(copies, order, loads, bound, must_be_below=True)
+    return coming[0] if is_enough else _best_place(copies, order, loads, bound, must_be_below=not is_crowded)
 
 
 def _spare(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, *, is_hot: bool) -> Endpoint | None:
