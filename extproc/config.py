@@ -677,7 +677,8 @@ class StagerSettings(Group):
     evict_adopted: bool = False
     """Whether those may be deleted for room, too. Otherwise they count as used, and stay."""
     scan_s: Seconds = 10.0
-    """How often `dir` is looked through for them. Files must have rested that long before they count as complete."""
+    """How often `dir` is looked through for them; less often where a look takes over a hundredth of that time. Files must have rested that long before they
+    count as complete."""
     digests: dict[str, str] = {}
     """Adapter name -> SHA-256 of its weights file, in hex. Anything else under that name is refused."""
     fetch_timeout_s: Seconds = 1800.0

@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 
 from ..errors import AdapterTooLarge, NoSpace
 from .blocks import on_disk
+from .demand import Demand
 from .life import State, moved
 
 MAX_HOLDERS = 64  # leases of one artifact that are told apart: more router processes than any fleet we know of sends one adapter through
@@ -73,6 +74,7 @@ class Index(Generic[Id]):
         self._leaving: dict[Id, State] = {}  # what leaves -> its state before that
         self._leaving_bytes = 0
         self._reserved: dict[str, int] = {}
+        self._demand = Demand[Id]()
         self._expected: dict[Id, float] = {}  # brought, and not asked for yet -> until when that is likely
         self._guarded: frozenset[Id] = frozenset()
         self._guarded_until = NEVER
@@ -175,14 +177,11 @@ class Index(Generic[Id]):
         first = (self._entries[id_] for id_ in sorted(self._expected, key=self._expected.__getitem__))
         return chain(first, (entry for entry in self._entries.values() if entry.id not in self._expected))
 
-    def in_demand(self, now: float, lease_s: float) -> int:
-        """How many are leased. Leases are `lease_s` long at most, and who takes one uses it: the search ends at what was used before that."""
-        count = 0
-        for entry in reversed(self._entries.values()):
-            if entry.last_used < now - lease_s:
-                break
-            count += entry.leases is not None and entry.leased_until > now
-        return count
+    def in_demand(self, now: float) -> int:
+        """How many are leased."""
+        for id_ in self._demand.end(now, lambda id_: self._entries[id_].leased_until):
+            self._entries[id_].leases = None
+        return len(self._demand)
 
     def is_evictable(self, entry: Entry[Id], now: float) -> bool:
         """Ours, and neither leased, pinned nor held. Whether the engine still reads it, only the engine can say: the caller asks before it deletes."""
@@ -292,6 +291,8 @@ class Index(Generic[Id]):
             leases[holder] = max(leases[holder], until)
         else:
             _promise(entry, holder, until, now)
+        if id_ not in self._demand:
+            self._demand.add(id_, until)
         entry.last_used = now
         del self._entries[id_]
         self._entries[id_] = entry
@@ -305,6 +306,8 @@ class Index(Generic[Id]):
         if old is not None and new is not None and old is not new:
             for holder, until in (old.leases or {}).items():
                 _promise(new, holder, until, NEVER)
+            if new.leases and heir not in self._demand:
+                self._demand.add(heir, new.leased_until)
 
     def release(self, holder: str, id_: Id | None = None) -> int:
         """`holder` gives back its lease of `id_`, or all it has; how many there were. What was leased without a holder, or by more holders than are told
@@ -312,8 +315,17 @@ class Index(Generic[Id]):
         """
         if holder in ("", OTHERS):
             return 0
-        entries = self._entries.values() if id_ is None else filter(None, (self._entries.get(id_),))
-        return sum(entry.leases is not None and entry.leases.pop(holder, None) is not None for entry in entries)
+        ids = list(self._demand) if id_ is None else [id_]
+        return sum(self._give_back(holder, entry) for id_ in ids if (entry := self._entries.get(id_)) is not None)
+
+    def _give_back(self, holder: str, entry: Entry[Id]) -> bool:
+        if entry.leases is None or entry.leases.pop(holder, None) is None:
+            return False
+        if entry.leases:
+            self._demand.shorten(entry.id, entry.leased_until)
+        else:
+            self._demand.drop(entry.id)
+        return True
 
     def hold(self, id_: Id, kind: Hold = Hold.FLIGHT) -> bool:
         """Somebody is at it until `let_go`. It does not count as used. False if it is not there."""
@@ -370,6 +382,7 @@ class Index(Generic[Id]):
             return
         if entry.state is LEAVING:
             self._no_longer_leaving(entry)
+        self._demand.drop(id_)
         self._expected.pop(id_, None)
         entry.state = moved(entry.state, State.GONE)
         self.used_bytes -= entry.size

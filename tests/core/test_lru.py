@@ -1,5 +1,7 @@
 """The byte-bounded index: what it counts, whom it chooses, and that a sequence of any calls keeps the books right."""
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -251,6 +253,42 @@ def test_leases_that_ended_are_not_kept_for_ever() -> None:
     assert entry.leased_until == 10 * MAX_HOLDERS
 
 
+def test_leases_that_end_out_of_order_end_the_demand_each_in_its_time() -> None:
+    """A later lease prolongs it, one that is given back shortens it to the next, and what is removed is in nobody's demand."""
+    index = filled("a", "b", "c")
+    for holder, id_, until in (("one", "a", 100), ("two", "a", 60), ("one", "b", 50), ("one", "c", 200)):
+        index.lease(id_, until, 3, holder)
+    index.lease("b", 80, 4, "one")
+    index.release("one", "a")
+    assert [index.in_demand(now) for now in (49, 59, 60, 79, 80)] == [3, 3, 2, 2, 1]
+    assert index.leave("c", 81, force=True)
+    assert index.in_demand(81) == 1
+    index.removed("c")
+    assert index.in_demand(82) == 0
+
+
+def test_the_demand_is_counted_by_what_ends_and_not_by_what_is_there() -> None:
+    """Two thousand that a start has just found, and half of them leased: while none ends, no artifact is looked at."""
+    index = filled(*(f"found {number}" for number in range(2_000)))
+    for number in range(0, 2_000, 2):
+        index.lease(f"found {number}", until=300, now=1, holder="router")
+    looked = 0
+
+    class Counted(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            nonlocal looked
+            looked += 1
+            return super().__getitem__(key)
+
+        def values(self) -> Any:
+            raise AssertionError("all are looked at")
+
+    index._entries = Counted(index._entries)
+    assert [index.in_demand(now) for now in (2, 100, 299)] == [1_000] * 3
+    assert looked == 0
+    assert index.in_demand(300) == 0
+
+
 def test_holders_beyond_those_that_are_told_apart_share_a_lease_that_none_can_give_back() -> None:
     """Thousands of names that a caller made up take no memory; what each was promised holds."""
     index = filled("a", blocks=1)
@@ -278,7 +316,7 @@ def test_what_is_read_stays_and_does_not_count_as_used() -> None:
     assert index.hold("a", Hold.READ)
     assert not index.hold("never", Hold.READ)
     assert [entry.id for entry in index.entries()] == ["a", "b"]
-    assert index.in_demand(4, lease_s=50) == 1
+    assert index.in_demand(4) == 1
     assert not index.leave("a", 4)
     with pytest.raises(NoSpace):
         index.reserve("flight", B, 4)
@@ -728,6 +766,12 @@ class Calls(RuleBasedStateMachine):
         had = [held for at, held in self.leases.items() if holder and id_ in (None, at) and held.pop(holder, None) is not None]
         assert self.index.release(holder, id_) == len(had)
         self.leases = {at: held for at, held in self.leases.items() if held}
+
+    @rule()
+    def ask_for_the_demand(self) -> None:
+        """Leases that have ended are forgotten with it."""
+        self.leases = {id_: held for id_, held in self.leases.items() if max(held.values()) > self.now}
+        assert self.index.in_demand(self.now) == len(self.leases)
 
     @rule(data=st.data())
     def hold(self, data: st.DataObject) -> None:

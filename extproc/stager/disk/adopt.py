@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ...config import StagerSettings
@@ -14,6 +14,7 @@ from ..books.changes import Changes
 from ..books.holdings import Holdings, Named
 from ..syscalls import disk_errors, hash_file
 from ..threads import Threads
+from .foreign import Foreign
 from .store import Store, read_memory
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Adopter:
     ) -> None:
         self._settings = settings
         self._store = store
+        self._foreign = Foreign(store)
         self._holdings = holdings
         self._changes = changes
         self._disk = disk
@@ -75,41 +77,50 @@ class Adopter:
         """Verify and hash it. Raises InvalidAdapter, also where it is not complete yet or still being written."""
         return await self._disk.run(self._look, name)
 
-    async def scan(self) -> None:
-        """Look through the directory for what came, changed or went."""
+    async def scan(self) -> float:
+        """Look through the directory for what came, changed or went; how much of a core's time the look took, in seconds, without what was hashed for it."""
+        self._adopted = {name for name in self._adopted if self._holds(name)}  # what was evicted, or came from an origin since, is not theirs
+        known = {name: named.revision for name in self._adopted if (named := self._holdings.get(name)) is not None}
         try:
-            there = await self._disk.run(self._store.foreign, self._is_ours)
+            there, changed, took_s = await self._disk.run(self._look_around, known)
         except LoraExtprocError as error:  # what is known of others' files is kept until somebody may look again
             if not self._is_blind:
                 log.warning("what others put into %s is not seen: %s", self._store.directory, error.message)
             self._is_blind = True
-            return
+            return 0.0
         self._is_blind = False
-        self._adopted = {name for name in self._adopted if self._holds(name)}  # what was evicted, or came from an origin since, is not theirs
-        for name in dict.fromkeys((*there, *self._adopted)):
+        for name in dict.fromkeys((*there, *changed)):
             named = self._holdings.get(name)
             try:
                 if named is None:
                     await self.adopt(name)
-                elif is_adopted(named.id) and named.revision != await self._disk.run(self.revision, name):
+                elif is_adopted(named.id) and name in changed:
                     await self.look_again(name, named)
             except (LoraExtprocError, OSError) as error:
                 log.debug("%s: %s", name, error)
             if self._clock() - self._saved_at >= SAVE_EVERY_S:
                 await self._save()
-        for gone in self._seen.keys() - set(there):
+        for gone in self._seen.keys() - there:
             del self._seen[gone]
-        for gone in self._hashes.keys() - set(there):
+        for gone in self._hashes.keys() - there:
             del self._hashes[gone]
             self._is_saved = False
         await self._save()
+        return took_s
+
+    def _look_around(self, known: Mapping[AdapterName, str]) -> tuple[dict[AdapterName, None], set[AdapterName], float]:
+        """What others have put here, which of `known` has another revision now, and the CPU seconds that this took."""
+        began = time.thread_time()
+        there = dict.fromkeys(self._foreign.look(self._is_ours, self._clock()))
+        changed = {name for name, revision in known.items() if self.revision(name) != revision}
+        return there, changed, time.thread_time() - began
 
     def _holds(self, name: AdapterName) -> bool:
         named = self._holdings.get(name)
         return named is not None and is_adopted(named.id)
 
-    def _is_ours(self, name: AdapterName) -> bool:
-        named = self._holdings.get(name)
+    def _is_ours(self, name: str) -> bool:
+        named = self._holdings.get(AdapterName(name))
         return named is not None and not is_adopted(named.id)
 
     async def adopt(self, name: AdapterName) -> None:

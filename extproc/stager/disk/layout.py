@@ -19,7 +19,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...core.artifact import AdapterName, ArtifactId, adapter_name, is_adopted, place_of
@@ -216,17 +216,9 @@ class Layout:
                 self.content.stat()
             return False  # this one is not for us to see
 
-    def foreign(self, is_ours: Callable[[AdapterName], bool] = lambda _: False) -> list[AdapterName]:
-        """Names of directories with an adapter's configuration that others put here, and of links to such elsewhere. Of names that are known to be ours
-        no link is read: there may be a hundred thousand.
-        """
-        found: list[AdapterName] = []
-        with disk_errors("read"):
-            for name, path in self.walk(found):
-                with contextlib.suppress(InvalidRequest, OSError):  # it went meanwhile
-                    if not is_ours(called := adapter_name(name)) and self._target(Path(path)) is None and self.has_foreign(called):
-                        found.append(called)
-        return found
+    def is_link_of_ours(self, path: Path) -> bool:
+        """Whether it leads into .store, or shows one file of an artifact that does."""
+        return self._target(path) is not None or _leads_through(path)
 
     def is_link_outside(self, path: Path) -> bool:
         """Whether it is a link to a directory beyond the node's. What lies within has a name of its own: under a second one, an engine could read it

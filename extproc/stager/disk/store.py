@@ -67,7 +67,8 @@ class Store(Layout):
             held = os.fstat(self._lock) if self._lock is not None else None
             if held is None or (now.st_dev, now.st_ino) != (held.st_dev, held.st_ino):
                 return False
-            os.listdir(self.directory)  # noqa: PTH208  # with a mode that keeps this process out, a stat may still succeed
+            with os.scandir(self.directory) as names:  # with a mode that keeps this process out, a stat may still succeed
+                next(names, None)  # not all of them: there may be a hundred thousand
         if self.staged.has_leftovers:
             self.staged.clear_leftovers()
         if writing:

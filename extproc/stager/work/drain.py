@@ -73,7 +73,7 @@ class Drain:
         """How far it is. Requests that the engine does not tell count as none, and do not make the node empty."""
         now = self._node.clock()
         work = self._meter.reading.work if self._meter.reading is not None else None
-        leased = self._node.holdings.index.in_demand(now, self._node.settings.lease_s)
+        leased = self._node.holdings.index.in_demand(now)
         return Drained(self.is_on, self.is_empty, leased, work.requests if work is not None else 0.0)
 
     async def open(self) -> None:
@@ -174,12 +174,12 @@ class Drain:
 
     async def _follow(self) -> None:
         loop = asyncio.get_running_loop()
-        index, lease_s = self._node.holdings.index, self._node.settings.lease_s
+        index = self._node.holdings.index
         free_at: float | None = None  # when the last lease was seen to have ended; None: there are some
         with self._meter.wanted():
             while True:
                 try:
-                    is_leased = index.in_demand(self._node.clock(), lease_s) > 0
+                    is_leased = index.in_demand(self._node.clock()) > 0
                     free_at = None if is_leased else free_at if free_at is not None else loop.time()
                     self._say(is_empty=free_at is not None and self._is_at_rest(free_at + QUIET_S))
                     if self._meter.reading is not None:

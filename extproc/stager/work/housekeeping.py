@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 DISK_PATIENCE_S = 10.0  # a disk that has not answered a look by then hangs; one that is only busy takes a second at worst
 FIRST_SCAN_S = 10.0  # the start waits that long for what others put here; what takes longer to hash is served when it is hashed
+SCAN_SHARE = 0.01  # of a core that looks for what others put here may take: where one takes long, the next is later than `scan_s`
 CAUSE = "disk"  # of not being ready
 
 
@@ -83,7 +84,11 @@ class Housekeeping:
 
     def _start_scan(self) -> asyncio.Task[None]:
         self._next_scan = self._node.clock() + self._node.settings.scan_s
-        return self._start("scan", self._adopter.scan)
+        return self._start("scan", self._scan)
+
+    async def _scan(self) -> None:
+        took_s = await self._adopter.scan()
+        self._next_scan = max(self._next_scan, self._node.clock() + took_s / SCAN_SHARE)
 
     # -- the disk
 
@@ -115,7 +120,7 @@ class Housekeeping:
     def demand(self) -> tuple[int, int]:
         """How many adapters are leased, and how many the engine keeps in memory (0: not known)."""
         node = self._node
-        return node.holdings.index.in_demand(node.clock(), node.settings.lease_s), node.engine.limits.max_cpu_loras
+        return node.holdings.index.in_demand(node.clock()), node.engine.limits.max_cpu_loras
 
     def _tell_space(self) -> None:
         index = self._node.holdings.index

@@ -196,7 +196,7 @@ class Prefetches:
         self._loaded = {
             id_: until for id_, until in self._loaded.items() if until > now and loads.names_of(id_) and index.is_known(id_) and not index.is_leased(id_, now)
         }
-        taken = index.in_demand(now, self._node.settings.lease_s) + len(self._loaded)
+        taken = index.in_demand(now) + len(self._loaded)
         displaced = loads.next_out()
         is_missed = displaced is not None and (index.is_leased(displaced, now) or displaced in self._loaded)
         return len(self._loaded) < max(1, loads.slots // SHARE) and taken < loads.slots and not is_missed

@@ -723,7 +723,7 @@ async def test_an_older_list_of_the_directory_forgets_nothing_of_ours(
     origin.add("mine", small_files(seed=2))
     stager = await open_stager(origin)
     await stager.ensure("mine")
-    monkeypatch.setattr(stager.node.store, "foreign", lambda _: [MINE])
+    monkeypatch.setattr(stager._adopter._foreign, "look", lambda *_: [MINE])
     await stager._adopter.scan()
     assert not (await stager.ensure("mine")).staged
     assert balanced(stager)

@@ -14,6 +14,7 @@ from extproc.errors import DiskFailed, StageError
 from extproc.stager import stager as stager_module
 from extproc.stager.stager import DISK_THREADS
 from extproc.stager.work import housekeeping as housekeeping_module
+from extproc.stager.work.housekeeping import SCAN_SHARE
 from tests.fakes.adapters import small_files
 from tests.fakes.origin import FakeOrigin
 from tests.fakes.wait import PATIENCE_S, Clock, until
@@ -126,6 +127,31 @@ async def test_a_failure_stays_until_the_disk_was_written(open_stager: OpenStage
     stager.node.readiness.set("disk", "it failed")
     await until(lambda: stager.not_ready is None)
     assert written[-1] or written[-2]
+
+
+async def test_a_look_through_the_directory_that_takes_long_is_made_less_often(
+    open_stager: OpenStager, origin: FakeOrigin, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking takes its share of a core, however much is there; what takes no time is looked at every `scan_s`."""
+    stager, looked_at, rounds = await open_stager(origin, scan_s=10.0), list[float](), 0
+    began = clock.now
+
+    async def scan() -> float:
+        looked_at.append(clock.now - began)
+        return 0.5 if len(looked_at) < 3 else 0.0
+
+    def keep() -> None:
+        nonlocal rounds
+        rounds += 1
+
+    monkeypatch.setattr(stager._adopter, "scan", scan)
+    monkeypatch.setattr(stager._room, "keep", keep)  # once a round
+    for _ in range(14):
+        clock.now += 10
+        before = rounds
+        await until(lambda before=before: rounds > before + 2)  # type: ignore[misc]
+    assert looked_at == [10, 60, 110, 120, 130, 140]
+    assert 0.5 / SCAN_SHARE == 50
 
 
 async def test_a_closed_stager_takes_no_more_disk_work(open_stager: OpenStager, origin: FakeOrigin, clock: Clock, node: Path) -> None:
