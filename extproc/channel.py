@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc.aio
 
-from .config import RpcSettings
+from .config.credentials import RpcSettings
 from .credentials import Identity, Tokens
 
 

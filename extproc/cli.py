@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from . import __version__
-from .config import OriginSettings, RpcSettings, Settings, build_pools, load, settings_table
+from .config.credentials import RpcSettings
+from .config.documentation import settings_table
+from .config.origins import OriginSettings
+from .config.read import load
+from .config.settings import Settings, build_pools
 from .errors import ConfigError, LoraExtprocError, StartError
 
 if TYPE_CHECKING:

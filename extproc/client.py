@@ -12,7 +12,7 @@ import grpc.aio
 
 from . import chunks
 from .channel import Channel, Line
-from .config import RpcSettings
+from .config.credentials import RpcSettings
 from .core.artifact import File
 from .errors import BY_NAME, CredentialsRefused, LoraExtprocError, ModelNotFound, StagerUnavailable
 from .heartbeat import Heard, Heartbeat, Listener, Silence, Silent

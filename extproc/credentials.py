@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from .config import RpcSettings
+from .config.credentials import RpcSettings
 from .errors import StartError
 
 log = logging.getLogger(__name__)

@@ -46,7 +46,8 @@ from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.envoy.type.metadata import v3 as metadata
 from envoy_data_plane.google.protobuf import Any, Struct
 
-from .config import PoolSettings, Settings
+from .config.pools import PoolSettings
+from .config.settings import Settings
 from .core import cors
 from .core.endpoint import is_ip
 from .core.exchange import NO_RETRY_HEADER

@@ -9,7 +9,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .config import Settings, parse
+from .config.read import parse
+from .config.settings import Settings
 from .errors import StartError
 
 POOL_GROUP = "inference.networking.k8s.io"

@@ -10,7 +10,7 @@ import yaml
 
 from extproc import __version__
 from extproc.cli import parse_origin
-from extproc.config import settings_table
+from extproc.config.documentation import settings_table
 from extproc.errors import StartError
 
 SETTINGS = {

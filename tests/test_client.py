@@ -28,7 +28,7 @@ from extproc.client import (
     Space,
     StagerClient,
 )
-from extproc.config import RpcSettings
+from extproc.config.credentials import RpcSettings
 from extproc.core.artifact import File
 from extproc.errors import BY_NAME, CredentialsRefused, NoSpace, StagerUnavailable
 from extproc.heartbeat import Heard, Silent

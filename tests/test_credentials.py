@@ -21,7 +21,10 @@ from google.protobuf.message import Message
 from extproc import credentials
 from extproc.channel import Line
 from extproc.client import SERVICE, NodeState, StagerClient
-from extproc.config import EngineSettings, OriginSettings, RpcSettings, Settings, StagerSettings
+from extproc.config.credentials import RpcSettings
+from extproc.config.origins import OriginSettings
+from extproc.config.settings import Settings
+from extproc.config.stager import EngineSettings, StagerSettings
 from extproc.errors import CredentialsRefused, NotPermitted, StagerUnavailable, StartError
 from extproc.pb import ext_proc_pb2 as ext_proc
 from extproc.pb import stager_pb2 as pb

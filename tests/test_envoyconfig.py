@@ -7,7 +7,8 @@ import pytest
 import yaml
 from envoy_data_plane.envoy.config.cluster import v3 as cluster
 
-from extproc.config import Settings, parse
+from extproc.config.read import parse
+from extproc.config.settings import Settings
 from extproc.envoyconfig import build, clusters, render
 from extproc.errors import ConfigError
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from extproc.config import Settings, parse
+from extproc.config.read import parse
+from extproc.config.settings import Settings
 from extproc.errors import ConfigError, StartError
 from extproc.picker import with_flags
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from extproc.client import StagerClient
-from extproc.config import EngineSettings, StagerSettings, parse
+from extproc.config.read import parse
+from extproc.config.stager import EngineSettings, StagerSettings
 from extproc.core.artifact import AdapterName
 from extproc.metrics import StagerMetrics
 from extproc.process.grpc import grpc_server

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..config import DiscoverySettings
+from ..config.discovery import DiscoverySettings
 from ..core.fleet import Fleet
 from ..metrics import DiscoveryMetrics
 from .belief import Belief, Keep, State

@@ -24,7 +24,7 @@ import dns.rdatatype
 import dns.resolver
 import dns.rrset
 
-from ..config import DnsSourceSettings
+from ..config.discovery import DnsSourceSettings
 from ..core.endpoint import Endpoint
 from ..core.fleet import Found
 from ..errors import shortened

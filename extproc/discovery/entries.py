@@ -7,7 +7,7 @@ out and told of, since one bad line must not take the others down. A set of whic
 from collections.abc import Iterable
 from ipaddress import IPv6Address, ip_address
 
-from ..config import host_port
+from ..config.values import host_port
 from ..core.endpoint import Endpoint
 from ..core.fleet import Found
 from ..errors import shortened

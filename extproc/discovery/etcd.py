@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..config import EtcdSourceSettings
+from ..config.discovery import EtcdSourceSettings
 from ..core.fleet import Found
 from ..errors import shortened
 from .entries import MAX_ENTRIES, BadEntry, collect, read_entry

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 import aiohttp
 import msgspec
 
-from ..config import EtcdSourceSettings
+from ..config.discovery import EtcdSourceSettings
 from .entries import MAX_ENTRIES
 
 T = TypeVar("T")

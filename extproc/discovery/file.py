@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ..config import FileSourceSettings
+from ..config.discovery import FileSourceSettings
 from ..core.fleet import Found
 from ..errors import shortened
 from .entries import BadEntry, collect, read_entry

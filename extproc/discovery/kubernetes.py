@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic
 
-from ..config import KubernetesSourceSettings
+from ..config.discovery import KubernetesSourceSettings
 from ..errors import shortened
 from ..kubernetes.access import find_access
 from ..kubernetes.api import Api

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from ..config import DnsSourceSettings, EtcdSourceSettings, FileSourceSettings, KubernetesSourceSettings, PoolSettings, SourceSettings
+from ..config.discovery import DnsSourceSettings, EtcdSourceSettings, FileSourceSettings, KubernetesSourceSettings, SourceSettings
+from ..config.pools import PoolSettings
 from .source import Source
 from .static import StaticSource
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from ..config import EndpointSettings
+from ..config.pools import EndpointSettings
 from ..core.endpoint import Endpoint
 from ..core.fleet import Found
 from .entries import BadEntry, canonical

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 
 from ..client import StagerClient
-from ..config import Settings, build_pools
+from ..config.settings import Settings, build_pools
 from ..core.conformance import AnyPath
 from ..core.paths import Paths
 from ..core.popularity import Popularity

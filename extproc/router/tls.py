@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ..config import TlsSettings
+from ..config.credentials import TlsSettings
 from ..errors import StartError
 
 log = logging.getLogger(__name__)

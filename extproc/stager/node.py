@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..config import StagerSettings
+from ..config.stager import StagerSettings
 from ..core.artifact import AdapterName
 from ..metrics import StagerMetrics
 from .adapter.width import Widths

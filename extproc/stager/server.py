@@ -8,7 +8,7 @@ import grpc.aio
 
 from .. import credentials
 from ..client import StagerClient
-from ..config import Settings
+from ..config.settings import Settings
 from ..metrics import StagerMetrics
 from ..process.grpc import grpc_server, listen_grpc
 from ..process.http import HttpServer

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ..client import Claimed, Loading, StagerClient
-from ..config import StagerSettings
+from ..config.stager import StagerSettings
 from ..core.artifact import AdapterName, ArtifactId, Manifest, adapter_name, is_adopted
 from ..core.breaker import STATES, Breaker
 from ..core.lru import Hold

@@ -14,7 +14,9 @@ import aiohttp
 import yaml
 
 from .. import envoyconfig
-from ..config import OriginSettings, Settings, parse
+from ..config.origins import OriginSettings
+from ..config.read import parse
+from ..config.settings import Settings
 from ..errors import StartError
 from . import demo, tiny
 from .processes import Child, check_port_is_free, free_ports, kill_family, python, spawn, stop

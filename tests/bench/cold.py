@@ -23,7 +23,8 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from extproc.config import OriginSettings, parse
+from extproc.config.origins import OriginSettings
+from extproc.config.read import parse
 from extproc.up.demo import write_adapter
 from extproc.up.processes import free_ports, python, spawn, stop
 from extproc.up.stack import Plan, Stack

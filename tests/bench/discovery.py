@@ -23,7 +23,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from extproc.config import DiscoverySettings, PoolSettings
+from extproc.config.discovery import DiscoverySettings
+from extproc.config.pools import PoolSettings
 from extproc.core.fleet import Fleet
 from extproc.discovery.discovery import Discovery
 from extproc.discovery.sources import build_sources

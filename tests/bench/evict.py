@@ -22,7 +22,7 @@ from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
-from extproc.config import EngineSettings, StagerSettings
+from extproc.config.stager import EngineSettings, StagerSettings
 from extproc.core.artifact import ArtifactId, versioned_name
 from extproc.errors import NoSpace
 from extproc.metrics import StagerMetrics

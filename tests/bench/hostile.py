@@ -32,7 +32,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from extproc.config import parse
+from extproc.config.read import parse
 from extproc.envoyconfig import render
 from extproc.up.demo import write_adapter
 from extproc.up.processes import Child, free_ports, python, spawn, stop

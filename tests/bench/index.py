@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from extproc.client import StagerClient
-from extproc.config import load
+from extproc.config.read import load
 from extproc.core.artifact import File, Manifest
 from extproc.stager.adapter.rules import Rules
 from extproc.stager.disk.layout import MANIFEST_FILE
@@ -43,7 +43,7 @@ IDLE_S = 15.0  # more than one look for what others put there
 CHILD = """
 import asyncio, sys, time
 from pathlib import Path
-from extproc.config import load
+from extproc.config.read import load
 from extproc.process.loop import run
 from extproc.stager.server import Server
 from extproc.stager.stager import Stager

@@ -26,7 +26,7 @@ from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
-from extproc.config import KubernetesSourceSettings
+from extproc.config.discovery import KubernetesSourceSettings
 from extproc.discovery.kubernetes import KubernetesSource
 from extproc.discovery.kubernetes_objects import Pod
 from extproc.discovery.source import Shown

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from extproc.client import StagerClient
-from extproc.config import EngineSettings, OriginSettings, PeerSettings, StagerSettings
+from extproc.config.origins import OriginSettings
+from extproc.config.stager import EngineSettings, PeerSettings, StagerSettings
 from extproc.core.artifact import adapter_name
 from extproc.metrics import StagerMetrics
 from extproc.process.loop import run

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from extproc.config import RouterSettings
+from extproc.config.router import RouterSettings
 from extproc.core.conformance import ECHO_HEADER, NOT_TOLD, SELECTION_HEADER, SERVED_HEADER, AnyPath, selected
 from extproc.core.decision import Decision, Facts, NobodyReady, PassThrough, decide
 from extproc.core.endpoint import Endpoint

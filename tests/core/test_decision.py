@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from extproc.config import RouterSettings
+from extproc.config.router import RouterSettings
 from extproc.core.artifact import AdapterName
 from extproc.core.decision import PLACES, Decision, Facts, Forward, HashOn, ListModels, NobodyReady, PassThrough, Policy, Reject, decide
 from extproc.core.endpoint import Endpoint

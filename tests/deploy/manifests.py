@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from extproc.config import Settings, parse
+from extproc.config.read import parse
+from extproc.config.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES, CHART = DEPLOY / "kubernetes", DEPLOY / "helm" / "lora-extproc"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.config import Settings, parse
+from extproc.config.read import parse
+from extproc.config.settings import Settings
 
 from .manifests import CHART, KUBERNETES, Manifest, named, pods, read, rendered, run, unhashed
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.config import load
+from extproc.config.read import load
 from extproc.envoyconfig import render
 
 COMPOSE = Path(__file__).parents[2] / "deploy" / "compose"

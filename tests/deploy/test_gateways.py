@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.config import Settings, parse
+from extproc.config.read import parse
+from extproc.config.settings import Settings
 
 from .manifests import KUBERNETES, Manifest, named, read, rendered
 

@@ -11,7 +11,9 @@ import jsonschema
 import pytest
 import yaml
 
-from extproc.config import DnsSourceSettings, Settings, load
+from extproc.config.discovery import DnsSourceSettings
+from extproc.config.read import load
+from extproc.config.settings import Settings
 from extproc.envoyconfig import render
 from tests.conftest import NEWEST
 

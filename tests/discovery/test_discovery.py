@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config import DiscoverySettings
+from extproc.config.discovery import DiscoverySettings
 from extproc.core.fleet import Fleet
 from extproc.discovery import discovery as discovery_module
 from extproc.discovery.discovery import Discovery

@@ -9,7 +9,7 @@ from typing import Any
 import dns.message
 import pytest
 
-from extproc.config import DnsSourceSettings
+from extproc.config.discovery import DnsSourceSettings
 from extproc.discovery.dns import RETRY_S, DnsSource
 from extproc.discovery.source import Failed, Seen, Shown
 from extproc.up.processes import free_ports

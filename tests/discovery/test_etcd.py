@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config import EtcdSourceSettings
+from extproc.config.discovery import EtcdSourceSettings
 from extproc.core.fleet import Found
 from extproc.discovery import etcd as etcd_module
 from extproc.discovery.etcd import EtcdSource

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.config import FileSourceSettings
+from extproc.config.discovery import FileSourceSettings
 from extproc.discovery import file as file_module
 from extproc.discovery.file import FileSource
 from extproc.discovery.source import Failed, Seen, Shown

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from extproc.config import KubernetesSourceSettings
+from extproc.config.discovery import KubernetesSourceSettings
 from extproc.discovery import kubernetes as kubernetes_module
 from extproc.discovery.kubernetes import KubernetesSource
 from extproc.discovery.kubernetes_objects import PodReader

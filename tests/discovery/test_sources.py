@@ -3,7 +3,7 @@
 from contextlib import aclosing
 from typing import Any
 
-from extproc.config import PoolSettings
+from extproc.config.pools import PoolSettings
 from extproc.discovery.sources import build_sources
 from extproc.discovery.static import StaticSource
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from extproc.config import OriginSettings, parse
+from extproc.config.origins import OriginSettings
+from extproc.config.read import parse
 from extproc.up.demo import write_adapter
 from extproc.up.processes import free_ports
 from extproc.up.stack import Plan, Stack

@@ -15,7 +15,7 @@ import pytest_asyncio
 import yaml
 from aiohttp import web
 
-from extproc.config import parse
+from extproc.config.read import parse
 from extproc.envoyconfig import render
 from extproc.up.processes import Child, free_ports, python, spawn, stop
 from extproc.up.stack import envoy_binary

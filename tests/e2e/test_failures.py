@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.up.stack import Stack
 from tests.fakes.origin_server import OriginServer
 from tests.fakes.wait import PATIENCE_S

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.up.demo import write_adapter
 
 from .client import Client, weights_of

@@ -12,7 +12,9 @@ import aiohttp
 import pytest
 import yaml
 
-from extproc.config import OriginSettings, Settings, parse
+from extproc.config.origins import OriginSettings
+from extproc.config.read import parse
+from extproc.config.settings import Settings
 from extproc.up.processes import free_ports
 from extproc.up.stack import Node, Plan, Stack
 from tests.conftest import OLDEST

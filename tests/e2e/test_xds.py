@@ -15,7 +15,8 @@ import yaml
 from aiohttp import web
 from envoy_data_plane.envoy.config.cluster import v3 as cluster
 
-from extproc.config import Settings, build_pools, parse
+from extproc.config.read import parse
+from extproc.config.settings import Settings, build_pools
 from extproc.core.fleet import Found
 from extproc.core.placement import Snapshot
 from extproc.core.standing import Standing

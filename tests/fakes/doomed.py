@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from extproc.config import EngineSettings, OriginSettings, PeerSettings, StagerSettings
+from extproc.config.origins import OriginSettings
+from extproc.config.stager import EngineSettings, PeerSettings, StagerSettings
 from extproc.errors import AdapterInUse, ModelNotFound, NoSpace, OriginChanged
 from extproc.metrics import StagerMetrics
 from extproc.stager.engine.api import Engine

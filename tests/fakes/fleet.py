@@ -18,7 +18,7 @@ import aiohttp
 import yaml
 
 from extproc import envoyconfig
-from extproc.config import parse
+from extproc.config.read import parse
 from extproc.up.demo import BASE_MODEL, write_adapter
 from extproc.up.processes import Child, free_ports, kill_family, python, spawn, stop
 from extproc.up.stack import Node, Router, envoy_binary

@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from extproc.config import EngineSettings, OriginSettings, StagerSettings
+from extproc.config.origins import OriginSettings
+from extproc.config.stager import EngineSettings, StagerSettings
 from extproc.metrics import StagerMetrics
 from extproc.stager.engine.api import Engine
 from extproc.stager.stager import Stager

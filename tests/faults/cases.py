@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from extproc.config import RouterSettings
+from extproc.config.router import RouterSettings
 
 from . import faults
 from .faults import Script, during, ended, stopped

@@ -19,7 +19,7 @@ import aiohttp
 import yaml
 
 from extproc import envoyconfig
-from extproc.config import parse
+from extproc.config.read import parse
 from extproc.errors import StartError
 from extproc.up.demo import BASE_MODEL
 from extproc.up.processes import Child, free_ports, kill_family, python, spawn, stop

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from extproc.client import Catalogue, Claimed, Loading, Model, Models, NodeState, Progress, Staged, StagerClient, WatchEvent
-from extproc.config import RouterSettings
+from extproc.config.router import RouterSettings
 from extproc.core.content import Content
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable

@@ -12,7 +12,9 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.config import DiscoverySettings, TlsSettings, parse
+from extproc.config.credentials import TlsSettings
+from extproc.config.discovery import DiscoverySettings
+from extproc.config.read import parse
 from extproc.core.endpoint import Endpoint
 from extproc.core.standing import Standing
 from extproc.discovery.discovery import Discovery

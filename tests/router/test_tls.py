@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from extproc.config import TlsSettings
+from extproc.config.credentials import TlsSettings
 from extproc.router.http2 import frames
 from extproc.router.tls import Certificate, self_signed
 from extproc.router.transport import Listener

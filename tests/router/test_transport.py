@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from extproc.config import TlsSettings
+from extproc.config.credentials import TlsSettings
 from extproc.router.http2 import frames
 from extproc.router.tls import Certificate
 from extproc.router.transport import BUSY_CALLS, Listener

@@ -11,7 +11,7 @@ import pytest
 import stamina
 
 from extproc.client import Demand, NodeState, Space, StagerClient, WatchEvent
-from extproc.config import EngineSettings, PeerSettings, StagerSettings
+from extproc.config.stager import EngineSettings, PeerSettings, StagerSettings
 from extproc.metrics import StagerMetrics
 from extproc.process.grpc import grpc_server
 from extproc.stager.api.grpc import StagerService

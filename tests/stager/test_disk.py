@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.blocks import BLOCK_BYTES
 from extproc.errors import DiskFailed, LoraExtprocError, NoSpace
 from extproc.stager import stager as stager_module

@@ -14,7 +14,7 @@ import botocore.loaders
 import pytest
 from huggingface_hub import close_session
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import (
     AdapterDamaged,

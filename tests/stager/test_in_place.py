@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from extproc.client import StagerClient
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import ArtifactId, Manifest
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, OriginFailed
 from extproc.process.grpc import grpc_server

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import ArtifactId, adapter_name, adopted_id
 from extproc.errors import (
     AdapterInUse,

@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...config import Settings, TlsSettings
+from ...config.credentials import TlsSettings
+from ...config.settings import Settings
 from ...errors import StartError
 from ...metrics import WorkersMetrics
 from ...process.http import HttpServer

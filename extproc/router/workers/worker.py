@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...config import Settings
+from ...config.settings import Settings
 from ...process.sockets import UNIX
 from ..board import Board, Row, State
 from ..server import Server

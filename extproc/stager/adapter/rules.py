@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ...config import StagerSettings
+from ...config.stager import StagerSettings
 from ...core.features import VLLM
 
 

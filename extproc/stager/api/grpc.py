@@ -14,7 +14,7 @@ import grpc.aio
 
 from ... import chunks
 from ...client import ERROR_METADATA, RETRY_AFTER_METADATA, SERVICE, Claimed, Loading
-from ...config import PeerSettings
+from ...config.stager import PeerSettings
 from ...core.artifact import ArtifactId, adapter_name, is_adopted
 from ...errors import (
     AdapterInUse,

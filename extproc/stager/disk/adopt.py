@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ...config import StagerSettings
+from ...config.stager import StagerSettings
 from ...core.artifact import AdapterName, ArtifactId, File, Manifest, adopted_id, content_digest, is_adopted
 from ...errors import DiskFailed, InvalidAdapter, LoraExtprocError, NoSpace
 from ..adapter.check import Checked

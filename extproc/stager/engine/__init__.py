@@ -1,6 +1,6 @@
 """Settings to the engine they mean."""
 
-from ...config import EngineSettings
+from ...config.stager import EngineSettings
 from .api import Engine
 from .sglang import SglangEngine
 

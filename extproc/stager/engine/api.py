@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 import aiohttp
 import msgspec
 
-from ...config import EngineSettings
+from ...config.stager import EngineSettings
 from ...core.artifact import MAX_NAME_BYTES, VERSION_DIGITS, VERSION_MARK, split_version
 from ...errors import EngineUnreachable, InvalidAdapter, shortened
 from .listed import BaseCard, Known, read_list

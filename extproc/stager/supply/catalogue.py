@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import groupby, islice
 
-from ...config import StagerSettings
+from ...config.stager import StagerSettings
 from ...core.artifact import AdapterName
 from ...errors import OriginFailed
 from ..threads import Threads

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...client import PeerArtifact, StagerClient
-from ...config import PeerSettings
+from ...config.stager import PeerSettings
 from ...core.artifact import AdapterName
 from ...core.breaker import Breaker
 from ...core.maglev import key_hash

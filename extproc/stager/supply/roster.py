@@ -14,7 +14,7 @@ import socket
 from collections.abc import Collection, Mapping, Sequence, Set
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from ...config import Settings
+from ...config.settings import Settings
 from ...core.fleet import Fleet
 from ...discovery.discovery import Discovery
 from ...discovery.sources import build_sources

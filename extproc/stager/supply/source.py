@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import stamina
 import stamina.instrumentation
 
-from ...config import OriginSettings
+from ...config.origins import OriginSettings
 from ...core.artifact import AdapterName, File
 from ...core.breaker import Breaker
 from ...errors import OriginChanged, OriginDown, OriginFailed, OriginRefused, OriginSlow

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from extproc.config import DiscoverySettings, PoolSettings
+from extproc.config.discovery import DiscoverySettings
+from extproc.config.pools import PoolSettings
 from extproc.discovery.discovery import Discovery
 from extproc.discovery.sources import build_sources
 from extproc.metrics import RouterMetrics

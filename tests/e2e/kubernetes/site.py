@@ -23,7 +23,7 @@ from typing import Any, Self
 import aiohttp
 import yaml
 
-from extproc.config import parse
+from extproc.config.read import parse
 from extproc.envoyconfig import render
 from extproc.up import demo
 from extproc.up.processes import Child, python, spawn, stop

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from extproc.client import StagerClient
-from extproc.config import parse
+from extproc.config.read import parse
 from extproc.stager.server import Server
 from extproc.up.demo import BASE_MODEL
 from extproc.up.processes import free_ports

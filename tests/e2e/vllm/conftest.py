@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from extproc.config import OriginSettings, parse
+from extproc.config.origins import OriginSettings
+from extproc.config.read import parse
 from extproc.up.processes import Child, free_ports, spawn, stop
 from extproc.up.stack import Plan, Stack
 from extproc.up.tiny import write_base, write_lora

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from extproc.config import EngineSettings
+from extproc.config.stager import EngineSettings
 from extproc.errors import EngineUnreachable, InvalidAdapter
 from extproc.stager.engine.api import KV_USAGE, RUNNING, Engine, Work
 from extproc.up.processes import Child, free_ports, python, spawn, stop

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from extproc.client import StagerClient
-from extproc.config import RpcSettings
+from extproc.config.credentials import RpcSettings
 from extproc.up.demo import write_adapter
 from tests.fakes.adapters import CONFIG, WEIGHTS, read_files
 

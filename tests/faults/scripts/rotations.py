@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from extproc.client import StagerClient
-from extproc.config import RpcSettings
+from extproc.config.credentials import RpcSettings
 from extproc.errors import LoraExtprocError
 from tests.fakes.certificates import Authority
 

@@ -19,7 +19,7 @@ import pytest_asyncio
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from extproc.config import parse
+from extproc.config.read import parse
 from extproc.errors import StartError
 from extproc.router.board import State
 from extproc.router.server import PROCESS_METHOD

@@ -19,7 +19,7 @@ from huggingface_hub import close_session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.blocks import on_disk
 from extproc.errors import AdapterTooLarge, InvalidAdapter, ModelNotFound, NoSpace
 from extproc.stager.adapter import archive

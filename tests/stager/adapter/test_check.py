@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from extproc.config import StagerSettings
+from extproc.config.stager import StagerSettings
 from extproc.errors import AdapterTooLarge, InvalidAdapter
 from extproc.stager.adapter.check import Checked, check, options
 from extproc.stager.adapter.rules import Rules

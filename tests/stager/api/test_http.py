@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from extproc.config import EngineSettings, RpcSettings, Settings, StagerSettings
+from extproc.config.credentials import RpcSettings
+from extproc.config.settings import Settings
+from extproc.config.stager import EngineSettings, StagerSettings
 from extproc.credentials import matches
 from extproc.errors import NoSpace, OriginFailed
 from extproc.process.http import HttpServer

@@ -20,7 +20,8 @@ from extproc.client import (
     StagerClient,
     Woken,
 )
-from extproc.config import OriginSettings, PeerSettings
+from extproc.config.origins import OriginSettings
+from extproc.config.stager import PeerSettings
 from extproc.core.artifact import ArtifactId, adapter_name
 from extproc.errors import (
     BY_NAME,

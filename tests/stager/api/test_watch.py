@@ -16,7 +16,9 @@ from extproc.client import (
     StagerClient,
     WatchEvent,
 )
-from extproc.config import EngineSettings, RpcSettings, Settings, StagerSettings
+from extproc.config.credentials import RpcSettings
+from extproc.config.settings import Settings
+from extproc.config.stager import EngineSettings, StagerSettings
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool

@@ -631,7 +631,7 @@ def test_a_directory_that_may_not_be_read_stops_nothing(node: Path, tmp_path: Pa
         directory.chmod(0o777)
     code = """
 import asyncio, os, sys
-from extproc.config import StagerSettings
+from extproc.config.stager import StagerSettings
 from extproc.errors import LoraExtprocError
 from extproc.metrics import StagerMetrics
 from extproc.stager.engine import Engine
@@ -662,7 +662,7 @@ asyncio.run(main(sys.argv[1]))
 LOOKS = """
 import asyncio, logging, os, sys
 from pathlib import Path
-from extproc.config import StagerSettings
+from extproc.config.stager import StagerSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import DiskFailed
 from extproc.stager.disk.adopt import Adopter

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from extproc.config import EngineSettings
+from extproc.config.stager import EngineSettings
 from extproc.core.artifact import adapter_name, versioned_name
 from extproc.errors import EngineUnreachable
 from extproc.process.sockets import listen

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from extproc.config import EngineSettings
+from extproc.config.stager import EngineSettings
 from extproc.stager import stager as stager_module
 from extproc.up.demo import BASE_MODEL
 from tests.fakes.adapters import small_files

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from extproc.client import Loading
-from extproc.config import EngineSettings
+from extproc.config.stager import EngineSettings
 from extproc.core.artifact import ArtifactId, adapter_name, versioned_name
 from extproc.errors import AdapterInUse, EngineUnreachable, GatewayProtocolError, InvalidAdapter, NoSpace
 from extproc.stager import stager as stager_module

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from extproc.config import EngineSettings
+from extproc.config.stager import EngineSettings
 from extproc.errors import EngineUnreachable, InvalidAdapter
 from extproc.stager.engine import build_engine
 from extproc.stager.engine.api import Limits, Work

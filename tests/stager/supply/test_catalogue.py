@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from extproc.config import OriginSettings, StagerSettings
+from extproc.config.origins import OriginSettings
+from extproc.config.stager import StagerSettings
 from extproc.errors import OriginFailed, OriginRefused
 from extproc.stager.supply import catalogue as catalogue_module
 from extproc.stager.supply.catalogue import Catalogue, Listed

@@ -11,7 +11,8 @@ import grpc.aio
 import pytest
 
 from extproc.client import StagerClient
-from extproc.config import OriginSettings, PeerSettings
+from extproc.config.origins import OriginSettings
+from extproc.config.stager import PeerSettings
 from extproc.core.artifact import File
 from extproc.errors import AdapterInUse, InvalidAdapter, ModelNotFound, OriginFailed
 from extproc.pb import stager_pb2 as pb

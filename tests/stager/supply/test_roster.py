@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from extproc.client import StagerClient
-from extproc.config import DiscoverySettings, PeerSettings, parse
+from extproc.config.discovery import DiscoverySettings
+from extproc.config.read import parse
+from extproc.config.stager import PeerSettings
 from extproc.core.fleet import Found
 from extproc.discovery.discovery import Discovery
 from extproc.metrics import StagerMetrics

@@ -12,7 +12,7 @@ import pytest
 import stamina
 import stamina.instrumentation
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.core.breaker import Breaker
 from extproc.errors import LoraExtprocError, NoSpace, OriginChanged, OriginDown, OriginFailed, OriginRefused, OriginSlow

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from extproc.client import EngineLoad, Evicted, Inventory, Loaded, Loading, NodeState, Published, Refreshed, Refused, StagerClient, Unloaded, WatchEvent
-from extproc.config import EngineSettings
+from extproc.config.stager import EngineSettings
 from extproc.core.artifact import AdapterName, ArtifactId
 from extproc.errors import AdapterInUse, InvalidAdapter, StagerUnavailable
 from extproc.pb import stager_pb2 as pb

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from extproc.client import Drained, Loading, NodeState, StagerClient
-from extproc.config import EngineSettings, Settings, StagerSettings
+from extproc.config.settings import Settings
+from extproc.config.stager import EngineSettings, StagerSettings
 from extproc.errors import DiskFailed, NodeDraining, NoEndpoint, NotPermitted, StagerUnavailable
 from extproc.stager.engine import meter as meter_module
 from extproc.stager.server import Server

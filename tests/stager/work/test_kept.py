@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config import EngineSettings
+from extproc.config.stager import EngineSettings
 from extproc.errors import InvalidAdapter
 from extproc.pb import stager_pb2 as pb
 from extproc.stager import stager as stager_module

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from extproc.client import Loading
-from extproc.config import EngineSettings, StagerPrefetchSettings
+from extproc.config.stager import EngineSettings, StagerPrefetchSettings
 from extproc.core.artifact import AdapterName
 from extproc.errors import EngineUnreachable, ModelNotFound, NodeDraining, OriginFailed, Overloaded, PrefetchGivenUp
 from extproc.stager.stager import Ensured, Stager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from extproc.client import StagerClient
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import AdapterDamaged, InvalidAdapter, ModelNotFound, OriginFailed, OriginRefused
 from extproc.stager.stager import Stager

@@ -1,6 +1,6 @@
 """Where artifacts come from. Each origin answers two questions: what is it made of, and give me this file."""
 
-from ....config import OriginSettings
+from ....config.origins import OriginSettings
 from .base import Origin
 
 __all__ = ["Origin", "build_origin"]

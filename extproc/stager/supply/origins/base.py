@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ....config import OriginSettings
+from ....config.origins import OriginSettings
 from ....core.artifact import AdapterName
 from ....errors import OriginRefused
 from ...threads import Threads

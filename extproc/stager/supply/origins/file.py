@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ....config import OriginSettings
+from ....config.origins import OriginSettings
 from ....core.artifact import AdapterName, File
 from ....errors import InvalidAdapter, OriginChanged, OriginFailed, OriginRefused
 from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, wanted

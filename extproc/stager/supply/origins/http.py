@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from ....config import OriginSettings
+from ....config.origins import OriginSettings
 from ....core.artifact import AdapterName
 from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, wanted
 from ..download import Download

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import HfFileMetadata
 
-from ....config import OriginSettings
+from ....config.origins import OriginSettings
 from ....core.artifact import AdapterName
 from ....errors import LoraExtprocError, OriginChanged, OriginFailed, OriginRefused
 from ....flight import to_the_end

@@ -20,7 +20,7 @@ from botocore.exceptions import (
     NoCredentialsError,
 )
 
-from ....config import OriginSettings
+from ....config.origins import OriginSettings
 from ....core.artifact import AdapterName
 from ....errors import OriginChanged, OriginFailed, OriginRefused
 from ...adapter.files import ARCHIVE_SUFFIXES, CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, archive_suffix, wanted

@@ -2,7 +2,7 @@
 
 import pytest
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.stager.supply.origins import build_origin
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import InvalidAdapter, NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.stager.supply.download import Download

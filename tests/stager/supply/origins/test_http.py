@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.process.sockets import listen

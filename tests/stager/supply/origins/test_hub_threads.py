@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.stager.supply.download import Download
 from extproc.stager.supply.listing import Listing, RemoteFile

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import HfFileMetadata, close_session, get_hf_file_metadata
 from huggingface_hub.utils import XetFileData  # type: ignore[attr-defined]  # not in its list of exports
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import AdapterName, adapter_name
 from extproc.errors import DiskFailed, InvalidAdapter, NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.stager.supply.job import Job
@@ -424,7 +424,7 @@ async def test_a_mirror_may_be_named_by_the_environment(hub: Hub) -> None:
     hub.add(NAME, small_files())
     program = """
 import asyncio, sys
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.stager.supply.origins import build_origin
 async def main():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import adapter_name
 from extproc.errors import OriginFailed, OriginRefused
 from extproc.stager.supply.origins import keys as keys_module

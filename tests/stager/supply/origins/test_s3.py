@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from aiohttp import web
 
-from extproc.config import OriginSettings
+from extproc.config.origins import OriginSettings
 from extproc.core.artifact import AdapterName, adapter_name
 from extproc.errors import NoSpace, OriginChanged, OriginFailed, OriginRefused
 from extproc.process.sockets import listen

@@ -1,12 +1,12 @@
-"""Settings: defaults that hold, complaints that name their path, and a reference that leaves nothing out."""
+"""From a file to settings: defaults that hold, and complaints that name their path."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from extproc.config import EndpointSettings, PoolSettings, Settings, build_pools, load, parse, reference, settings_table
+from extproc.config.read import load, parse
+from extproc.config.settings import Settings
 from extproc.core.decision import HashOn
 from extproc.core.endpoint import Endpoint
 from extproc.errors import ConfigError
@@ -88,27 +88,6 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path, text: str) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     assert load(file) == Settings()
-
-
-def test_settings_cannot_be_changed() -> None:
-    """They are loaded once and checked once."""
-    with pytest.raises(ValueError, match="frozen"):
-        Settings().log.level = "debug"
-
-
-def test_pools_are_built_with_their_tables() -> None:
-    """In the configured order, each with the configured size."""
-    settings = Settings(
-        pools=(
-            PoolSettings(name="a", base_models=("base",), adapters=("a/*",), endpoints=(EndpointSettings(address="10.0.0.1:8000"),)),
-            PoolSettings(name="b"),
-        )
-    )
-    first, second = build_pools(settings)
-    assert (first.name, first.base_models, first.adapters) == ("a", frozenset({"base"}), ("a/*",))
-    assert first.table.endpoints == (Endpoint("10.0.0.1:8000"),)
-    assert first.table.size == settings.router.table_size
-    assert (second.name, second.table.endpoints) == ("b", ())
 
 
 # ---- what is complained of
@@ -288,85 +267,3 @@ def test_what_is_not_yaml_is_a_complaint(tmp_path: Path, text: bytes) -> None:
     file.write_bytes(text)
     with pytest.raises(ConfigError, match=r"settings\.yaml"):
         load(file)
-
-
-# ---- the reference
-
-
-def leaves(schema: dict[str, Any], definitions: dict[str, Any], path: str = "") -> list[str]:
-    """The settings by pydantic's own description of them."""
-    if "$ref" in schema:
-        schema = definitions[schema["$ref"].rpartition("/")[2]]
-    if "properties" in schema:
-        return [leaf for name, inner in schema["properties"].items() for leaf in leaves(inner, definitions, f"{path}.{name}" if path else name)]
-    items = schema.get("items", {})
-    if "$ref" in items:
-        return leaves(items, definitions, f"{path}[]")
-    if "oneOf" in items:
-        kind_of = {ref: kind for kind, ref in items["discriminator"]["mapping"].items()}
-        return [leaf for one in items["oneOf"] for leaf in leaves(one, definitions, f"{path}[{kind_of[one['$ref']]}]")]
-    return [path]
-
-
-def test_the_reference_lists_every_setting_once() -> None:
-    """In the order of the file, with a meaning that is a sentence."""
-    schema = Settings.model_json_schema()
-    rows = list(reference())
-    assert [path for path, _, _ in rows] == leaves(schema, schema["$defs"])
-    assert [path for path, _, meaning in rows if not meaning.endswith(".")] == []
-
-
-def test_the_reference_states_the_defaults_as_yaml() -> None:
-    """What it says can be pasted into a file, and changes nothing there."""
-    raw: dict[str, Any] = {}
-    for path, default, _ in reference():
-        if "[" not in path:
-            *groups, name = path.split(".")
-            group = raw
-            for part in groups:
-                group = group.setdefault(part, {})
-            group[name] = yaml.safe_load(default)
-    assert parse(raw, source="") == Settings()
-    required = [path for path, default, _ in reference() if default == "required"]
-    assert [path for path in required if "discovery" not in path] == [
-        "pools[].name",
-        "pools[].endpoints[].address",
-        "router.copies[].match",
-        "stager.origins[].type",
-    ]
-
-
-def test_the_table_has_one_row_per_setting() -> None:
-    """Three columns in each: nothing in a meaning breaks the Markdown."""
-    head, rule, *rows = settings_table().splitlines()
-    assert head == "| setting | default | meaning |"
-    assert rule == "| --- | --- | --- |"
-    assert len(rows) == len(list(reference()))
-    assert all(row.count("|") == 4 for row in rows)
-
-
-def of_roles(*roles: str) -> list[dict[str, Any]]:
-    """Pools of these roles, in this order, that all have one base model."""
-    return [pool(f"{role}-{number}", role=role, base_models=["llama"]) for number, role in enumerate(roles)]
-
-
-def test_a_decoding_pool_finds_the_one_that_computes_its_prompts() -> None:
-    """By the base model. Of the latter no request can be: it has no models, no paths, and does not stand first."""
-    settings = parse({"pools": [*of_roles("prefill", "decode"), pool("other")]}, source="it.yaml")
-    decode, other, prefill = build_pools(settings)
-    assert (decode.prefill, decode.base_models, other.prefill) == ("prefill-0", frozenset({"llama"}), "")
-    assert (prefill.name, prefill.is_prefill, prefill.base_models, prefill.adapters, prefill.paths) == ("prefill-0", True, frozenset(), (), ())
-    assert [p.name for p in settings.clusters()] == ["decode-1", "other"]
-
-
-@pytest.mark.parametrize(
-    ("roles", "expected"),
-    [
-        (("decode",), "pools: 'decode-0' has role decode, and no pool of role prefill with one of its base_models; exactly one is needed"),
-        (("decode", "prefill", "prefill"), "pools: 'decode-0' has role decode, and 2 pools of role prefill with one of its base_models; exactly one is needed"),
-        (("decode", "both", "prefill"), "pools: base model 'llama' appears more than once"),
-    ],
-)
-def test_a_decoding_pool_without_exactly_one_that_computes_its_prompts_is_refused(roles: tuple[str, ...], expected: str) -> None:
-    """At the start, and not with the first request."""
-    assert complaint({"pools": of_roles(*roles)}) == expected
