@@ -17,7 +17,8 @@ class PeerSettings(Group):
     pools where this stager's own address is, or in all where it is in none. With sources of type `kubernetes` the stager's pod needs the rights of
     `deploy/kubernetes/rbac`; without them adapters come from their origins alone."""
     max_asked: Annotated[int, Field(ge=1)] = 32
-    """How many of them are asked for one adapter."""
+    """How many of them are asked for one adapter: first those where routers put it, as far as these settings have the same endpoints, `router.table_size` and
+    `router.balance` as theirs; then others, in an order of the adapter's own."""
     ask_timeout_s: Seconds = 1.0
     """Who has not answered by then has not got it."""
     max_bytes_per_s: Annotated[int, Field(ge=0)] = 0

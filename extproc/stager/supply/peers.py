@@ -26,6 +26,7 @@ from ..adapter.files import wanted
 from .connections import Connections
 from .download import Download
 from .listing import Listing, RemoteFile
+from .places import Places
 from .source import Supplier, is_worth_repeating
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Peers:
         self._connections = Connections(connect)
         self._clock = clock
         self._peers: dict[str, _Peer] = {}  # by address; at most MAX_PEERS
+        self._places: Places | None = None  # None: all are asked, or nothing says who has what
         self._late: set[asyncio.Task[PeerCopy | None]] = set()  # questions that nobody waits for any more; one per peer and LATE_S
         self.selves: set[str] = set()  # addresses that turned out to lead back here, of those that were followed last
         self.on_self: Callable[[], None] | None = None  # told of another one of those
@@ -132,8 +134,11 @@ class Peers:
         """Whether they are asked before any origin."""
         return self._settings.mode == "preferred" and bool(self._peers)
 
-    def follow(self, addresses: Iterable[str]) -> None:
-        """These are the other stagers now. Of those that stay, what was learnt of them is kept; of too many, those whose addresses come first count."""
+    def follow(self, addresses: Iterable[str], places: Places | None = None) -> None:
+        """These are the other stagers now, and where adapters belong among them. Of those that stay, what was learnt of them is kept; of too many, those
+        whose addresses come first count.
+        """
+        self._places = places
         shown = set(addresses) if self._settings.mode != "off" else set()
         self.selves &= shown
         if len(others := sorted(shown - self.selves)) > MAX_PEERS > len(self._peers):
@@ -148,10 +153,9 @@ class Peers:
         loop = asyncio.get_running_loop()
         began, now = loop.time(), self._clock()
         rested = (peer for peer in self._peers.values() if peer.address not in besides and not peer.useful.wait_s(now))
-        up = (peer for peer in rested if peer.asked_at is None or began - peer.asked_at < LATE_S)
-        asked = heapq.nsmallest(self._settings.max_asked, up, key=lambda peer: key_hash(f"{peer.address} {name}"))
+        up = {peer.address: peer for peer in rested if peer.asked_at is None or began - peer.asked_at < LATE_S}
         waited_for: dict[asyncio.Task[PeerCopy | None], _Peer] = {}
-        for peer in asked:
+        for peer in self._chosen(name, up):
             is_up = peer.answering.state == "closed"
             if peer.answering.allow(now):
                 task = asyncio.create_task(self._ask(peer, name, revision))
@@ -176,6 +180,12 @@ class Peers:
                 task.cancel()
             await asyncio.gather(*(pending - self._late), return_exceptions=True)
         return None
+
+    def _chosen(self, name: AdapterName, up: dict[str, _Peer]) -> list[_Peer]:
+        """At most `max_asked`: those where the adapter belongs, then others in an order of the adapter's own, so that no peer is asked for all of them."""
+        placed = self._places.of(name) if self._places is not None else ()
+        first = [up.pop(address) for address in placed if address in up][: self._settings.max_asked]
+        return first + heapq.nsmallest(self._settings.max_asked - len(first), up.values(), key=lambda peer: key_hash(f"{peer.address} {name}"))
 
     def was_of_use(self, copy: PeerCopy) -> None:
         """What it offered is here, and right."""

@@ -6,20 +6,26 @@ waits for them: until one answers, adapters come from their origins.
 A stager asks within its own pools, since others' adapters are made for other engines. Which pools are its own is known by its address in them. One that
 listens on every address of its machine finds itself under any of these; one that is reached by an address of which its machine knows nothing, as behind
 NAT or a name, learns it when it asks there and is answered by itself. Until then all pools count.
+
+Of more stagers than are asked for one adapter, those where it belongs are asked first (places.py). Addresses in `stager.peers` are no endpoints: of them
+nothing says where an adapter belongs.
 """
 
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import Collection, Mapping, Sequence, Set
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from ...config.settings import Settings
+from ...core.endpoint import Endpoint
 from ...core.fleet import Fleet
 from ...discovery.discovery import Discovery
 from ...discovery.sources import build_sources
 from ...metrics import DiscoveryMetrics
 from .peers import Peers
+from .places import Places
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +40,11 @@ class Roster:
         named = stager.peers.addresses
         self._peers = peers
         self._listen = stager.listen
-        self._pools: Mapping[str, Sequence[str]] = {"": named} if named else {p.name: [e.stager for e in p.endpoints] for p in settings.pools}
+        self._table_size, self._by_weight = settings.router.table_size, settings.router.balance == "hrw"
+        self._max_asked = sys.maxsize if named else stager.peers.max_asked
+        self._pools: Mapping[str, Sequence[Endpoint]] = {p.name: p.members() for p in settings.pools}
+        if named:
+            self._pools = {"": [Endpoint(address, stager=address) for address in named]}
         self._leads_here: dict[str, bool] = {}  # of each stager that was shown last
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -63,7 +73,7 @@ class Roster:
         discovery.follow(self._take)
 
     async def _take(self, fleet: Fleet) -> None:
-        self._pools = {pool: [found.endpoint.stager for found in several] for pool, several in fleet.items()}
+        self._pools = {pool: [found.endpoint for found in several] for pool, several in fleet.items()}
         self._changed.set()
 
     async def _keep_following(self) -> None:
@@ -78,23 +88,26 @@ class Roster:
                 log.info("peers: %s", f"{count} found" if are_some else "no other stager is found; adapters come from their origins alone")
 
     async def _follow(self) -> None:
-        """In a thread: to look at an address takes 20 us, and there may be thousands. Each is looked at once."""
+        """In a thread: to look at an address takes 20 us, and there may be thousands. Each is looked at once. To fill the tables takes longer."""
         pools, seen = tuple(self._pools.values()), self._leads_here
         selves = frozenset(self._peers.selves)
 
-        def look() -> tuple[dict[str, bool], set[str]]:
-            stagers = {stager for pool in pools for stager in pool if stager}
+        def look() -> tuple[dict[str, bool], set[str], Places | None]:
+            stagers = {e.stager for pool in pools for e in pool if e.stager}
             looked = {stager: seen[stager] if stager in seen else leads_here(stager, self._listen) for stager in stagers}
-            return looked, others(pools, {stager for stager, leads in looked.items() if leads}, selves)
+            here = {stager for stager, leads in looked.items() if leads}
+            ours = own_pools(pools, here | selves)
+            others = {e.stager for pool in ours for e in pool if e.stager} - here
+            are_many = len(others) > self._max_asked
+            return looked, others, Places(ours, here | selves, self._table_size, by_weight=self._by_weight) if are_many else None
 
-        self._leads_here, found = await asyncio.to_thread(look)
-        self._peers.follow(found)
+        self._leads_here, others, places = await asyncio.to_thread(look)
+        self._peers.follow(others, places)
 
 
-def others(pools: Collection[Sequence[str]], own: Set[str], selves: Set[str] = frozenset()) -> set[str]:
-    """The stagers of the pools that hold an `own` address or one of `selves`, or of all pools where none does; without the own ones."""
-    ours = [pool for pool in pools if not (own | selves).isdisjoint(pool)]
-    return {stager for pool in ours or pools for stager in pool if stager} - own
+def own_pools(pools: Collection[Sequence[Endpoint]], own: Set[str]) -> Collection[Sequence[Endpoint]]:
+    """Those that hold one of the `own` addresses of this stager, or all where none does."""
+    return [pool for pool in pools if any(e.stager in own for e in pool)] or pools
 
 
 def leads_here(address: str, listen: str) -> bool:

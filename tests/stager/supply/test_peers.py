@@ -14,6 +14,8 @@ from extproc.client import StagerClient
 from extproc.config.origins import OriginSettings
 from extproc.config.stager import PeerSettings
 from extproc.core.artifact import File
+from extproc.core.endpoint import Endpoint
+from extproc.core.maglev import DEFAULT_TABLE_SIZE, key_hash
 from extproc.errors import AdapterInUse, InvalidAdapter, ModelNotFound, OriginFailed
 from extproc.pb import stager_pb2 as pb
 from extproc.process.grpc import grpc_server
@@ -21,6 +23,7 @@ from extproc.stager.api.grpc import Context, StagerService
 from extproc.stager.stager import Stager
 from extproc.stager.supply import peers as peers_module
 from extproc.stager.supply.peers import Peers
+from extproc.stager.supply.places import Places
 from tests.fakes.adapters import CONFIG, WEIGHTS, Files, sha256, small_files, write_small
 from tests.fakes.archives import packed
 from tests.fakes.faulty import FaultyS3, FaultyServer, running
@@ -716,6 +719,27 @@ async def test_a_peer_that_goes_is_asked_no_more(fleet: Fleet, web: FaultyServer
     web.add("acme/next", OTHER)
     await second.stager.ensure("acme/next")
     assert first.service.asked == 1
+
+
+async def test_of_many_peers_those_are_asked_where_the_adapter_belongs(fleet: Fleet, web: FaultyServer) -> None:
+    """Only then any others: with a place for one question, the one that has it is asked."""
+    members = [await fleet.start(asks=[]) for _ in range(4)]
+    asking = await fleet.start(asks=[], asking={"max_asked": 1})
+    addresses = [member.address for member in members]
+    places = Places([[Endpoint(f"10.0.0.{number}:8000", stager=address) for number, address in enumerate(addresses)]], set(), DEFAULT_TABLE_SIZE)
+    others = [peer for peer in addresses if peer != members[0].address]
+    name = next(
+        name
+        for name in (f"acme/{number}" for number in range(1000))
+        if places.of(name)[0] == members[0].address and min(addresses, key=lambda peer: key_hash(f"{peer} {name}")) in others
+    )
+    web.add(name, FILES)
+    await has(members[0], name=name)
+    gets = len(web.gets())
+    peers_of(asking).follow(addresses, places)
+    await has(asking, name=name)
+    assert len(web.gets()) == gets
+    assert sent(members[0]) == sum(map(len, FILES.values()))
 
 
 class Waiting(StagerService):

@@ -14,13 +14,15 @@ import pytest
 from extproc.client import StagerClient
 from extproc.config.discovery import DiscoverySettings
 from extproc.config.read import parse
+from extproc.config.settings import build_pools
 from extproc.config.stager import PeerSettings
 from extproc.core.fleet import Found
 from extproc.discovery.discovery import Discovery
 from extproc.metrics import StagerMetrics
 from extproc.stager.server import Server
 from extproc.stager.supply.peers import Peers
-from extproc.stager.supply.roster import Roster, leads_here, others
+from extproc.stager.supply.places import Places
+from extproc.stager.supply.roster import Roster, leads_here, own_pools
 from extproc.up.demo import BASE_MODEL
 from extproc.up.processes import free_ports
 from tests.discovery.scripted import ScriptedSource, found
@@ -41,6 +43,10 @@ def at(host: str) -> Found:
 
 def known(peers: Peers) -> list[str]:
     return list(peers._peers)
+
+
+def places_of(peers: Peers) -> Places | None:
+    return peers._places
 
 
 async def until_known(peers: Peers, *hosts: str) -> None:
@@ -67,17 +73,17 @@ async def roster(sources: Mapping[str, Sequence[ScriptedSource]], listen: str = 
 
 
 def test_those_of_the_own_pools_are_asked() -> None:
-    """Of all pools, where none holds an address of its own; and never itself."""
-    pools = [["a:1", "b:1", ""], ["c:1", "a:1"], ["d:1"]]
-    nobody: set[str] = set()
-    for own, selves, expected in (
-        ({"b:1"}, nobody, {"a:1"}),
-        ({"a:1"}, nobody, {"b:1", "c:1"}),
-        (nobody, nobody, {"a:1", "b:1", "c:1", "d:1"}),
-        (nobody, {"d:1"}, {"d:1"}),  # which turned out to be its own, and is left out by who asks
-        ({"a:1"}, {"d:1"}, {"b:1", "c:1", "d:1"}),
+    """Of all pools, where none holds an address of its own."""
+    first, second, third = pools = [[at("a"), at("b"), found("e:8000")], [at("c"), at("a")], [at("d")]]
+    endpoints = [[one.endpoint for one in pool] for pool in pools]
+    for own, expected in (
+        ({"b:9102"}, [first]),
+        ({"a:9102"}, [first, second]),
+        (set[str](), [first, second, third]),
+        ({"d:9102"}, [third]),
+        ({"a:9102", "d:9102"}, [first, second, third]),
     ):
-        assert others(pools, own, selves) == expected, (own, selves)
+        assert own_pools(endpoints, own) == [[one.endpoint for one in pool] for pool in expected], own
 
 
 @pytest.mark.parametrize(
@@ -224,6 +230,30 @@ async def test_a_restart_knows_the_peers_that_were_found_last(tmp_path: Path) ->
         await until_known(peers, "127.0.0.2")
     async with roster({"p": [ScriptedSource()]}, dir=str(tmp_path), first_wait_s=3600) as peers:
         await until_known(peers, "127.0.0.2")
+
+
+async def test_of_more_than_are_asked_it_is_known_where_adapters_belong() -> None:
+    """By the endpoints of the own pool, this stager's among them; of those that the settings name as peers nothing tells."""
+    ours, theirs = ScriptedSource(), ScriptedSource()
+    everyone = [at(f"127.0.0.{number + 1}") for number in range(PeerSettings().max_asked + 2)]
+    theirs.show(at("127.0.1.1"))
+    ours.show(*everyone[:-1])
+    async with roster({"ours": [ours], "theirs": [theirs]}) as peers:
+        await until(lambda: peers.count == len(everyone) - 2)
+        assert places_of(peers) is None
+        ours.show(*everyone)
+        await until(lambda: peers.count == len(everyone) - 1)
+        places = places_of(peers)
+        assert places is not None
+        router = build_pools(parse({"pools": [{"name": "ours", "endpoints": [{"address": e.endpoint.address} for e in everyone]}]}, source="test"))[0]
+        for name in (f"acme/{number}" for number in range(50)):
+            assert {e.address.replace("8000", "9102") for e in router.candidates(name)} <= set(places.of(name))
+    named = [f"127.0.0.{number + 2}:9102" for number in range(40)]
+    settings = parse({"stager": {"peers": {"addresses": named}, "listen": LISTEN}}, source="test")
+    kept = Roster(settings, peers, StagerMetrics().discovery)
+    await kept.open()
+    assert (peers.count, places_of(peers)) == (len(named), None)
+    await kept.close()
 
 
 # -- whole stagers
