@@ -14,7 +14,6 @@ nothing says where an adapter belongs.
 import asyncio
 import logging
 import socket
-import sys
 from collections.abc import Collection, Mapping, Sequence, Set
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -41,7 +40,8 @@ class Roster:
         self._peers = peers
         self._listen = stager.listen
         self._table_size, self._by_weight = settings.router.table_size, settings.router.balance == "hrw"
-        self._max_asked = sys.maxsize if named else stager.peers.max_asked
+        self._max_asked = stager.peers.max_asked
+        self._has_endpoints = stager.peers.mode != "off" and not named
         self._pools: Mapping[str, Sequence[Endpoint]] = {p.name: p.members() for p in settings.pools}
         if named:
             self._pools = {"": [Endpoint(address, stager=address) for address in named]}
@@ -49,7 +49,7 @@ class Roster:
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._discovery: Discovery | None = None
-        if stager.peers.mode != "off" and not named and any(pool.discovery for pool in settings.pools):
+        if self._has_endpoints and any(pool.discovery for pool in settings.pools):
             self._discovery = Discovery(build_sources(settings.pools), settings.discovery, metrics)
 
     async def open(self) -> None:
@@ -98,8 +98,9 @@ class Roster:
             here = {stager for stager, leads in looked.items() if leads}
             ours = own_pools(pools, here | selves)
             others = {e.stager for pool in ours for e in pool if e.stager} - here
-            are_many = len(others) > self._max_asked
-            return looked, others, Places(ours, here | selves, self._table_size, by_weight=self._by_weight) if are_many else None
+            if not self._has_endpoints or len(others) <= self._max_asked:
+                return looked, others, None
+            return looked, others, Places(ours, here | selves, self._table_size, by_weight=self._by_weight)
 
         self._leads_here, others, places = await asyncio.to_thread(look)
         self._peers.follow(others, places)
