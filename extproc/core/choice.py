@@ -155,12 +155,14 @@ def _runs_short(below: int, leased: int) -> bool:
     return 2 * below < leased
 
 
-def is_crowded(endpoint: Endpoint, loads: Loads, rule: Rule) -> bool:
-    """Whether who has waited for an adapter there should choose again: so many have waited with it that they would queue."""
-    return rule.balance == "bounded" and _is_crowded(loads[endpoint.address], loads.bound(rule.factor))
+def is_below(endpoint: Endpoint, loads: Loads, rule: Rule) -> bool:
+    """Whether who has waited for an adapter there goes there. If not, it chooses again, as one that comes now: many may have waited with it, and gone first."""
+    load = loads[endpoint.address]
+    return rule.balance != "bounded" or load.known - load.held < loads.bound(rule.factor)
 
 
 def _is_crowded(load: Load, bound: float) -> bool:
+    """Whether one more would soon queue there."""
     return load.known - load.held >= max(CROWDED * bound, ONCE)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 from ..client import Staged
-from ..core.choice import At, Choice, Copy, Rule, Rules, choose, is_crowded, least_of, of_leased
+from ..core.choice import At, Choice, Copy, Rule, Rules, choose, is_below, least_of, of_leased
 from ..core.decision import Forward, PassThrough
 from ..core.endpoint import Endpoint
 from ..core.load import Loads
@@ -148,9 +148,9 @@ class Staging:
         known = self._prefixes.record(endpoint, blocks)
         if prefiller is not None:
             known = self._prefixes.record(prefiller, blocks)
-        for counter, count in ((self._known_blocks, known), (self._new_blocks, len(blocks) - known)):
-            if count:  # mostly one of the two is 0, and an increment takes a lock
-                counter.inc(count)
+        for counter, times in ((self._known_blocks, known), (self._new_blocks, len(blocks) - known)):
+            if times:  # mostly one of the two is 0, and an increment takes a lock
+                counter.inc(times)
 
     def spread(self, through: PassThrough, turn: int) -> Sequence[Endpoint]:
         """Where a base model's request goes that has no key, best first: every endpoint has the model, so it is chosen among as among copies."""
@@ -277,16 +277,18 @@ class Staging:
             raise failure from None
 
     async def _walk(self, forward: Forward, began: float) -> Placed:
-        """Wait for the place that is chosen, and choose again where it is crowded by then: all who come while the first copy of an adapter is fetched wait
-        for that one."""
+        """Wait for the place that is chosen, and choose again where it has too much by then: all who come while the first copy of an adapter is fetched
+        wait for that one."""
         loads, rule = self._loads[forward.pool.name], self._rules.of(forward.adapter)
         for chosen in count(1):
-            choice = self._choose(forward)
-            placed = await self._ask(forward, choice, began)
-            endpoint = placed.endpoints[0]
-            if choice.serve is not None or chosen > CHOSEN_AGAIN or not is_crowded(endpoint, loads, rule):
+            placed = await self._ask(forward, self._choose(forward), began)
+            if chosen > CHOSEN_AGAIN or is_below(placed.endpoints[0], loads, rule):
                 break
-        loads.send(endpoint.address, self._clock())
+            at_once = self._by_all(forward)
+            if at_once is not None:
+                placed = Placed(at_once.endpoints, placed.outcome, placed.origin, placed.waited_s, at_once.model)
+                break
+        loads.send(placed.endpoints[0].address, self._clock())
         placed.is_sent = True
         return placed
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import OFTEN, SAMPLED, SELDOM, At, Balance, Choice, Copy, Rule, Rules, choose, is_crowded, least_of, of_leased
+from extproc.core.choice import OFTEN, SAMPLED, SELDOM, At, Balance, Choice, Copy, Rule, Rules, choose, is_below, least_of, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
 
@@ -360,14 +360,22 @@ def test_of_many_copies_another_is_prepared_while_half_of_them_are_below_the_bou
 # ---- where all wait for one copy
 
 
-def test_who_has_waited_with_too_many_others_chooses_again_and_waits_even_for_a_fetch() -> None:
-    """32 requests are never too many at once, and others' rules know no such thing."""
-    crowded, busy = loads_of(40, 10, 10, 10, 10, 10), loads_of(31, 10, 10, 10, 10, 10)
-    assert [is_crowded(A, loads, RULE) for loads in (crowded, busy)] == [True, False]
-    assert not is_crowded(A, crowded, Rule(RULE.draw, "maglev"))
-    assert not is_crowded(A, loads_of(40), RULE)
-    assert choose(leased(A), ENDPOINTS, crowded, RULE) == Choice(None, (B, A))
-    assert choose(leased(A), ENDPOINTS, busy, RULE) == Choice(A, prepare=B)
+def test_who_has_waited_with_too_many_others_chooses_again() -> None:
+    """What still waits there does not count: the first to come go first. Others' rules know no such thing."""
+    loads = loads_of(30, 10, 10, 10, 10, 10)
+    assert [is_below(endpoint, loads, RULE) for endpoint in (A, B)] == [False, True]
+    for _ in range(30):
+        loads.hold(B.address)
+    assert is_below(B, loads, RULE)
+    assert is_below(A, loads, Rule(RULE.draw, "maglev"))
+
+
+def test_where_an_engine_is_crowded_a_request_waits_even_for_a_fetch() -> None:
+    """32 requests at once are not too many for any; in a fleet that does more, half as much again as the bound."""
+    assert choose(leased(A), ENDPOINTS, loads_of(31, 10, 10, 10, 10, 10), RULE) == Choice(A, prepare=B)
+    assert choose(leased(A), ENDPOINTS, loads_of(32, 10, 10, 10, 10, 10), RULE) == Choice(None, (B, A))
+    assert choose(leased(A), (A, B), loads_of(80, 50, 50, 50, 50, 50), RULE) == Choice(A, prepare=B)
+    assert choose(leased(A), (A, B), loads_of(140, 90, 50, 50, 50, 50), RULE) == Choice(None, (B, A))
 
 
 def test_a_drain_ends_where_engines_hold_fewer_adapters_than_are_asked_for() -> None:

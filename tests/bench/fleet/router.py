@@ -29,9 +29,9 @@ class Way(ABC):
     def choose(self, adapter: str, copies: list[Copy], router: "Router") -> Choice:
         """What to do with a request for `adapter`."""
 
-    def is_crowded(self, place: Endpoint, router: "Router") -> bool:
-        """Whether a request that has waited for `place` chooses again."""
-        return False
+    def is_below(self, place: Endpoint, router: "Router") -> bool:
+        """Whether a request that has waited for `place` goes there, and does not choose again."""
+        return True
 
 
 class Router:
@@ -85,7 +85,7 @@ class Router:
         def over(is_there: bool) -> None:
             self.loads.release(place.address)
             request.waits += is_there
-            if is_there and (request.waits > CHOSEN_AGAIN or not self._way.is_crowded(place, self)):
+            if is_there and (request.waits > CHOSEN_AGAIN or self._way.is_below(place, self)):
                 self._send(place, request)
             else:
                 self.take(request)

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from extproc.core.choice import At, Choice, Copy, Rule, choose, is_crowded, of_leased
+from extproc.core.choice import At, Choice, Copy, Rule, choose, is_below, of_leased
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import FIRST
 
@@ -34,8 +34,8 @@ class Core(Way):
             order = snapshot.candidates(pool, adapter)
         return choose(copies, snapshot.stageable(order), router.loads, self._rule, is_hot=is_hot)
 
-    def is_crowded(self, place: Endpoint, router: Router) -> bool:
-        return is_crowded(place, router.loads, self._rule)
+    def is_below(self, place: Endpoint, router: Router) -> bool:
+        return is_below(place, router.loads, self._rule)
 
 
 class LeastLoaded(Way):
