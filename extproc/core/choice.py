@@ -4,17 +4,20 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 
 | where the adapter is | the request | in the background |
 | --- | --- | --- |
-| leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there |
+| leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; of more than MANY, the next one, if more than half are not below the bound |
 | leased here, none below the bound | waits for the next one; without one, goes to the one with the least in flight | |
 | leased here only where an endpoint drains | that one | the best place |
 | not leased here, in the memory of an engine whose endpoint drains, and the place that would be waited for has no files | waits for that one, which costs one call and no fetch | the best place |
 | not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
-| nowhere in memory, but on its way to an endpoint that works on less than the bound | waits for that one, however many do: one fetch is enough | |
+| on no disk, but on its way to one | waits for that one, however many do: one fetch from an origin is enough | |
+| on a disk, and on its way into an engine, or to another disk, below the bound with all that wait there | waits for that one | |
 | elsewhere or nowhere | waits for the best place | |
 
 The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; where the adapter has one
-leased copy, only from CERTAIN times the bound on. Waiting for it pays where it costs a call or a load; where the files would have to be fetched first, only if
-the leased copy's engine queues.
+leased copy, only from CERTAIN times the bound on. As many may be on their way as are leased here, so that copies double. Waiting for the next one pays where it
+costs a call or a load; where the files would have to be fetched first, only if the leased copy's engine queues or is crowded. For the crowded one it may be
+above the bound itself.
+Who has waited chooses again, as one that comes then, if its place is not below the bound any more: all that come in the time of a fetch wait for one copy.
 The *best place* is the less loaded of the key's first two endpoints (its *home*) that may be given something new, of those below the bound: one whose engine
 has room for an adapter before one that is full, one that has the files before one that has not, unless it is NEAR the bound. Else it is the first of the key's
 next ones that is below the bound; else the least loaded.
@@ -43,8 +46,8 @@ _REMEMBERED = 65_536  # adapters whose pattern was looked for
 MANY = 4  # copies, above which a look at all of them costs more than what it finds is worth
 OFTEN, SELDOM = 16, 128  # one request in so many looks at all: where a copy may be wanted (of more copies, one in as many as there are), and where all is well
 CERTAIN = 1.03  # times the bound: what an adapter's one copy has less beyond is chance, over before a load would be: of 24 requests of 4 s one ends in 0.17 s
-CROWDED = 1.5  # times the bound
-ONCE = 32  # requests that an engine is given in any case: the least that one is set to compute at once, in practice
+CROWDED = 1.5  # times the bound, and ONCE at least
+ONCE = 32  # requests that an engine takes without crowding: an eighth of what a vLLM is set to compute at once by default
 NEAR = 0.9  # of the bound: from here on an endpoint is given no more because it has the files. The key's other endpoint fetches them, once
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 

@@ -1,9 +1,8 @@
 """How many requests are in flight at each endpoint of a pool: what its engine said last, what routers have sent there since, and what is held for it here.
 
 An engine's word counts everybody's requests. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before
-its last look is in the number, or as many have ended. If the stager says how often it looks, only what was sent since then counts: half of that time, as it is
-on average. Where there are other routers, all of that time: what they sent is an estimate, and one that is too low sends an engine more than the bound. If the
-stager does not say, everything since the word counts.
+its last look is in the number, or as many have ended. If the stager says how often it looks, the times of its looks follow from that of its word, and only what
+was sent since the last one counts. If it does not say, everything since the word counts.
 
 Of each endpoint there are two numbers, since what other routers have sent since the word is not heard of.
 
@@ -12,7 +11,7 @@ Of each endpoint there are two numbers, since what other routers have sent since
 | `in_flight` | as many times as there are routers, as if the others had sent as much | comparing endpoints: routers that have the same words stay away from an engine that each has just sent something |
 | `known` | once | comparing an endpoint with the bound: of four routers one request would count as four there, and each endpoint that is wrongly taken for too busy costs a copy |
 
-The bound leaves room for what the others have sent an endpoint meanwhile on average.
+The bound leaves room for what the others have sent an endpoint meanwhile: UNHEARD times as much as on average.
 
 Of an endpoint whose engine says nothing, what was sent in the last FORGOTTEN_S counts: it is all that is known, and a request ends some time.
 
@@ -32,7 +31,7 @@ STALE_S = 6.0  # an engine's word counts so long: three of those that come every
 LATE_S = 0.01  # that a stager's look and its word take
 ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does
 MAX_SENT = 1024  # requests remembered per endpoint between two words; more than an engine takes in 2 s
-UNHEARD = 1.5  # times what others have sent an endpoint on average: between two looks at its engine it grows from nothing to twice that
+UNHEARD = 1.5  # between two looks at an engine what others have sent grows from nothing to twice its mean. Simulated with four routers: 1 is uneven, 2 loads more
 FEW = 2.0  # requests in flight are never too many: below that, integers alone make an endpoint look busy
 
 
@@ -173,8 +172,8 @@ class Loads:
         return max(self._said, self._total - ENDING * self._said) / self._ready if self._ready else 0.0
 
     def bound(self, factor: float) -> float:
-        """From so many known requests in flight on, an endpoint carries too much: `factor` times the mean, less what other routers have sent an endpoint since
-        its word, if they send as much as this one."""
+        """From so many known requests in flight on, an endpoint carries too much: `factor` times the mean, less UNHEARD times what the other routers have
+        sent an endpoint since its word, if they send as much as this one."""
         unheard = (self._total - self._known) / self._ready if self._ready else 0.0
         return max(factor * self.mean() - UNHEARD * unheard, FEW)
 
