@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..client import Claimed, Loading, Staged, StagerClient
@@ -15,6 +15,7 @@ from ..core.events import Mutation
 from ..errors import LoraExtprocError, NodeDraining, StagerUnavailable
 from ..flight import SingleFlight
 from ..metrics import RouterMetrics
+from .comparisons import Comparisons
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Residency:
     def __init__(self, clients: Mapping[str, StagerClient], metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._clients = clients
         self.copies = Copies()
+        self._comparisons = Comparisons(clients, self.copies, self.refreshed, clock)
         self._metrics = metrics
         self._clock = clock
         self._leases: dict[Key, Lease] = {}
@@ -103,13 +105,15 @@ class Residency:
         return lease if lease is not None and self._clock() < lease.until else None
 
     def leased(self, stagers: Sequence[str], adapter: str, *, plain: bool = False) -> dict[str, Lease]:
-        """The leases on it with these stagers, by stager. As `known`, this renews nothing."""
-        now, found = self._clock(), {}
-        for stager in stagers:
-            lease = self._leases.get((stager, adapter, plain))
-            if lease is not None and now < lease.until:
-                found[stager] = lease
-        return found
+        """The leases on it with these stagers, by stager, but for copies that are being compared. As `known`, this renews nothing."""
+        now, leases, compared = self._clock(), self._leases, self.compared(adapter)
+        return {
+            stager: lease for stager in stagers if (lease := leases.get((stager, adapter, plain))) is not None and now < lease.until and stager not in compared
+        }
+
+    def compared(self, adapter: str) -> Collection[str]:
+        """The stagers whose copy is probably of an old version: another node has a new one, and theirs is being compared."""
+        return self._comparisons.of(adapter) if self._comparisons else ()
 
     # -- asking
 
@@ -170,12 +174,14 @@ class Residency:
             self.copies.put(stager, adapter, warm=False)
 
     def refreshed(self, stager: str, adapter: str) -> None:
-        """A new version is there. The next request asks for it; the lease on the old one is given back when what was sent there has arrived."""
+        """A new version is there. The next request asks for it; the lease on the old one is given back when what was sent there has arrived, and other copies
+        are compared."""
         leases = [lease for plain in (False, True) if (lease := self._leases.get((stager, adapter, plain))) is not None]
         self.forget(stager, adapter)
         self.copies.put(stager, adapter, warm=False)
         for digest, until in {lease.digest: lease.until for lease in leases}.items():
             self._release_soon(stager, adapter, digest, until)
+        self._comparisons.changed(stager, adapter)
 
     async def claim(self, stager: str) -> None:
         """A new instance of the stager is there, and knows of no lease: tell it what is relied on, and forget what it does not honour.
@@ -237,6 +243,7 @@ class Residency:
         for task in self._releases:
             task.cancel()
         await asyncio.gather(*self._releases, return_exceptions=True)
+        await self._comparisons.close()
         await self._flights.close()
 
     async def release_all(self) -> None:

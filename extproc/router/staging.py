@@ -179,8 +179,9 @@ class Staging:
         snapshot, found = forward.snapshot, []
         nodes = self._residency.copies.of(forward.adapter)
         leases = self._residency.leased([stager for stager, _ in nodes], forward.adapter, plain=forward.plain)
-        for stager, warm in nodes:
-            is_leased = stager in leases
+        compared = self._residency.compared(forward.adapter)
+        for stager, in_memory in nodes:
+            is_leased, warm = stager in leases, in_memory and stager not in compared
             endpoints: Sequence[Endpoint] = forward.pool.at(stager)
             if forward.subset is not None:
                 endpoints = snapshot.usable(endpoints, forward.subset)

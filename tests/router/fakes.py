@@ -77,6 +77,9 @@ class ScriptedStager(StagerClient):
         self.catalogues: list[tuple[str, str]] = []  # with which version, after which name
         self.resolved: list[str] = []
         self.known: set[str] = set()
+        self.compared: list[str] = []  # with their origin, as asked
+        self.comparison = asyncio.Event()  # of which none ends before it is set
+        self.has_newer = False  # its origin, so that a comparison changes `digest`
         self.claims: list[Sequence[Claimed]] = []
         self.honours: Callable[[Claimed], float] = lambda _: 50.0  # seconds for which a claim is granted
         self.events: asyncio.Queue[WatchEvent | Exception | None] = asyncio.Queue()  # None ends the stream
@@ -124,6 +127,15 @@ class ScriptedStager(StagerClient):
         self.released.append(adapter)
         await self._answer()
         return 1
+
+    async def refresh(self, adapter: str) -> tuple[bool, str, str]:
+        self.compared.append(adapter)
+        await self.comparison.wait()
+        await self._answer()
+        has_changed, self.has_newer = self.has_newer, False
+        if has_changed:
+            self.digest = "e" * 64
+        return has_changed, self.digest, ""
 
     async def models(self, after: str = "", limit: int = 0) -> Models:
         self.listings += 1

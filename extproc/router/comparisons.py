@@ -1,0 +1,80 @@
+"""One version of an adapter on all nodes. A node gets a new version when it compares what it has with the origin, each node in its own time, so that the
+copies of one adapter would answer with two versions in turn for up to `stager.revalidate_s`. When the first node has a new version, the others are asked to
+compare theirs now.
+
+| a copy elsewhere | a request |
+| --- | --- |
+| is being compared | goes there only where every other copy is above the bound |
+| was compared | goes there as before; to the new version, if there is one |
+| could not be compared, or not in time | goes there as before, to the old version |
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from ..client import StagerClient
+from ..core.copies import Copies
+from ..errors import LoraExtprocError
+from ..flight import SingleFlight
+
+log = logging.getLogger(__name__)
+
+COMPARE_S = 60.0  # several times what the fetch of a large adapter takes; then the old version counts again, and the fetch goes on
+PAUSE_S = 1.0  # a copy that was compared so shortly ago has the new version: each node that gets it would have all others compared again
+AT_ONCE = 256  # comparisons by one router; what is beyond is compared in its node's own time
+SWEEP_ABOVE = 1024  # times of comparisons that are remembered before those that count no longer are dropped
+
+At = tuple[str, str]  # stager, adapter
+
+
+class Comparisons:
+    """By one router. Several routers ask a stager for one comparison, which they share while it lasts. `on_change`: a new version is at that stager."""
+
+    def __init__(self, clients: Mapping[str, StagerClient], copies: Copies, on_change: Callable[[str, str], None], clock: Callable[[], float]) -> None:
+        self._clients = clients
+        self._copies = copies
+        self._on_change = on_change
+        self._clock = clock
+        self._flights: SingleFlight[At, None] = SingleFlight()
+        self._begun: dict[At, float] = {}  # when a copy was last asked for, or a new version came by itself
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def of(self, adapter: str) -> list[str]:
+        """The stagers whose copy of it is being compared."""
+        return [stager for stager, name in self._flights if name == adapter]
+
+    def changed(self, stager: str, adapter: str) -> None:
+        """A new version is there: have the adapter's other copies compared."""
+        now = self._clock()
+        self._note((stager, adapter), now)
+        for node, _ in self._copies.of(adapter):
+            at, client = (node, adapter), self._clients.get(node)
+            if client is None or len(self._flights) >= AT_ONCE or now - self._begun.get(at, -math.inf) < PAUSE_S:
+                continue
+            self._note(at, now)
+            self._flights.start(at, partial(self._compare, at, client))
+
+    async def close(self) -> None:
+        await self._flights.close()
+
+    async def _compare(self, at: At, client: StagerClient) -> None:
+        stager, adapter = at
+        begun = self._begun[at]
+        try:
+            async with asyncio.timeout(COMPARE_S):
+                has_changed, _, _ = await client.refresh(adapter)
+        except (LoraExtprocError, TimeoutError) as error:
+            log.info("%s on %s: its old version stays, since it was not compared: %s", adapter, stager, str(error) or f"no answer for {COMPARE_S:g} s")
+            return
+        if has_changed and self._begun.get(at) == begun:  # else its watch was quicker to say so
+            self._on_change(stager, adapter)
+
+    def _note(self, at: At, now: float) -> None:
+        if len(self._begun) >= SWEEP_ABOVE:
+            self._begun = {at: begun for at, begun in self._begun.items() if now - begun < PAUSE_S}
+        self._begun[at] = now
