@@ -84,6 +84,14 @@ def test_istio_balances_as_our_own_envoy_does(kubectl: str) -> None:
     assert value(patches(kubectl), "CLUSTER", "MERGE")["load_balancing_policy"] == own
 
 
+def test_istio_asks_another_router_as_our_own_envoy_does(kubectl: str) -> None:
+    """A retry goes to one that has not been asked: the dead one is known to be dead only when its health is asked for."""
+    connections = yaml.safe_load(OWN_ENVOY.read_text())["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    own = connections["http_filters"][0]["typed_config"]["grpc_service"]["retry_policy"]
+    assert "previous_hosts" in own["retry_host_predicate"][0]["name"]
+    assert value(patches(kubectl), "HTTP_FILTER", "INSERT_BEFORE")["typed_config"]["grpc_service"]["retry_policy"] == own
+
+
 def test_the_filter_is_on_where_the_route_has_its_name(kubectl: str) -> None:
     """And nowhere else: in the listener it is disabled. Both overlays name their route so."""
     found = patches(kubectl)
