@@ -5,9 +5,10 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -119,11 +120,18 @@ class Load:
         self.warm = tuple(f"warm/{number}" for number in range(rates.warm_names))
         self.requests: list[Request] = []
 
-    async def warm_up(self) -> None:
-        """Put the warm adapters where they belong. Raises RuntimeError if that does not come about."""
+    async def warm_up(self, answered: Callable[[], Awaitable[Sequence[float]]]) -> None:
+        """Put the warm adapters where they belong, and have each router lease them; `answered`: how many requests each has. Raises RuntimeError if that does
+        not come about.
+
+        Envoy asks the routers in turn, and the load asks for the names in turn: where both are in step, one router alone is asked for a name, for seconds. The
+        other one would be the first to need a lease when no stager is there to give it one.
+        """
         for name in self.warm:
             await self._origin.put(name)
         await asyncio.gather(*(self._until_served(model) for model in (*self.warm, BASE_MODEL)))
+        for name in self.warm:
+            await until_each_answered(partial(self._until_served, name), answered)
 
     async def _until_served(self, model: str) -> None:
         deadline = time.monotonic() + WARM_UP_S
@@ -184,6 +192,17 @@ class Load:
         request = await self._client.ask(Kind.OWN, model, headers)
         self.requests.append(request)
         return request
+
+
+async def until_each_answered(ask: Callable[[], Awaitable[None]], answered: Callable[[], Awaitable[Sequence[float]]]) -> None:
+    """Ask until each router has answered once; by which one a request was is told by their counts alone, which may come after the answer."""
+    before = now = await answered()
+    asked = 0
+    while any(count <= was for count, was in zip(now, before, strict=True)):
+        await ask()
+        asked += 1
+        while sum(now := await answered()) < sum(before) + asked:
+            await asyncio.sleep(_LOOK_EVERY_S)
 
 
 @dataclass

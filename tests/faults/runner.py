@@ -98,7 +98,7 @@ async def _run(case: Case, directory: Path, scale: float) -> Outcome:
         load = Load(client, origin, case.rates)
         record.requests = load.requests
         scene = Scene(fleet, load, origin, network, record, directory, scale)
-        await load.warm_up()
+        await load.warm_up(fleet.answered)
         await scene.find_victim()
         sizes = fleet.sizes()
         scope.enter_context(bystander.looking())

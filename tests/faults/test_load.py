@@ -6,7 +6,7 @@ import pytest
 
 from extproc.up.demo import BASE_MODEL
 
-from .load import Kind, Request, judge
+from .load import Kind, Request, judge, until_each_answered
 from .origin import BASE_WEIGHTS, Origin
 from .scripts.origins import went_back
 
@@ -59,3 +59,30 @@ def test_an_older_version_counts_as_gone_back_only_after_a_newer_one_had_answere
 
     assert went_back([seen(0, 3, 1), seen(2, 4, 0), seen(5, 6, 0, "b")]) == 0
     assert went_back([seen(0, 3, 1), seen(4, 5, 0), seen(6, 7, 0), seen(8, 9, 1)]) == 2
+
+
+class Routers:
+    """They are asked in this order, and count a request at the second look after it."""
+
+    def __init__(self, *order: int) -> None:
+        self.asked: list[int] = []
+        self._order = iter(order)
+        self._counts = [7.0, 3.0]
+        self._looks = 0
+
+    async def ask(self) -> None:
+        self.asked.append(next(self._order))
+        self._looks = 0
+
+    async def answered(self) -> list[float]:
+        self._looks += 1
+        if self.asked and self._looks == 2:
+            self._counts[self.asked[-1]] += 1
+        return list(self._counts)
+
+
+async def test_a_name_is_warm_when_each_router_has_answered_for_it() -> None:
+    """However often one of them is asked before the other, and however late they count."""
+    routers = Routers(0, 0, 1, 0)
+    await until_each_answered(routers.ask, routers.answered)
+    assert routers.asked == [0, 0, 1]

@@ -196,9 +196,11 @@ class Fleet:
 
     async def metric(self, node: str, name: str) -> float:
         """The sum of one metric of a node's stager, over its labels."""
-        async with aiohttp.ClientSession() as session, session.get(f"http://{self.node(node).stager_http}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}[{{ ]", line))
+        return await _metric(self.node(node).stager_http, name)
+
+    async def answered(self) -> list[float]:
+        """How many requests each router has answered."""
+        return [await _metric(router.http, "lora_extproc_requests_total") for router in self.routers]
 
     async def _until(self, holds: Callable[[aiohttp.ClientSession], Awaitable[bool]], complaint: str, name: str = "") -> None:
         deadline = time.monotonic() + START_S
@@ -331,6 +333,12 @@ class Fleet:
 async def _ready_nodes(session: aiohttp.ClientSession, router: str) -> set[str]:
     async with session.get(f"http://{router}/v1/endpoints") as response:
         return {endpoint["node"] for endpoint in await response.json() if endpoint["standing"] == "ready"}
+
+
+async def _metric(address: str, name: str) -> float:
+    async with aiohttp.ClientSession() as session, session.get(f"http://{address}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}[{{ ]", line))
 
 
 async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
