@@ -25,6 +25,7 @@ MOST = 1_000  # adapters that a joining endpoint is given: more than engines kee
 MOST_BYTES = 64 * 2**30  # and what they may take on its disk together
 FEW = 1_000  # adapters that are ranked within a millisecond
 LOOK_AGAIN_S = 0.25  # at what is leased at a draining endpoint
+OTHERS_STAY_S = 2.0  # for so long another endpoint is ready before what nobody asks for is given back: where all are told to end, they say so one after another
 
 
 class Fleet(Protocol):
@@ -148,13 +149,16 @@ class Moves:
     # -- draining
 
     async def _leave(self, fleet: Fleet, name: str, endpoint: Endpoint) -> None:
-        began, moved = time.monotonic(), 0
-        while time.monotonic() - began < self._leave_s:
+        now, moved = asyncio.get_running_loop().time, 0
+        began = alone_until = now()
+        while now() - began < self._leave_s:
             leased = self._residency.leased_at(endpoint.stager)
             if leased:
                 rank = {adapter: place for place, (adapter, _) in enumerate(await self._ranked())}
                 pool = fleet.snapshot.pool(name)
-                if pool is not None and pool.has_another_ready(endpoint, fleet.snapshot.standings):  # else this lease is all that could serve it
+                if pool is None or not pool.has_another_ready(endpoint, fleet.snapshot.standings):
+                    alone_until = now()  # these leases are all that could serve what nobody asks for
+                elif now() - alone_until >= OTHERS_STAY_S:
                     for adapter, plain in [lease for lease in leased if lease[0] not in rank]:
                         self._residency.give_back(endpoint.stager, adapter, plain=plain)  # nobody asks for it: it needs no other place
                 leased = sorted((lease for lease in leased if lease[0] in rank), key=lambda lease: rank[lease[0]])

@@ -16,6 +16,7 @@ from extproc.core.placement import Pool
 from extproc.core.standing import MISSED, Standing
 from extproc.errors import NodeDraining, NoSpace, StagerUnavailable
 from extproc.router import membership as membership_module
+from extproc.router import moving
 from tests.fakes.wait import VirtualLoop, turns, until
 
 from .fakes import Router, ScriptedStager, chat, serve
@@ -317,7 +318,23 @@ def test_where_nobody_else_is_ready_what_nobody_asks_for_is_kept() -> None:
     in_virtual_time(main)
 
 
-def test_what_nobody_asks_for_any_more_is_given_back_at_once() -> None:
+def test_where_all_are_told_to_end_one_after_another_what_nobody_asks_for_is_kept() -> None:
+    """The first one finds the others ready, and they are not for long."""
+
+    async def main() -> None:
+        router, old, owner = await leased_and_forgotten()
+        for endpoint in sorted(old, key=lambda endpoint: endpoint != owner):
+            router.stager_of(endpoint).events.put_nowait(NodeState(False, "stopping", "first", resumed=True, draining=True))
+            await asyncio.sleep(moving.OTHERS_STAY_S / 3)
+        await asyncio.sleep(10)
+        assert router.residency.leased_at(owner.stager) == [("a", False)]
+        assert (await serve(router, chat("a"))).first_destination() == owner.address
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+def test_what_nobody_asks_for_any_more_is_given_back_soon() -> None:
     """A node that drains is not kept by leases that no request has used for a minute, whether others have room for them or not."""
 
     async def main() -> None:
