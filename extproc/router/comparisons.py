@@ -12,7 +12,7 @@ compare theirs now.
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 from ..client import StagerClient
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 COMPARE_S = 60.0  # several times what the fetch of a large adapter takes; then the old version counts again, and the fetch goes on
 PAUSE_S = 1.0  # a copy that was compared so shortly ago has the new version: each node that gets it would have all others compared again
 AT_ONCE = 256  # comparisons by one router; what is beyond is compared in its node's own time
-SWEEP_ABOVE = 1024  # times of comparisons that are remembered before those that count no longer are dropped
+SWEEP_ABOVE = 1024  # comparisons that count no longer are forgotten when the table has doubled since the last sweep, and not below this
 
 At = tuple[str, str]  # stager, adapter
 
@@ -39,14 +39,13 @@ class Comparisons:
         self._on_change = on_change
         self._clock = clock
         self._flights: SingleFlight[At, None] = SingleFlight()
+        self._of: dict[str, set[str]] = {}  # by adapter: the stagers in flight. Each warm request looks
         self._begun: dict[At, float] = {}  # when a copy was last asked for, or a new version came by itself
+        self._sweep_at = SWEEP_ABOVE
 
-    def __len__(self) -> int:
-        return len(self._flights)
-
-    def of(self, adapter: str) -> list[str]:
+    def of(self, adapter: str) -> Collection[str]:
         """The stagers whose copy of it is being compared."""
-        return [stager for stager, name in self._flights if name == adapter]
+        return self._of.get(adapter, ())
 
     def changed(self, stager: str, adapter: str) -> None:
         """A new version is there: have the adapter's other copies compared."""
@@ -54,27 +53,32 @@ class Comparisons:
         self._note((stager, adapter), now)
         for node, _ in self._copies.of(adapter):
             at, client = (node, adapter), self._clients.get(node)
-            if client is None or len(self._flights) >= AT_ONCE or now - self._begun.get(at, -math.inf) < PAUSE_S:
+            if client is None or at in self._flights or len(self._flights) >= AT_ONCE or now - self._begun.get(at, -math.inf) < PAUSE_S:
                 continue
             self._note(at, now)
-            self._flights.start(at, partial(self._compare, at, client))
+            self._of.setdefault(adapter, set()).add(node)
+            self._flights.start(at, partial(self._compare, at, client, now))
 
     async def close(self) -> None:
         await self._flights.close()
 
-    async def _compare(self, at: At, client: StagerClient) -> None:
+    async def _compare(self, at: At, client: StagerClient, begun: float) -> None:
         stager, adapter = at
-        begun = self._begun[at]
         try:
             async with asyncio.timeout(COMPARE_S):
                 has_changed, _, _ = await client.refresh(adapter)
         except (LoraExtprocError, TimeoutError) as error:
             log.info("%s on %s: its old version stays, since it was not compared: %s", adapter, stager, str(error) or f"no answer for {COMPARE_S:g} s")
             return
+        finally:
+            self._of[adapter].discard(stager)
+            if not self._of[adapter]:
+                del self._of[adapter]
         if has_changed and self._begun.get(at) == begun:  # else its watch was quicker to say so
             self._on_change(stager, adapter)
 
     def _note(self, at: At, now: float) -> None:
-        if len(self._begun) >= SWEEP_ABOVE:
+        if len(self._begun) >= self._sweep_at:
             self._begun = {at: begun for at, begun in self._begun.items() if now - begun < PAUSE_S}
+            self._sweep_at = max(SWEEP_ABOVE, 2 * len(self._begun))
         self._begun[at] = now
