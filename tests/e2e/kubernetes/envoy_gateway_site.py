@@ -23,6 +23,7 @@ from .site import ENGINE, ROUTERS
 
 OVERLAY = KUBERNETES / "envoy-gateway"
 MODELS, ONCE = "httproute/llm/vllm/rule/0", "httproute/llm/vllm/rule/1"  # Envoy Gateway's names of the clusters of the route's rules
+_EJECTED = "outlier_detection.ejections_enforced_consecutive_local_origin_failure"
 _SERVED = re.compile(r'^lora_extproc_served_total\{\w+="(true|false)"\} (\S+)$', re.MULTILINE)
 
 
@@ -72,6 +73,11 @@ class Gateway(Fronted):
                 if (text in used) is not is_gone:
                     return
                 await asyncio.sleep(0.05)
+
+    async def ejected(self) -> int:
+        """How often Envoy has taken a router out because it could not be asked."""
+        async with aiohttp.ClientSession() as session, session.get(f"http://{ADMIN}/stats?filter=^cluster.envoyextensionpolicy.*{_EJECTED}") as response:
+            return sum(int(line.rpartition(" ")[2]) for line in (await response.text()).splitlines())
 
     async def served(self) -> Counter[str]:
         """How many requests the routers were told who served, by whether that was the endpoint that they had named first."""

@@ -254,7 +254,8 @@ async def test_for_a_service_without_any_pod_envoy_gateway_answers_itself(site: 
 
 
 async def test_a_router_that_dies_costs_the_requests_whose_engines_have_not_answered(site: Gateway) -> None:
-    """It was to be told who served them. What comes afterwards is asked of the other one."""
+    """It was to be told who served them. What comes afterwards is asked of the other one: Envoy does not wait until the dead one's health is asked for."""
+    before = await site.ejected()
     async with site.load(GATEWAY) as load:
         await load.more(30)
         dead = site.routers.pop()
@@ -263,6 +264,7 @@ async def test_a_router_that_dies_costs_the_requests_whose_engines_have_not_answ
         await load.more(100)
     assert not load.failed(died_s)
     assert load.failed().total() <= len(NAMES)
+    assert await site.ejected() > before
 
 
 async def test_without_a_router_clients_are_told_to_ask_again(site: Gateway, client: Client) -> None:
