@@ -8,7 +8,7 @@ from extproc.up.demo import BASE_MODEL
 
 from .load import Kind, Request, judge, until_each_answered
 from .origin import BASE_WEIGHTS, Origin
-from .scripts.origins import went_back
+from .scripts.origins import old_after_new_s
 
 
 def answered(origin: Origin, model: str, weights: str) -> Request:
@@ -51,14 +51,14 @@ def test_the_reason_of_a_failure_is_the_header_else_the_code(headers: dict[str, 
     assert (request.failed, request.reason) == (True, reason)
 
 
-def test_an_older_version_counts_as_gone_back_only_after_a_newer_one_had_answered() -> None:
+def test_an_older_version_is_late_only_after_a_newer_one_had_answered() -> None:
     """Two that overlap may be answered by either; of other names nothing follows."""
 
     def seen(began: float, ended: float, version: int, model: str = "a") -> Request:
         return Request(Kind.WARM, model, began, ended, 200, version=version)
 
-    assert went_back([seen(0, 3, 1), seen(2, 4, 0), seen(5, 6, 0, "b")]) == 0
-    assert went_back([seen(0, 3, 1), seen(4, 5, 0), seen(6, 7, 0), seen(8, 9, 1)]) == 2
+    assert old_after_new_s([seen(0, 3, 1), seen(2, 4, 0), seen(5, 6, 0, "b")]) == 0
+    assert old_after_new_s([seen(0, 3, 1), seen(4, 5, 0), seen(6, 7, 0), seen(8, 9, 1)]) == 3
 
 
 class Routers:

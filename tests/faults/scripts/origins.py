@@ -128,25 +128,25 @@ async def replaced(scene: Scene) -> None:
     scene.origin.delay_s = 0.0
     await scene.run(12.0, at_least=10.0)
     answered = [request for request in scene.record.requests if request.version is not None and request.model in scene.load.warm]
-    scene.note("old after new", went_back(answered))
+    scene.note("old after new for", old_after_new_s(answered))
     newer = {key: at for key, at in put.items() if (key[0], key[1] + 1) not in put}  # the last of each name: nothing came after
     scene.note(
         "old for", max(max((q.began - at for q in answered if q.model == name and q.version != version), default=0.0) for (name, version), at in newer.items())
     )
 
 
-def went_back(requests: list[Request]) -> int:
-    """How many were answered by an older version than one that had answered before they began."""
-    back = 0
+def old_after_new_s(requests: list[Request]) -> float:
+    """From the first answer of a version to the last request that an older one still answered, at most; 0: none did."""
+    longest_s = 0.0
     for name in {request.model for request in requests}:
-        ended = sorted((request for request in requests if request.model == name), key=lambda request: request.ended)
-        newest, position = 0, 0
-        for request in sorted(ended, key=lambda request: request.began):
-            while ended[position].ended < request.began:
-                newest = max(newest, ended[position].version or 0)
-                position += 1
-            back += (request.version or 0) < newest
-    return back
+        asked = [request for request in requests if request.model == name]
+        first: dict[int, float] = {}  # by version, when it first answered
+        for request in asked:
+            version = request.version or 0
+            first[version] = min(request.ended, first.get(version, request.ended))
+        for request in asked:
+            longest_s = max(longest_s, *(request.began - at if version > (request.version or 0) else 0.0 for version, at in first.items()))
+    return longest_s
 
 
 async def near(scene: Scene) -> None:
