@@ -23,7 +23,7 @@ from ..flight import SingleFlight
 log = logging.getLogger(__name__)
 
 COMPARE_S = 60.0  # several times what the fetch of a large adapter takes; then the old version counts again, and the fetch goes on
-PAUSE_S = 1.0  # a copy that was compared so shortly ago has the new version: each node that gets it would have all others compared again
+PAUSE_S = 1.0  # between two comparisons of a copy: it probably has the new version by the first, and each node that gets it asks for one of all others
 AT_ONCE = 256  # comparisons by one router; what is beyond is compared in its node's own time
 SWEEP_ABOVE = 1024  # comparisons that count no longer are forgotten when the table has doubled since the last sweep, and not below this
 
@@ -40,6 +40,7 @@ class Comparisons:
         self._clock = clock
         self._flights: SingleFlight[At, None] = SingleFlight()
         self._of: dict[str, set[str]] = {}  # by adapter: the stagers in flight. Each warm request looks
+        self._again: set[At] = set()  # of those in flight, what is to be compared once more
         self._begun: dict[At, float] = {}  # when a copy was last asked for, or a new version came by itself
         self._sweep_at = SWEEP_ABOVE
 
@@ -48,32 +49,47 @@ class Comparisons:
         return self._of.get(adapter, ())
 
     def changed(self, stager: str, adapter: str) -> None:
-        """A new version is there: have the adapter's other copies compared."""
+        """A new version is there: have the adapter's other copies compared, those that are being compared once more, since the origin may have changed since."""
         now = self._clock()
         self._note((stager, adapter), now)
         for node, _ in self._copies.of(adapter):
             at, client = (node, adapter), self._clients.get(node)
-            if client is None or at in self._flights or len(self._flights) >= AT_ONCE or now - self._begun.get(at, -math.inf) < PAUSE_S:
-                continue
-            self._note(at, now)
-            self._of.setdefault(adapter, set()).add(node)
-            self._flights.start(at, partial(self._compare, at, client, now))
+            if at in self._flights and node != stager:
+                self._again.add(at)
+            elif client is not None and node != stager and len(self._flights) < AT_ONCE:
+                pause_s = max(0.0, self._begun.get(at, -math.inf) + PAUSE_S - now)
+                self._flights.start(at, partial(self._compare, at, client, pause_s))
 
     async def close(self) -> None:
         await self._flights.close()
 
-    async def _compare(self, at: At, client: StagerClient, begun: float) -> None:
+    async def _compare(self, at: At, client: StagerClient, pause_s: float) -> None:
         stager, adapter = at
+        if pause_s:
+            await asyncio.sleep(pause_s)
+        self._of.setdefault(adapter, set()).add(stager)
+        try:
+            has_to = True
+            while has_to:
+                self._again.discard(at)
+                await self._compare_once(at, client)
+                has_to = at in self._again
+        finally:
+            self._again.discard(at)
+            self._of[adapter].discard(stager)
+            if not self._of[adapter]:
+                del self._of[adapter]
+
+    async def _compare_once(self, at: At, client: StagerClient) -> None:
+        stager, adapter = at
+        begun = self._clock()
+        self._note(at, begun)
         try:
             async with asyncio.timeout(COMPARE_S):
                 has_changed, _, _ = await client.refresh(adapter)
         except (LoraExtprocError, TimeoutError) as error:
             log.info("%s on %s: its old version stays, since it was not compared: %s", adapter, stager, str(error) or f"no answer for {COMPARE_S:g} s")
             return
-        finally:
-            self._of[adapter].discard(stager)
-            if not self._of[adapter]:
-                del self._of[adapter]
         if has_changed and self._begun.get(at) == begun:  # else its watch was quicker to say so
             self._on_change(stager, adapter)
 

@@ -140,18 +140,34 @@ def test_a_copy_that_could_not_be_compared_serves_as_before() -> None:
     run(scenario)
 
 
-def test_a_change_that_all_nodes_tell_of_is_compared_once() -> None:
-    """Each of them would have all others compared again."""
+def test_a_change_that_all_nodes_tell_of_is_compared_at_most_once_a_second() -> None:
+    """Each of them has all others compared again."""
 
     async def scenario(nodes: Nodes) -> None:
         nodes.first.comparison.set()
         nodes.second.comparison.set()
         await nodes.renew(nodes.second)
         await nodes.renew(nodes.first)
+        await nodes.renew(nodes.first)
         assert (nodes.first.compared, nodes.second.compared) == (["a"], [])
         await asyncio.sleep(comparisons.PAUSE_S)
-        await nodes.renew(nodes.first)
         assert (nodes.first.compared, nodes.second.compared) == (["a"], ["a"])
+
+    run(scenario)
+
+
+def test_a_copy_that_is_being_compared_is_compared_once_more_when_the_origin_has_changed_again() -> None:
+    """What it is about to bring may be the version before."""
+
+    async def scenario(nodes: Nodes) -> None:
+        await nodes.renew(nodes.second)
+        await nodes.renew(nodes.second)
+        await nodes.renew(nodes.second)
+        assert nodes.first.compared == ["a"]
+        nodes.first.comparison.set()
+        await asyncio.sleep(0.1)
+        assert nodes.first.compared == ["a", "a"]
+        assert not nodes.router.residency.compared("a")
 
     run(scenario)
 
