@@ -319,6 +319,8 @@ class Residency:
             self._release_soon(stager, adapter, staged.digest, granted + staged.lease_s)
             return staged
         model = "" if staged.model == adapter else staged.model
+        if staged.staged and any(lease.digest != staged.digest for lease in self.leased(self.copies.warm(adapter), adapter, plain=plain).values()):
+            self._comparisons.changed(stager, adapter)  # the origin has a new version, and this node is the first to have it
         self.copies.put(stager, adapter, warm=True)
         self._leases[key] = Lease(staged.digest, granted + staged.lease_s - SAFETY_S, granted + staged.lease_s * RENEW_AT, model)
         if len(self._leases) >= self._sweep_at:

@@ -80,6 +80,18 @@ def test_a_new_version_on_one_node_has_the_copies_on_others_compared() -> None:
     run(scenario)
 
 
+def test_a_copy_that_is_made_of_a_new_version_has_the_others_compared() -> None:
+    """The first node to have it may be one that had none."""
+
+    async def scenario(nodes: Nodes) -> None:
+        nodes.third.digest = "e" * 64
+        await nodes.router.residency.ensure(nodes.endpoints[2], "a")
+        await asyncio.sleep(0.1)
+        assert (nodes.first.compared, nodes.second.compared, nodes.third.compared) == (["a"], ["a"], [])
+
+    run(scenario)
+
+
 def test_requests_go_to_the_new_version_while_the_old_one_is_compared() -> None:
     """Though what this router leases is the old one."""
 

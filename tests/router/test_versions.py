@@ -56,6 +56,7 @@ async def test_a_retry_goes_only_where_the_same_name_means_the_same() -> None:
     for stager in (first, second, third):
         stager.renames = True
     third.digest = "e" * 64
+    third.known.add("a")
     for endpoint in router.pool.candidates("a"):
         await router.residency.ensure(endpoint, "a")
     destination = (await served(router)).destination()
