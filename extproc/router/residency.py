@@ -106,10 +106,12 @@ class Residency:
 
     def leased(self, stagers: Sequence[str], adapter: str, *, plain: bool = False) -> dict[str, Lease]:
         """The leases on it with these stagers, by stager, but for copies that are being compared. As `known`, this renews nothing."""
-        now, leases, compared = self._clock(), self._leases, self._comparisons.of(adapter)
-        return {
-            stager: lease for stager in stagers if (lease := leases.get((stager, adapter, plain))) is not None and now < lease.until and stager not in compared
-        }
+        now, compared, found = self._clock(), self._comparisons.of(adapter), {}
+        for stager in stagers:
+            lease = self._leases.get((stager, adapter, plain))
+            if lease is not None and now < lease.until and stager not in compared:
+                found[stager] = lease
+        return found
 
     def compared(self, adapter: str) -> Collection[str]:
         """The stagers whose copy is probably of an old version: another node has a new one, and theirs is being compared."""
