@@ -31,7 +31,7 @@ STALE_S = 6.0  # an engine's word counts so long: three of those that come every
 LATE_S = 0.01  # that a stager's look and its word take
 ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does
 MAX_SENT = 1024  # requests remembered per endpoint between two words; more than an engine takes in 2 s
-UNHEARD = 1.5  # between two looks at an engine what others have sent grows from nothing to twice its mean. Simulated with four routers: 1 is uneven, 2 loads more
+UNHEARD = 1.5  # what others have sent grows from nothing to twice its mean between two looks. Simulated with four routers: 1 is uneven, 2 loads more
 FEW = 2.0  # requests in flight are never too many: below that, integers alone make an endpoint look busy
 
 

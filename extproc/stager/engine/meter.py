@@ -26,7 +26,7 @@ BUSY_S, IDLE_S, MAX_S = 0.25, 0.5, 2.0
 SHARE = 0.02  # of the engine's time that its answers may take. A vLLM's client library needs 3 ms for the few series that tell the load
 NAMES_S = 2.0  # between two questions after the names at work
 NAMES_SHARE = 0.005  # of the engine's time: a vLLM that is up for weeks has thousands of series of names, and needs 30 ms for each thousand, in one piece
-STEP, STEP_PART = 1.0, 0.05  # requests more or less, and as a part of those that were told: whichever is more. 1.5 words a second where 19 are in flight, beside 2.9 to a single router
+STEP, STEP_PART = 1.0, 0.05  # requests more or less, and as a part of those that were told, whichever is more: 1.5 words a second of 19 in flight, 2.9 without
 
 
 @dataclass(frozen=True, slots=True)
