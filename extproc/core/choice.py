@@ -147,7 +147,7 @@ def of_leased(leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Load
         return ()
     else:
         least = below[0] if len(below) == 1 else _least(below, loads, order)
-        needs_look = is_hot and len(leased) == 1 and look % OFTEN == 0
+        needs_look = is_hot and len(leased) == 1 and loads.has_room and look % OFTEN == 0
     if needs_look:
         return ()
     return below if len(below) == 1 else (least, *(endpoint for endpoint in below if endpoint is not least))

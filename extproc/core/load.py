@@ -89,6 +89,7 @@ class Loads:
         self._of: dict[str, Load] = {address: Load() for address in addresses}
         self._said = self._total = self._known = 0.0  # over those that count
         self._ready = len(self._of)
+        self.has_room = True  # whether some ready engine has room for one more adapter, as of the last `sweep`
 
     def __getitem__(self, address: str) -> Load:
         return self._of[address]
@@ -166,6 +167,7 @@ class Loads:
                 _expire(load, now)
                 _count(load)
         self._add_up()
+        self.has_room = any(load.counts and not load.is_full for load in self._of.values())
 
     def mean(self) -> float:
         """Requests in flight per ready endpoint."""
