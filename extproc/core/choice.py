@@ -23,8 +23,8 @@ has room for an adapter before one that is full, one that has the files before o
 next ones that is below the bound; else the least loaded.
 
 Most requests need no look at the whole table: `of_leased` serves them by the leased copies alone. Of what has at most MANY, one of them is at home and one
-below the bound; of what has more, the least loaded serves even above the bound, unless its engine queues. What is to be prepared for such adapters waits for
-one of the requests that look at all: they are asked for so often that it comes soon enough.
+below the bound; of what has more, the least loaded serves even above the bound, unless its engine queues. What is to be prepared beside them is looked for with
+one request in OFTEN or SELDOM, when that has gone: they are asked for so often that it comes soon enough.
 
 How many copies an adapter has follows from this. tests/bench/README.md (`fleet`) has this rule beside the others, which are here for those who compare:
 they make one copy and stay with it.
@@ -134,23 +134,25 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
     return Choice(None, (following, least)) if _pays(following, least, copies, loads, bound) else Choice(least, prepare=following)
 
 
-def of_leased(leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Loads, rule: Rule, look: int, *, is_hot: bool = False) -> Sequence[Endpoint]:
-    """The leased copies that a request may go to, first the best; none if all copies have to be looked at, by `choose`. `look` counts requests."""
+def of_leased(
+    leased: Sequence[Endpoint], order: Sequence[Endpoint], loads: Loads, rule: Rule, look: int, *, is_hot: bool = False
+) -> tuple[Sequence[Endpoint], bool]:
+    """The leased copies that a request may go to, first the best, and whether `choose` should say what to prepare beside it; none if all copies have to be
+    looked at before the request goes. `look` counts requests."""
     if rule.balance != "bounded" or not leased:
-        return ()
+        return (), False
     below = loads.below(leased, loads.bound(rule.factor))
     if len(leased) > MANY:
         least = _least(below or leased, loads, ())  # of equals any: routers that take different ones spread what they send
-        every = max(OFTEN, len(leased)) if _runs_short(len(below), len(leased)) else SELDOM
-        needs_look = look % every == 0 or (not below and loads[least.address].is_queueing)
+        if not below and loads[least.address].is_queueing:
+            return (), False
+        wants_look = look % (max(OFTEN, len(leased)) if _runs_short(len(below), len(leased)) else SELDOM) == 0
     elif not below or len(leased) < rule.min_copies or not any(endpoint in order[:HOME] for endpoint in leased):
-        return ()
+        return (), False
     else:
         least = below[0] if len(below) == 1 else _least(below, loads, order)
-        needs_look = is_hot and len(leased) == 1 and loads.has_room and look % OFTEN == 0
-    if needs_look:
-        return ()
-    return below if len(below) == 1 else (least, *(endpoint for endpoint in below if endpoint is not least))
+        wants_look = is_hot and len(leased) == 1 and loads.has_room and look % OFTEN == 0
+    return below if len(below) == 1 else (least, *(endpoint for endpoint in below if endpoint is not least)), wants_look
 
 
 def _runs_short(below: int, leased: int) -> bool:

@@ -142,9 +142,10 @@ class Residency:
         preparing.add(key)
         self._flights.start(key, lambda: self._prepare(key))
 
-    def is_asked(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> bool:
-        """Whether its stager has been asked, and has not answered."""
-        return (endpoint.stager, adapter, plain) in self._flights
+    def asked(self, endpoints: Sequence[Endpoint], adapter: str, *, plain: bool = False) -> list[Endpoint]:
+        """Those whose stagers have been asked, and have not answered."""
+        flights = self._flights
+        return [endpoint for endpoint in endpoints if (endpoint.stager, adapter, plain) in flights]
 
     def stuck_s(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> float:
         """For how many seconds the call in flight has told nothing new; 0 without one."""

@@ -102,9 +102,11 @@ class Staging:
             leased = snapshot.usable(leased, forward.subset)
         self._looks += 1
         loads, rule = self._loads[forward.pool.name], self._rules.of(adapter)
-        usable = of_leased(leased, snapshot.stageable(forward.candidates), loads, rule, self._looks, is_hot=adapter in self._hot.hottest)
+        usable, wants_look = of_leased(leased, snapshot.stageable(forward.candidates), loads, rule, self._looks, is_hot=adapter in self._hot.hottest)
         if not usable:
             return None
+        if wants_look:
+            asyncio.get_running_loop().call_soon(self._look, forward)
         chosen = usable[0] if len(usable) == 1 else self._prefixes.preferred(usable, forward.blocks, forward.session) or usable[0]
         lease = self._lease(forward, chosen)  # which renews it
         if lease is None:
@@ -115,6 +117,16 @@ class Staging:
             endpoints = (chosen, *islice(others, self._max_others))
         return Placed(endpoints, "hit", "", 0.0, lease.model, lease)
 
+    def _look(self, forward: Forward) -> None:
+        """Have prepared what `choose` says, or would wait for."""
+        choice = self._choose(forward)
+        for endpoint in (choice.prepare, *choice.wait_for[:1]):
+            self._prepare(endpoint, forward)
+
+    def _prepare(self, endpoint: Endpoint | None, forward: Forward) -> None:
+        if endpoint is not None:
+            self._residency.prepare(endpoint, forward.adapter, plain=forward.plain)
+
     def _by_all(self, forward: Forward) -> Placed | None:
         """What `choose` says of all copies; what is to be prepared in the background is."""
         choice = self._choose(forward)
@@ -123,7 +135,7 @@ class Staging:
             chosen = choice.wait_for[0]  # its engine has to load it, which a wait would not spare
         lease = self._lease(forward, chosen) if chosen is not None else None
         if choice.prepare is not None:
-            self._residency.prepare(choice.prepare, forward.adapter, plain=forward.plain)
+            asyncio.get_running_loop().call_soon(self._prepare, choice.prepare, forward)  # when the request has gone
         if chosen is None or lease is None:
             return None
         return Placed(self._having(forward, chosen, lease.model), "hit", "", 0.0, lease.model, lease)
@@ -192,13 +204,12 @@ class Staging:
                 elif standing is Standing.DRAINING and (is_leased or warm):
                     found.append(Copy(endpoint, At.LEAVING if is_leased else At.PARTING))
         is_leased = any(copy.at is At.LEASED for copy in found)
-        for endpoint in snapshot.stageable(forward.candidates):
-            if self._residency.is_asked(endpoint, forward.adapter, plain=forward.plain):
-                copy = next((copy for copy in found if copy.endpoint == endpoint), None)
-                if copy is None:
-                    found.append(Copy(endpoint, At.COMING))
-                elif copy.at is At.COLD and not is_leased:
-                    copy.at = At.LOADING
+        for endpoint in self._residency.asked(snapshot.stageable(forward.candidates), forward.adapter, plain=forward.plain):
+            copy = next((copy for copy in found if copy.endpoint == endpoint), None)
+            if copy is None:
+                found.append(Copy(endpoint, At.COMING))
+            elif copy.at is At.COLD and not is_leased:
+                copy.at = At.LOADING
         return found
 
     def _order(self, forward: Forward, rule: Rule, copies: int) -> Sequence[Endpoint]:

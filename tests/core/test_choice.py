@@ -1,5 +1,6 @@
 """Which endpoint serves, where a copy is made, and what is prepared."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -140,33 +141,54 @@ def loads_of_twenty(*in_flight: float) -> Loads:
     return loads
 
 
+def usable(copies: list[Endpoint], order: tuple[Endpoint, ...], loads: Loads, rule: Rule = RULE) -> Sequence[Endpoint]:
+    return of_leased(copies, order, loads, rule, 1)[0]
+
+
+def looks(copies: list[Endpoint], order: tuple[Endpoint, ...], loads: Loads, count: int, *, is_hot: bool = False) -> int:
+    """With how many of `count` requests all copies are looked at, too. Each goes at once."""
+    said = [of_leased(copies, order, loads, RULE, look, is_hot=is_hot) for look in range(count)]
+    assert all(first for first, _ in said)
+    return sum(wants_look for _, wants_look in said)
+
+
 def test_of_a_few_copies_the_leased_ones_are_enough_while_one_is_at_home_and_one_below_the_bound() -> None:
     """The least loaded first, of equals the first in the key's order. Else a copy may have to be made."""
-    assert of_leased([A], ENDPOINTS, loads_of(10), RULE, 0) == [A]
-    assert of_leased([C, A], ENDPOINTS, loads_of(10, 10, 9), RULE, 0) == (C, A)
-    assert of_leased([C, A], ENDPOINTS, loads_of(10), RULE, 0) == (A, C)
-    assert not of_leased([C, D], ENDPOINTS, loads_of(10), RULE, 1)
-    assert not of_leased([A], ENDPOINTS, loads_of(30, 10, 10, 10, 10, 10), RULE, 1)
-    assert not of_leased([A], ENDPOINTS, loads_of(10), Rule(RULE.draw, min_copies=2), 1)
-    assert not of_leased([A], ENDPOINTS, loads_of(10), Rule(RULE.draw, "maglev"), 1)
-    assert not of_leased([], ENDPOINTS, loads_of(10), RULE, 1)
+    assert usable([A], ENDPOINTS, loads_of(10)) == [A]
+    assert usable([C, A], ENDPOINTS, loads_of(10, 10, 9)) == (C, A)
+    assert usable([C, A], ENDPOINTS, loads_of(10)) == (A, C)
+    assert not usable([C, D], ENDPOINTS, loads_of(10))
+    assert not usable([A], ENDPOINTS, loads_of(30, 10, 10, 10, 10, 10))
+    assert not usable([A], ENDPOINTS, loads_of(10), Rule(RULE.draw, min_copies=2))
+    assert not usable([A], ENDPOINTS, loads_of(10), Rule(RULE.draw, "maglev"))
+    assert not usable([], ENDPOINTS, loads_of(10))
 
 
 def test_the_only_copy_of_what_is_hot_is_compared_with_other_places_now_and_then() -> None:
-    """A second one is for the death of its node, and not urgent."""
-    assert sum(not of_leased([A], ENDPOINTS, loads_of(10), RULE, look, is_hot=True) for look in range(2 * OFTEN)) == 2
-    assert all(of_leased([A, C], ENDPOINTS, loads_of(10), RULE, look, is_hot=True) for look in range(2 * OFTEN))
+    """A second one is for the death of its node, and not urgent; none is made where each engine is full."""
+    loads = loads_of(10)
+    assert looks([A], ENDPOINTS, loads, 2 * OFTEN) == 0
+    assert looks([A], ENDPOINTS, loads, 2 * OFTEN, is_hot=True) == 2
+    assert looks([A, C], ENDPOINTS, loads, 2 * OFTEN, is_hot=True) == 0
+    for endpoint in ENDPOINTS:
+        loads.demand(endpoint.address, 16, 16)
+    loads.sweep(0.0)
+    assert looks([A], ENDPOINTS, loads, 2 * OFTEN, is_hot=True) == 0
+    loads.demand(F.address, 15, 16)
+    loads.sweep(0.0)
+    assert looks([A], ENDPOINTS, loads, 2 * OFTEN, is_hot=True) == 2
 
 
 def test_of_many_copies_the_leased_ones_are_enough_even_above_the_bound() -> None:
-    """All are looked at now and then, and where the least loaded one queues: else no copy would be added or come home."""
+    """All are looked at now and then, else no copy would be added or come home; and before the request goes where the least loaded one queues."""
     below, above = loads_of_twenty(11, 30, 9, 10, 10), loads_of_twenty(31, 31, 30, 31, 31)
-    assert [TWENTY.index(endpoint) for endpoint in of_leased(MANY_LEASED, TWENTY, below, RULE, 1)] == [2, 4, 0, 3]
-    assert of_leased(MANY_LEASED, TWENTY, above, RULE, 1) == (TWENTY[2],)
-    assert sum(not of_leased(MANY_LEASED, TWENTY, below, RULE, look) for look in range(2 * SELDOM)) == 2
-    assert sum(not of_leased(MANY_LEASED, TWENTY, above, RULE, look) for look in range(2 * OFTEN)) == 2
+    assert [TWENTY.index(endpoint) for endpoint in usable(MANY_LEASED, TWENTY, below)] == [2, 4, 0, 3]
+    assert usable(MANY_LEASED, TWENTY, above) == (TWENTY[2],)
+    assert looks(MANY_LEASED, TWENTY, below, 2 * SELDOM) == 2
+    assert looks(MANY_LEASED, TWENTY, above, 2 * OFTEN) == 2
+    assert looks([*TWENTY[:18]], TWENTY, loads_of_twenty(*[50] * 10), 4 * 18) == 4
     above.say(TWENTY[2].address, Engine(running=20, waiting=10), 1.0)
-    assert not of_leased(MANY_LEASED, TWENTY, above, RULE, 1)
+    assert not usable(MANY_LEASED, TWENTY, above)
 
 
 def test_a_home_without_a_copy_is_prepared() -> None:
@@ -352,9 +374,7 @@ def test_of_many_copies_another_is_prepared_while_half_of_them_are_below_the_bou
     most, half = loads_of_twenty(30, 30, 30), loads_of_twenty(30, 30)
     assert choose(leased(*MANY_LEASED), TWENTY, most, RULE).prepare == TWENTY[5]
     assert choose(leased(*MANY_LEASED), TWENTY, half, RULE).prepare is None
-    for look in range(1, 129):
-        looks_at_all = [not of_leased(MANY_LEASED, TWENTY, loads, RULE, look) for loads in (most, half)]
-        assert looks_at_all == [look % 16 == 0, look % 128 == 0]
+    assert [looks(MANY_LEASED, TWENTY, loads, SELDOM) for loads in (most, half)] == [SELDOM // OFTEN, 1]
 
 
 # ---- where all wait for one copy

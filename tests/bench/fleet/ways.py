@@ -23,8 +23,8 @@ class Core(Way):
         snapshot, pool = router.snapshot, router.pool
         is_hot = adapter in router.popularity.hottest
         leased = [copy.endpoint for copy in copies if copy.at is At.LEASED]
-        usable = of_leased(leased, snapshot.stageable(snapshot.candidates(pool, adapter)), router.loads, self._rule, router.looks, is_hot=is_hot)
-        if usable:
+        usable, wants_look = of_leased(leased, snapshot.stageable(snapshot.candidates(pool, adapter)), router.loads, self._rule, router.looks, is_hot=is_hot)
+        if usable and not wants_look:
             return Choice(usable[0])
         if self._rule.looks_at_all:
             order = snapshot.usable(pool.table.endpoints)
@@ -32,7 +32,8 @@ class Core(Way):
             order = snapshot.usable(pool.candidates(adapter, FIRST << len(copies).bit_length() - 1)) or snapshot.candidates(pool, adapter)
         else:
             order = snapshot.candidates(pool, adapter)
-        return choose(copies, snapshot.stageable(order), router.loads, self._rule, is_hot=is_hot)
+        choice = choose(copies, snapshot.stageable(order), router.loads, self._rule, is_hot=is_hot)
+        return Choice(usable[0], prepare=choice.prepare or next(iter(choice.wait_for), None)) if usable else choice
 
     def is_below(self, place: Endpoint, router: Router) -> bool:
         return is_below(place, router.loads, self._rule)
