@@ -5,7 +5,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | where the adapter is | the request | in the background |
 | --- | --- | --- |
 | leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; of more than MANY, the next one, if more than half are not below the bound |
-| leased here, none below the bound | waits for the next one; without one, goes to the one with the least in flight | |
+| leased here, none below the bound | waits for the next one, if that pays; else goes to the one with the least in flight | the next one |
 | leased here only where an endpoint drains | that one | the best place |
 | not leased here, in the memory of an engine whose endpoint drains, and the place that would be waited for has no files | waits for that one, which costs one call and no fetch | the best place |
 | not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
@@ -15,8 +15,8 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 
 The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; where the adapter has one
 leased copy, only from CERTAIN times the bound on. As many may be on their way as are leased here, so that copies double. Waiting for the next one pays where it
-costs a call or a load; where the files would have to be fetched first, only if the leased copy's engine queues or is crowded. For the crowded one it may be
-above the bound itself.
+costs a call. Where it costs a load, it pays if the leased copy's engine is SLOWED or queues; where the files would have to be fetched first, if that queues or is
+crowded. For a crowded one's sake the next one may be above the bound itself.
 Who has waited chooses again, as one that comes then, if its place is not below the bound any more: all that come in the time of a fetch wait for one copy.
 The *best place* is the less loaded of the key's first two endpoints (its *home*) that may be given something new, of those below the bound: one whose engine
 has room for an adapter before one that is full, one that has the files before one that has not, unless it is NEAR the bound. Else it is the first of the key's
@@ -48,6 +48,7 @@ OFTEN, SELDOM = 16, 128  # one request in so many looks at all: where a copy may
 CERTAIN = 1.03  # times the bound: what an adapter's one copy has less beyond is chance, over before a load would be: of 24 requests of 4 s one ends in 0.17 s
 CROWDED = 1.5  # times the bound, and ONCE at least
 ONCE = 32  # requests that an engine takes without crowding: an eighth of what a vLLM is set to compute at once by default
+SLOWED = 8  # requests at once, from which on one more is noticed by the others: decoding reads the same weights for one as for a few
 NEAR = 0.9  # of the bound: from here on an endpoint is given no more because it has the files. The key's other endpoint fetches them, once
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 
@@ -178,7 +179,10 @@ def _is_warm(place: Endpoint, copies: Sequence[Copy]) -> bool:
 def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float) -> bool:
     """Whether a request should wait for `place`, rather than go to one above the bound that has the adapter in memory."""
     load = loads[instead.address]
-    return any(copy.endpoint == place and copy.at is not At.COMING for copy in copies) or load.is_queueing or _is_crowded(load, bound)
+    if load.is_queueing or _is_crowded(load, bound):
+        return True
+    at = next((copy.at for copy in copies if copy.endpoint == place), At.COMING)
+    return at is At.WARM or (at is not At.COMING and load.known >= SLOWED)
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:

@@ -32,6 +32,7 @@ LATE_S = 0.01  # that a stager's look and its word take
 ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does
 MAX_SENT = 1024  # requests remembered per endpoint between two words; more than an engine takes in 2 s
 UNHEARD = 1.5  # what others have sent grows from nothing to twice its mean between two looks. Simulated with four routers: 1 is uneven, 2 loads more
+SHORT = 4.0  # a queue that ends sooner than another engine has an adapter, also where few run at once
 FEW = 2.0  # requests in flight are never too many: below that, integers alone make an endpoint look busy
 
 
@@ -69,7 +70,7 @@ class Load:
     @property
     def is_queueing(self) -> bool:
         """Whether a request that comes now waits for others to end: a queue of a quarter of what runs does not empty before the next word."""
-        return self.engine.waiting > self.engine.running / 4
+        return self.engine.waiting > max(self.engine.running / 4, SHORT)
 
     @property
     def awaited(self) -> float:

@@ -398,6 +398,24 @@ def test_where_an_engine_is_crowded_a_request_waits_even_for_a_fetch() -> None:
     assert choose(leased(A), (A, B), loads_of(140, 90, 50, 50, 50, 50), RULE) == Choice(None, (B, A))
 
 
+def test_where_few_run_a_request_waits_neither_for_a_load_nor_for_a_fetch_unless_they_queue() -> None:
+    """One more of five is hardly noticed; a queue of four is over before another engine has the adapter, whatever part it is of what runs."""
+    few, queue, short = loads_of(5, 1, 1, 1, 1, 1), loads_of(0, 1, 1, 1, 1, 1), loads_of(0, 1, 1, 1, 1, 1)
+    queue.say(A.address, Engine(running=2, waiting=5), 1.0)
+    short.say(A.address, Engine(running=2, waiting=4), 1.0)
+    for at in (At.LEASED, At.WARM):
+        for others in ([], [Copy(B, At.COLD)]):
+            assert is_first(A, at, others, few)
+            assert is_first(A, at, others, short)
+            assert not is_first(A, at, others, queue)
+
+
+def is_first(place: Endpoint, at: At, others: list[Copy], loads: Loads) -> bool:
+    """Whether a request with a copy there goes there, or waits for that one."""
+    choice = choose([Copy(place, at), *others], ENDPOINTS, loads, RULE)
+    return (choice.serve or choice.wait_for[0]) == place
+
+
 def test_a_drain_ends_where_engines_hold_fewer_adapters_than_are_asked_for() -> None:
     """What fell out of the successor's memory is loaded there again: as long as the draining engine were asked for it, that one would never be empty."""
     assert choose([Copy(A, At.PARTING)], (B, C), loads_of(10), RULE) == Choice(None, (A, B, C), B)

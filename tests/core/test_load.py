@@ -143,8 +143,8 @@ def test_what_is_remembered_of_an_endpoint_is_bounded() -> None:
     assert loads["a"].in_flight == loads.mean() == MAX_SENT
 
 
-@pytest.mark.parametrize(("running", "waiting", "queues"), [(0, 0, False), (16, 4, False), (16, 5, True), (0, 1, True)])
-def test_a_queue_counts_when_it_is_a_quarter_of_what_runs(running: float, waiting: float, *, queues: bool) -> None:
+@pytest.mark.parametrize(("running", "waiting", "queues"), [(0, 0, False), (24, 6, False), (24, 7, True), (4, 4, False), (4, 5, True), (0, 5, True)])
+def test_a_queue_counts_when_it_is_a_quarter_of_what_runs_and_more_than_four(running: float, waiting: float, *, queues: bool) -> None:
     """A shorter one has gone before it is heard of."""
     loads = Loads(["a"])
     loads.say("a", Engine(running, waiting), taken_at=0.0)
