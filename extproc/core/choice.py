@@ -7,7 +7,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; of more than MANY, the next one, if more than half are not below the bound |
 | leased here, none below the bound | waits for the next one, if that pays; else goes to the one with the least in flight | the next one |
 | leased here only where an endpoint drains | that one | the best place |
-| not leased here, in the memory of an engine whose endpoint drains, and the place that would be waited for has no files | waits for that one, which costs one call and no fetch | the best place |
+| not leased here, in the memory of an engine whose endpoint drains, and the place that would be waited for has no files, or only on its disk and room in its engine | waits for that one, which costs one call, and neither fetch nor load | the best place |
 | not leased here, but in some engine's memory | waits for the one of those with the least in flight, which costs one call; above the bound as one that is leased | the best place, above the bound |
 | on no disk, but on its way to one | waits for that one, however many do: one fetch from an origin is enough | |
 | on a disk, and on its way into an engine, or to another disk, below the bound with all that wait there | waits for that one | |
@@ -191,7 +191,7 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
     has_files = any(copy.endpoint == place and copy.at in (At.WARM, At.LOADING, At.COLD) for copy in copies)
-    if parting and not has_files:
+    if parting and (place is None or not has_files or not (warm or loads[place.address].is_full)):
         return Choice(None, (*parting, *order), place)
     return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)
 

@@ -417,6 +417,11 @@ def is_first(place: Endpoint, at: At, others: list[Copy], loads: Loads) -> bool:
 
 
 def test_a_drain_ends_where_engines_hold_fewer_adapters_than_are_asked_for() -> None:
-    """What fell out of the successor's memory is loaded there again: as long as the draining engine were asked for it, that one would never be empty."""
+    """What fell out of a full successor's memory is loaded there again: as long as the draining engine were asked for it, that one would never be empty."""
     assert choose([Copy(A, At.PARTING)], (B, C), loads_of(10), RULE) == Choice(None, (A, B, C), B)
-    assert choose([Copy(A, At.PARTING), Copy(B, At.COLD)], (B, C), loads_of(10), RULE).wait_for[0] == B
+    loads = loads_of(10)
+    assert choose([Copy(A, At.PARTING), Copy(B, At.COLD)], (B, C), loads, RULE) == Choice(None, (A, B, C), B)
+    assert choose([Copy(A, At.PARTING), Copy(B, At.WARM)], (B, C), loads, RULE).wait_for[0] == B
+    for endpoint in (B, C):
+        loads.demand(endpoint.address, 16, 16)
+    assert choose([Copy(A, At.PARTING), Copy(B, At.COLD)], (B, C), loads, RULE).wait_for[0] == B
