@@ -15,7 +15,8 @@ The bound leaves room for what the others have sent an endpoint meanwhile: UNHEA
 
 Of an endpoint whose engine says nothing, what was sent in the last FORGOTTEN_S counts: it is all that is known, and a request ends some time.
 
-The mean is that of the engines' words, since as many requests end between two looks as are sent; what is sent beyond that, as to an idle fleet, is added.
+The mean is that of the engines' words, since as many requests end between two looks as are sent; what is sent beyond that, as to an idle fleet, is added. What is
+held is not: it will be spread over more time than it waits together, and a bound that it raised would let the engines that hold least run more.
 Its sums over what is `ready` are kept up to date, since every decision asks for the mean.
 """
 
@@ -88,7 +89,7 @@ class Loads:
 
     def __init__(self, addresses: Iterable[str] = ()) -> None:
         self._of: dict[str, Load] = {address: Load() for address in addresses}
-        self._said = self._total = self._known = 0.0  # over those that count
+        self._said = self._total = self._known = self._held = 0.0  # over those that count
         self._ready = len(self._of)
         self.has_room = True  # whether some ready engine has room for one more adapter, as of the last `sweep`
 
@@ -119,6 +120,7 @@ class Loads:
             self._said += sign * load.said
             self._total += sign * load.in_flight
             self._known += sign * load.known
+            self._held += sign * load.held
             self._ready += sign
 
     def send(self, address: str, now: float) -> None:
@@ -140,7 +142,10 @@ class Loads:
     def _hold(self, address: str, requests: int) -> None:
         load = self._of.get(address)
         if load is not None:
-            load.held = max(0, load.held + requests)  # another endpoint may have come under the address meanwhile
+            held = load.held
+            load.held = max(0, held + requests)  # another endpoint may have come under the address meanwhile
+            if load.counts:
+                self._held += load.held - held
             self._update(load)
 
     def say(self, address: str, engine: Engine, taken_at: float) -> None:
@@ -172,7 +177,7 @@ class Loads:
 
     def mean(self) -> float:
         """Requests in flight per ready endpoint."""
-        return max(self._said, self._total - ENDING * self._said) / self._ready if self._ready else 0.0
+        return max(self._said, self._total - self._held - ENDING * self._said) / self._ready if self._ready else 0.0
 
     def bound(self, factor: float) -> float:
         """From so many known requests in flight on, an endpoint carries too much: `factor` times the mean, less UNHEARD times what the other routers have
@@ -196,7 +201,7 @@ class Loads:
     def _add_up(self) -> None:
         counted = [load for load in self._of.values() if load.counts]
         self._said, self._total, self._ready = sum(load.said for load in counted), sum(load.in_flight for load in counted), len(counted)
-        self._known = sum(load.known for load in counted)
+        self._known, self._held = sum(load.known for load in counted), sum(load.held for load in counted)
 
 
 def _count(load: Load) -> None:

@@ -92,13 +92,13 @@ def typical(runs: Sequence[Figures]) -> Figures:
 
 
 def verdict(row: Row, case: Case, figures: Figures, owner: Figures) -> str:
-    """What misses a bound. With more slots owner only loads next to nothing, and a multiple of it says nothing."""
+    """What misses a bound. Where there is a slot for every adapter owner only loads next to nothing, and a multiple of it says nothing."""
     misses = []
     if figures.imbalance > IMBALANCE:
         misses.append("uneven")
     if figures.queued_p99_s > QUEUED_S and case.load < 0.8:
         misses.append("queue")
-    if case.slots <= 16 and figures.loads > LOADS[case.routers] * owner.loads:
+    if case.adapters > case.nodes * case.slots and figures.loads > LOADS[case.routers] * owner.loads:
         misses.append("loads")
     if figures.drain_waits:
         misses.append("drain")
