@@ -70,6 +70,16 @@ def test_what_waits_here_for_an_adapter_counts_at_the_endpoint_that_will_have_it
     assert loads.mean() == 0
 
 
+def test_who_waited_for_an_endpoint_that_has_gone_counts_nowhere() -> None:
+    """Another may have come under its address, for which nobody has waited yet."""
+    loads = Loads(["a"])
+    loads.hold("a")
+    loads.follow(["b"])
+    loads.release("a")
+    loads.release("b")
+    assert loads["b"].in_flight == loads.mean() == 0
+
+
 def test_the_mean_takes_what_was_sent_to_replace_what_ended() -> None:
     """Up to ENDING of what runs; else a router that sends all requests would take the fleet for busier the longer no word came. A burst counts."""
     loads = Loads(["a", "b"])
