@@ -130,7 +130,7 @@ def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule
             return Choice(serve, prepare=_following(copies, order, loads, bound, rule, is_crowded=False))
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(copies, order, loads, bound, rule, is_crowded=_is_crowded(loads[least.address], bound))
-    if following is None or (len(leased) == 1 and known < CERTAIN * bound and not _is_warm(following, copies)):
+    if following is None or (len(leased) == 1 and known < CERTAIN * bound and _at(following, copies) is not At.WARM):
         return Choice(least)
     return Choice(None, (following, least)) if _pays(following, least, copies, loads, bound) else Choice(least, prepare=following)
 
@@ -163,17 +163,17 @@ def _runs_short(below: int, leased: int) -> bool:
 
 def is_below(endpoint: Endpoint, loads: Loads, rule: Rule) -> bool:
     """Whether who has waited for an adapter there goes there. If not, it chooses again, as one that comes now: many may have waited with it, and gone first."""
-    load = loads[endpoint.address]
-    return rule.balance != "bounded" or load.known - load.held < loads.bound(rule.factor)
+    return rule.balance != "bounded" or loads[endpoint.address].gone < loads.bound(rule.factor)
 
 
 def _is_crowded(load: Load, bound: float) -> bool:
     """Whether one more would soon queue there."""
-    return load.known - load.held >= max(CROWDED * bound, ONCE)
+    return load.gone >= max(CROWDED * bound, ONCE)
 
 
-def _is_warm(place: Endpoint, copies: Sequence[Copy]) -> bool:
-    return any(copy.endpoint == place and copy.at is At.WARM for copy in copies)
+def _at(place: Endpoint | None, copies: Sequence[Copy]) -> At | None:
+    """What the copy at `place` is worth; None: it has none."""
+    return next((copy.at for copy in copies if copy.endpoint == place), None)
 
 
 def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float) -> bool:
@@ -181,8 +181,8 @@ def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loa
     load = loads[instead.address]
     if load.is_queueing or _is_crowded(load, bound):
         return True
-    at = next((copy.at for copy in copies if copy.endpoint == place), At.COMING)
-    return at is At.WARM or (at is not At.COMING and load.known >= SLOWED)
+    at = _at(place, copies)
+    return at is At.WARM or (at not in (None, At.COMING) and load.known >= SLOWED)
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
@@ -190,7 +190,7 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
     place, beside = _of_warm(warm, copies, order, loads, bound) if warm else (_of_none(copies, order, loads, bound), None)
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
-    has_files = any(copy.endpoint == place and copy.at in (At.WARM, At.LOADING, At.COLD) for copy in copies)
+    has_files = _at(place, copies) in (At.WARM, At.LOADING, At.COLD)
     if parting and (place is None or not has_files or not (warm or loads[place.address].is_full)):
         return Choice(None, (*parting, *order), place)
     return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)

@@ -74,6 +74,11 @@ class Load:
         return self.engine.waiting > max(self.engine.running / 4, SHORT)
 
     @property
+    def gone(self) -> float:
+        """Known, without what is held here: it has gone to the engine."""
+        return self.known - self.held
+
+    @property
     def awaited(self) -> float:
         """With what other routers hold here, if they hold as much as this one: of what is asked for everywhere, each holds its part."""
         return self.known + (self.engine.routers - 1) * self.held

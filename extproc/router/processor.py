@@ -123,7 +123,7 @@ class Processor:
                 self._note_served(event)
             if actions:
                 self._carry_out(actions)
-            account.settle(exchange.held_bytes, is_arriving=exchange.is_arriving)
+            self._settle_account()
         except Exception:
             log.exception("a request failed in the router itself")
             self._failed_inside()

@@ -203,12 +203,12 @@ class Staging:
                     found.append(Copy(endpoint, At.COLD if not warm else At.LEASED if is_leased else At.WARM))
                 elif standing is Standing.DRAINING and (is_leased or warm):
                     found.append(Copy(endpoint, At.LEAVING if is_leased else At.PARTING))
-        is_leased = any(copy.at is At.LEASED for copy in found)
+        has_lease = any(copy.at is At.LEASED for copy in found)
         for endpoint in self._residency.asked(snapshot.stageable(forward.candidates), forward.adapter, plain=forward.plain):
             copy = next((copy for copy in found if copy.endpoint == endpoint), None)
             if copy is None:
                 found.append(Copy(endpoint, At.COMING))
-            elif copy.at is At.COLD and not is_leased:
+            elif copy.at is At.COLD and not has_lease:
                 copy.at = At.LOADING
         return found
 

@@ -104,14 +104,14 @@ class Router:
                     found.append(Copy(endpoint, At.LEASED if warm and leased else At.WARM if warm else At.COLD))
                 elif standing is Standing.DRAINING and (leased or warm):
                     found.append(Copy(endpoint, At.LEAVING if leased else At.PARTING))
-        is_leased = any(copy.at is At.LEASED for copy in found)
+        has_lease = any(copy.at is At.LEASED for copy in found)
         of = {copy.endpoint: copy for copy in found}
         for endpoint in self.snapshot.stageable(self.snapshot.candidates(self.pool, adapter)):
             if (endpoint.stager, adapter) in self._asked:
                 copy = of.get(endpoint)
                 if copy is None:
                     found.append(Copy(endpoint, At.COMING))
-                elif copy.at is At.COLD and not is_leased:
+                elif copy.at is At.COLD and not has_lease:
                     copy.at = At.LOADING
         return found
 
