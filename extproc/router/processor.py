@@ -323,10 +323,10 @@ class Processor:
     # -- answering
 
     def _answer_placed(self, forward: Forward, placed: Placed) -> Sequence[Action]:
-        actions = self._answer(forward.pool.name, self._place(forward, placed), is_sent=placed.is_sent)
+        actions = self._answer(forward.pool.name, self._place(forward, placed), is_sent=placed.endpoints[0] in placed.sent)
         if actions:
             self._s.staging.count(forward, placed)
-            if placed.prefiller is not None:
+            if placed.prefiller is not None and placed.prefiller not in placed.sent:
                 self._s.membership.send(forward.pool.prefill, placed.prefiller)
         return actions
 

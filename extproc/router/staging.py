@@ -42,7 +42,7 @@ class Placed:
     waited_s: float
     model: str = ""  # what the request's `model` must be there; "": as it is
     lease: Lease | None = None  # of the chosen one, for a request that did not wait
-    is_sent: bool = False  # whether it counts in the endpoint's load: of those who waited for one copy, each sees who went before it
+    sent: tuple[Endpoint, ...] = ()  # where it counts already: of those who waited for one copy, each sees who went before it
     prefiller: Endpoint | None = None  # that computes the prompt, and knows the adapter by the same name; None: the chosen one does
 
 
@@ -230,7 +230,7 @@ class Staging:
         lease = self._lease(forward, endpoint) if is_usable else None
         if lease is None:
             return None
-        placed = Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model, is_sent=before.is_sent)
+        placed = Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model, sent=before.sent)
         return placed if forward.prefill is None else _with_prefiller(placed, self._now(forward.prefill))
 
     async def wait(self, forward: Forward) -> Placed:
@@ -301,7 +301,7 @@ class Staging:
                 placed = Placed(at_once.endpoints, placed.outcome, placed.origin, placed.waited_s, at_once.model)
                 break
         loads.send(placed.endpoints[0].address, self._clock())
-        placed.is_sent = True
+        placed.sent = placed.endpoints[:1]
         return placed
 
     async def _ask(self, forward: Forward, choice: Choice, began: float) -> Placed:
@@ -385,4 +385,5 @@ def _with_prefiller(placed: Placed, prefiller: Placed | None) -> Placed:
     """The sidecar sends both engines the same body, so a prefiller that knows another version of the adapter is none."""
     if prefiller is not None and prefiller.model == placed.model:
         placed.prefiller = prefiller.endpoints[0]
+        placed.sent += prefiller.sent
     return placed

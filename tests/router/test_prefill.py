@@ -56,6 +56,26 @@ async def test_both_engines_have_the_adapter_before_the_request_goes_on() -> Non
     assert sum(len(stager.asked) for stager in router.stagers.values()) == 2
 
 
+async def test_a_request_counts_once_on_each_side_whether_it_waited_or_not() -> None:
+    """Also one whose body was arriving while both were waited for."""
+    router = split()
+    owners = owner(router, 0, "demo/sql"), owner(router, 1, "demo/sql")
+    stream = Gateway(router, [headers(), body(b'{"model":"demo/sql","messages":["' + b"x" * 20_000, end=False)])
+    await until(lambda: all(router.residency.known(endpoint, "demo/sql") for endpoint in owners))
+    await turns()
+    stream.show(body(b'"]}'))
+    await stream.end()
+    assert counted(router) == [1, 1]
+    for requests, adapter in ((2, "demo/sql"), (3, "demo/legal")):
+        await serve(router, chat(adapter))
+        assert counted(router) == [requests, requests]
+
+
+def counted(router: Router) -> list[float]:
+    """Requests in flight in the decoding pool, and in the other."""
+    return [sum(router.membership.loads[pool.name][endpoint.address].known for endpoint in pool.table.endpoints) for pool in router.pools]
+
+
 @pytest.mark.parametrize("error", [NoSpace("full"), OriginFailed("down")])
 async def test_where_no_prompt_can_be_computed_elsewhere_the_decoding_engine_does_it(error: Exception) -> None:
     """Slower, but an answer. Nobody else tells its sidecar where to connect."""

@@ -530,7 +530,7 @@ async def test_a_place_that_was_waited_for_is_kept_while_it_is_one() -> None:
         stager.renames = True
     placed = await router.staging.wait(forward(router))
     again = router.staging.again(forward(router), placed)
-    assert again == Placed(placed.endpoints, "staged", "file", placed.waited_s, "a@sha256:dddddddddddd", is_sent=True)
+    assert again == Placed(placed.endpoints, "staged", "file", placed.waited_s, "a@sha256:dddddddddddd", sent=placed.endpoints[:1])
     owner = placed.endpoints[0]
     router.residency.forget(owner.stager, "a")
     assert router.staging.again(forward(router), placed) is None
