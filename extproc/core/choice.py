@@ -4,7 +4,7 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 
 | where the adapter is | the request | in the background |
 | --- | --- | --- |
-| leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; of more than MANY, the next one, if more than half are not below the bound |
+| leased here, some copies below the bound | its session's, or the one with the longest known prefix, else the one with the least in flight | a copy at home, if none is there; the next one, in time |
 | leased here, none below the bound | waits for the next one, if that pays; else goes to the one with the least in flight | the next one |
 | leased here only where an endpoint drains | that one | the best place |
 | not leased here, in the memory of an engine whose endpoint drains, and the place that would be waited for has no files, or only on its disk and room in its engine | waits for that one, which costs one call, and neither fetch nor load | the best place |
@@ -15,8 +15,11 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 
 The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; where the adapter has one
 leased copy, only from CERTAIN times the bound on. As many may be on their way as are leased here, so that copies double. Waiting for the next one pays where it
-costs a call. Where it costs a load, it pays if the leased copy's engine is SLOWED or queues; where the files would have to be fetched first, if that queues or is
-crowded. For a crowded one's sake the next one may be above the bound itself.
+costs a call, where the leased copy's engine is crowded, and where its queue lasts LONGER than the load, or the fetch and the load, that the next one costs. Where that
+engine is SLOWED it pays, too, if those are BRIEF beside the time of a request: for a fetch from MANIFEST requests on, and for who is the first to want one from FAR
+above the bound on. For a crowded one's sake the next one may be above the bound itself.
+In time is, of more than MANY copies, when not half of them are below the bound; where engines are SLOWED and the next one's has room for it, when of those not half,
+of fewer none is below NEAR times the bound. In a full engine, where it costs another adapter its place, the next one is made only for engines that are SLOWED or queue.
 Who has waited chooses again, as one that comes then, if its place is not below the bound any more: all that come in the time of a fetch wait for one copy.
 The *best place* is the less loaded of the key's first two endpoints (its *home*) that may be given something new, of those below the bound: one whose engine
 has room for an adapter before one that is full, one that has the files before one that has not, unless it is NEAR the bound. Else it is the first of the key's
@@ -24,7 +27,7 @@ next ones that is below the bound; else the least loaded.
 
 Most requests need no look at the whole table: `of_leased` serves them by the leased copies alone. Of what has at most MANY, one of them is at home and one
 below the bound; of what has more, the least loaded serves even above the bound, unless its engine queues. What is to be prepared beside them is looked for with
-one request in OFTEN or SELDOM, when that has gone: they are asked for so often that it comes soon enough.
+one request in SOON, OFTEN or SELDOM, when that has gone: they are asked for so often that it comes soon enough.
 
 How many copies an adapter has follows from this. tests/bench/README.md (`fleet`) has this rule beside the others, which are here for those who compare:
 they make one copy and stay with it.
@@ -37,6 +40,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal
 
+from .durations import Copying
 from .endpoint import Endpoint
 from .load import Load, Loads
 
@@ -44,12 +48,17 @@ Balance = Literal["bounded", "maglev", "hrw", "random", "least_adapters", "least
 SAMPLED = 8  # endpoints that a base model's request chooses among
 _REMEMBERED = 65_536  # adapters whose pattern was looked for
 MANY = 4  # copies, above which a look at all of them costs more than what it finds is worth
-OFTEN, SELDOM = 16, 128  # one request in so many looks at all: where a copy may be wanted (of more copies, one in as many as there are), and where all is well
+SOON, OFTEN, SELDOM = 4, 16, 128  # one request in so many looks at all: near the bound; where a copy may be wanted (of more, one in as many); where all is well
 CERTAIN = 1.03  # times the bound: what an adapter's one copy has less beyond is chance, over before a load would be: of 24 requests of 4 s one ends in 0.17 s
+FAR = 1.1  # times the bound, from which on a request waits for a fetch that it is the first to want
 CROWDED = 1.5  # times the bound, and ONCE at least
 ONCE = 32  # requests that an engine takes without crowding: an eighth of what a vLLM is set to compute at once by default
 SLOWED = 8  # requests at once, from which on one more is noticed by the others: decoding reads the same weights for one as for a few
-NEAR = 0.9  # of the bound: from here on an endpoint is given no more because it has the files. The key's other endpoint fetches them, once
+MANIFEST = 16  # requests at once, which one more slows by more than a little: what a fetch costs is more than a load, too
+BRIEF = 1 / 3  # of a request's own time: to wait so long for an engine that has less to do costs nobody much
+LONGER = 2.0  # times what a copy takes: the queue is a look old, and gets shorter meanwhile
+NEAR = 0.92  # of the bound: from here on an endpoint is given no more because it has the files, and the next copy is prepared where engines have room
+COPYING = Copying()  # while none was made
 HOME = 2  # of the key's endpoints: the places where its copy belongs; the less loaded of two is nearly as good as that of all (Mitzenmacher 1996)
 
 
@@ -113,26 +122,37 @@ class Rules:
         return next((rule for pattern, rule in self._patterns if fnmatchcase(adapter, pattern)), self.common)
 
 
-def choose(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule: Rule, preferred: Endpoint | None = None, *, is_hot: bool = False) -> Choice:
+def choose(
+    copies: Sequence[Copy],
+    order: Sequence[Endpoint],
+    loads: Loads,
+    rule: Rule,
+    preferred: Endpoint | None = None,
+    *,
+    is_hot: bool = False,
+    copying: Copying = COPYING,
+) -> Choice:
     """`copies`: that may be used at all. `order`: the key's endpoints that may be given something new, in its order; all, for the rules that look at all.
-    `preferred`: the copy that is known to hold most of this prompt."""
+    `preferred`: the copy that is known to hold most of this prompt. `copying`: how long another copy takes."""
     if rule.balance != "bounded":
         return _compared(copies, order, loads, rule)
     bound = loads.bound(rule.factor)
     leased = [copy.endpoint for copy in copies if copy.at is At.LEASED]
     if not leased:
-        return _without_lease(copies, order, loads, bound)
+        return _without_lease(copies, order, loads, bound, copying)
     least = leased[0] if len(leased) == 1 else _least(loads.below(leased, bound) or leased, loads, order)
     known = loads[least.address].known
     serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].known < bound else least
     if known < bound:
-        if len(leased) > MANY and _runs_short(len(loads.below(leased, bound)), len(leased)):
-            return Choice(serve, prepare=_following(copies, order, loads, bound, rule, is_crowded=False))
+        if (place := _in_time(leased, least, copies, order, loads, bound, rule)) is not None:
+            return Choice(serve, prepare=place)
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(copies, order, loads, bound, rule, is_crowded=_is_crowded(loads[least.address], bound))
-    if following is None or (len(leased) == 1 and known < CERTAIN * bound and _at(following, copies) is not At.WARM):
+    if following is None or not _is_worth(following, least, copies, loads):
         return Choice(least)
-    return Choice(None, (following, least)) if _pays(following, least, copies, loads, bound) else Choice(least, prepare=following)
+    if len(leased) == 1 and known < CERTAIN * bound and _at(following, copies) is not At.WARM:
+        return Choice(least)
+    return Choice(None, (following, least)) if _pays(following, least, copies, loads, bound, copying) else Choice(least, prepare=following)
 
 
 def of_leased(
@@ -142,17 +162,20 @@ def of_leased(
     looked at before the request goes. `look` counts requests."""
     if rule.balance != "bounded" or not leased:
         return (), False
-    below = loads.below(leased, loads.bound(rule.factor))
+    bound = loads.bound(rule.factor)
+    below = loads.below(leased, bound)
     if len(leased) > MANY:
-        least = _least(below or leased, loads, ())  # of equals any: routers that take different ones spread what they send
-        if not below and loads[least.address].is_queueing:
+        among = below or leased
+        place = loads.least(among, look)  # of equals any: routers that take different ones spread what they send
+        if not below and loads[leased[place].address].is_queueing:
             return (), False
         wants_look = look % (max(OFTEN, len(leased)) if _runs_short(len(below), len(leased)) else SELDOM) == 0
-    elif not below or len(leased) < rule.min_copies or not any(endpoint in order[:HOME] for endpoint in leased):
+        return (among[place], *below[:place], *below[place + 1 :]), wants_look
+    if not below or len(leased) < rule.min_copies or not any(endpoint in order[:HOME] for endpoint in leased):
         return (), False
-    else:
-        least = below[0] if len(below) == 1 else _least(below, loads, order)
-        wants_look = is_hot and len(leased) == 1 and loads.has_room and look % OFTEN == 0
+    least = below[0] if len(below) == 1 else _least(below, loads, order)
+    is_near = look % SOON == 0 and loads[least.address].known >= NEAR * bound
+    wants_look = loads.has_room and (is_near or (is_hot and len(leased) == 1 and look % OFTEN == 0))
     return below if len(below) == 1 else (least, *(endpoint for endpoint in below if endpoint is not least)), wants_look
 
 
@@ -173,21 +196,28 @@ def _is_crowded(load: Load, bound: float) -> bool:
 
 def _at(place: Endpoint | None, copies: Sequence[Copy]) -> At | None:
     """What the copy at `place` is worth; None: it has none."""
-    return next((copy.at for copy in copies if copy.endpoint == place), None)
+    return next((copy.at for copy in copies if place is not None and copy.endpoint.address == place.address), None)
 
 
-def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float) -> bool:
+def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float, copying: Copying) -> bool:
     """Whether a request should wait for `place`, rather than go to one above the bound that has the adapter in memory."""
-    load = loads[instead.address]
-    if load.is_queueing or _is_crowded(load, bound):
+    load, at = loads[instead.address], _at(place, copies)
+    if at is At.WARM or _is_crowded(load, bound):
         return True
-    at = _at(place, copies)
-    return at is At.WARM or (at not in (None, At.COMING) and load.known >= SLOWED)
+    service_s, is_fetch = loads.service.mean_s, at in (None, At.COMING)
+    takes_s = copying.fetch_s if is_fetch else copying.load_s
+    if load.queue_s(service_s) > LONGER * takes_s:
+        return True
+    if takes_s > BRIEF * service_s or any(copy.at in (At.LEAVING, At.PARTING) for copy in copies):
+        return False  # nor does anybody wait because an endpoint drains that served it
+    if is_fetch:
+        return load.gone >= max(MANIFEST, FAR * bound if at is None else 0.0)
+    return load.known >= SLOWED
 
 
-def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Choice:
+def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying) -> Choice:
     warm, leaving, parting = ([copy.endpoint for copy in copies if copy.at is at] for at in (At.WARM, At.LEAVING, At.PARTING))
-    place, beside = _of_warm(warm, copies, order, loads, bound) if warm else (_of_none(copies, order, loads, bound), None)
+    place, beside = _of_warm(warm, copies, order, loads, bound, copying) if warm else (_of_none(copies, order, loads, bound), None)
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
     has_files = _at(place, copies) in (At.WARM, At.LOADING, At.COLD)
@@ -196,11 +226,15 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
     return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)
 
 
-def _of_warm(warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> tuple[Endpoint, Endpoint | None]:
+def _of_warm(
+    warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying
+) -> tuple[Endpoint, Endpoint | None]:
     """Which of these to wait for, or for what place in their stead; and what to prepare beside it."""
     least = _least(warm, loads, order)
     another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].known >= bound else None
-    return (another, None) if another is not None and _pays(another, least, copies, loads, bound) else (least, another)
+    if another is not None and not _is_worth(another, least, copies, loads):
+        return least, None
+    return (another, None) if another is not None and _pays(another, least, copies, loads, bound, copying) else (least, another)
 
 
 def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
@@ -226,6 +260,27 @@ def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, 
     return coming[0] if is_enough else _best_place(copies, order, loads, bound, must_be_below=not is_crowded)
 
 
+def _is_worth(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads) -> bool:
+    """Whether a copy at `place` is worth the place of another adapter that it costs a full engine. Where few run at once, an excess is mostly chance."""
+    load = loads[instead.address]
+    return load.known >= SLOWED or load.is_queueing or loads[place.address].has_room or _at(place, copies) is At.WARM
+
+
+def _in_time(
+    leased: Sequence[Endpoint], least: Endpoint, copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule
+) -> Endpoint | None:
+    """The next copy, if it should be there by the time that none of the leased ones is below the bound, where `least` has the least."""
+    is_short = len(leased) > MANY and _runs_short(len(loads.below(leased, bound)), len(leased))
+    near = len(loads.below(leased, NEAR * bound))
+    is_near = loads[least.address].known >= SLOWED and (_runs_short(near, len(leased)) if len(leased) > MANY else not near)
+    if not is_short and not is_near:
+        return None
+    place = _following(copies, order, loads, bound, rule, is_crowded=False)
+    if place is None or not _is_worth(place, least, copies, loads) or not (is_short or loads[place.address].has_room):
+        return None
+    return place
+
+
 def _spare(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, *, is_hot: bool) -> Endpoint | None:
     """A copy that the load does not need: as many as the adapter's own `min`, and a second of what is hot where an engine has room for it. Simulated at 16
     slots for 63 adapters per engine: where it displaces others, the hottest tenth's second copies raise loads per request from 0.26 to 0.41."""
@@ -235,7 +290,7 @@ def _spare(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, boun
     if not is_hot or there > 1 or rule.max_copies == 1:
         return None
     place = _elsewhere(copies, order, loads, bound)
-    return None if place is None or loads[place.address].is_full else place
+    return place if place is not None and loads[place.address].has_room else None
 
 
 def _elsewhere(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:

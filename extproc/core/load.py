@@ -1,8 +1,11 @@
-"""How many requests are in flight at each endpoint of a pool: what its engine said last, what routers have sent there since, and what is held for it here.
+"""How many requests are in flight at each endpoint of a pool: what its engine said last, what routers have sent there since, and what they hold for it.
 
 An engine's word counts everybody's requests. A stager tells at once when the number has changed by a step, so its silence is a word, too: what was sent before
 its last look is in the number, or as many have ended. If the stager says how often it looks, the times of its looks follow from that of its word, and only what
 was sent since the last one counts. If it does not say, everything since the word counts.
+
+A request is held while its adapter is fetched or loaded, and is sent to that endpoint afterwards. A router knows what it holds itself; what others hold, the
+stager tells with its engine's load, since they wait for its answer. Where most requests are for what no engine has, a quarter of what an engine computes is held for it.
 
 Of each endpoint there are two numbers, since what other routers have sent since the word is not heard of.
 
@@ -25,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from .durations import Service
 from .endpoint import Endpoint
 
 FORGOTTEN_S = 4.0  # of a request of which no engine has spoken: the mean time of a chat completion
@@ -32,7 +36,8 @@ STALE_S = 6.0  # an engine's word counts so long: three of those that come every
 LATE_S = 0.01  # that a stager's look and its word take
 ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does
 MAX_SENT = 1024  # requests remembered per endpoint between two words; more than an engine takes in 2 s
-UNHEARD = 1.5  # what others have sent grows from nothing to twice its mean between two looks. Simulated with four routers: 1 is uneven, 2 loads more
+UNHEARD = 1.75  # what others have sent grows from nothing to twice its mean between two looks. Simulated with four routers: 1.5 is uneven, 2 loads more
+KEPT = 1 / 8  # of an engine's slots. Routers hear once a second how many are taken, and fill them meanwhile
 SHORT = 4.0  # a queue that ends sooner than another engine has an adapter, also where few run at once
 FEW = 2.0  # requests in flight are never too many: below that, integers alone make an endpoint look busy
 
@@ -40,22 +45,24 @@ FEW = 2.0  # requests in flight are never too many: below that, integers alone m
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What an engine said, and its stager of it: requests that it computes and that it queues, how many adapters it keeps in memory (0: not known),
-    how often the stager looks (0: it does not say), and how many routers listen to it, this one included."""
+    how often the stager looks (0: it does not say), how many routers listen to it, this one included, and how many calls of the others wait there for an
+    adapter."""
 
     running: float = 0.0
     waiting: float = 0.0
     slots: int = 0
     every_s: float = 0.0
     routers: int = 1
+    others_held: int = 0
 
 
 SILENT = Engine()
 
 
 class Load:
-    """One endpoint's. `said`, `in_flight` and `known` are kept by `Loads`."""
+    """One endpoint's. `said`, `guessed`, `gone`, `known` and `in_flight` are kept by `Loads`."""
 
-    __slots__ = ("adapters", "counts", "engine", "held", "in_flight", "known", "said", "said_at", "sent")
+    __slots__ = ("adapters", "counts", "engine", "gone", "guessed", "held", "in_flight", "known", "said", "said_at", "sent")
 
     def __init__(self) -> None:
         self.engine = SILENT
@@ -65,28 +72,34 @@ class Load:
         self.adapters = 0  # that are in demand there
         self.counts = True  # towards the mean
         self.said = 0.0  # by the engine's word: what it computes and what it queues
-        self.in_flight = 0.0  # with a guess of what other routers have sent since the word: by this endpoints are compared with each other
-        self.known = 0.0  # without it: this is compared with the bound
+        self.guessed = 0.0  # what other routers have sent since, if they send as much as this one
+        self.gone = 0.0  # said, and sent since by this one: what has gone to the engine, as far as is known
+        self.known = 0.0  # with what routers hold: this is compared with the bound
+        self.in_flight = 0.0  # and with what is guessed: by this endpoints are compared with each other
 
     @property
     def is_queueing(self) -> bool:
         """Whether a request that comes now waits for others to end: a queue of a quarter of what runs does not empty before the next word."""
         return self.engine.waiting > max(self.engine.running / 4, SHORT)
 
-    @property
-    def gone(self) -> float:
-        """Known, without what is held here: it has gone to the engine."""
-        return self.known - self.held
+    def queue_s(self, service_s: float) -> float:
+        """For how long the queue of the engine's word lasts, if it computes each request for so many seconds."""
+        return self.engine.waiting / max(1.0, self.engine.running) * service_s
 
     @property
     def awaited(self) -> float:
-        """With what other routers hold here, if they hold as much as this one: of what is asked for everywhere, each holds its part."""
-        return self.known + (self.engine.routers - 1) * self.held
+        """Known, where others hold as much as this one: of what is asked for everywhere each holds its part, and calls once for all that want the same."""
+        return self.gone + self.held + max(self.engine.others_held, (self.engine.routers - 1) * self.held)
 
     @property
     def is_full(self) -> bool:
         """Whether as many adapters are in demand as the engine keeps in memory: each more costs another its place."""
         return 0 < self.engine.slots <= self.adapters
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it has room for an adapter that some other engine has: the last of its slots are for what is asked for first."""
+        return self.adapters < (1 - KEPT) * self.engine.slots or not self.engine.slots
 
 
 class Loads:
@@ -94,9 +107,11 @@ class Loads:
 
     def __init__(self, addresses: Iterable[str] = ()) -> None:
         self._of: dict[str, Load] = {address: Load() for address in addresses}
-        self._said = self._total = self._known = self._held = 0.0  # over those that count
+        self._said = self._gone = self._guessed = 0.0  # over those that count
         self._ready = len(self._of)
-        self.has_room = True  # whether some ready engine has room for one more adapter, as of the last `sweep`
+        self.has_room = True  # whether some ready engine has room for a copy, as of the last `sweep`
+        self.service = Service()
+        self._sent = 0  # by all routers since the last `sweep`, if the others send as much as this one
 
     def __getitem__(self, address: str) -> Load:
         return self._of[address]
@@ -123,9 +138,8 @@ class Loads:
             sign = 1 if ready else -1
             load.counts = ready
             self._said += sign * load.said
-            self._total += sign * load.in_flight
-            self._known += sign * load.known
-            self._held += sign * load.held
+            self._gone += sign * load.gone
+            self._guessed += sign * load.guessed
             self._ready += sign
 
     def send(self, address: str, now: float) -> None:
@@ -134,6 +148,7 @@ class Loads:
         if load is not None:
             _expire(load, now)
             load.sent.append(now)
+            self._sent += load.engine.routers
             self._update(load)
 
     def hold(self, address: str) -> None:
@@ -147,11 +162,8 @@ class Loads:
     def _hold(self, address: str, requests: int) -> None:
         load = self._of.get(address)
         if load is not None:
-            held = load.held
-            load.held = max(0, held + requests)  # another endpoint may have come under the address meanwhile
-            if load.counts:
-                self._held += load.held - held
-            self._update(load)
+            load.held = max(0, load.held + requests)  # another endpoint may have come under the address meanwhile
+            _count(load)
 
     def say(self, address: str, engine: Engine, taken_at: float) -> None:
         """The engine's word, of the time `taken_at`."""
@@ -172,22 +184,25 @@ class Loads:
                 load.engine = replace(load.engine, slots=slots)
 
     def sweep(self, now: float) -> None:
-        """Drop what is too old to count, which `send` does only for endpoints that are sent something. To be called a few times a second."""
+        """Drop what is too old to count, which `send` does only for endpoints that are sent something, and see how long requests take. To be called a few
+        times a second."""
         for load in self._of.values():
             if load.sent or now - load.said_at > STALE_S:
                 _expire(load, now)
                 _count(load)
         self._add_up()
-        self.has_room = any(load.counts and not load.is_full for load in self._of.values())
+        self.has_room = any(load.counts and load.has_room for load in self._of.values())
+        self.service.look(now, sum(load.engine.running for load in self._of.values() if load.counts), self._said, self._sent)
+        self._sent = 0
 
     def mean(self) -> float:
         """Requests in flight per ready endpoint."""
-        return max(self._said, self._total - self._held - ENDING * self._said) / self._ready if self._ready else 0.0
+        return max(self._said, self._gone + self._guessed - ENDING * self._said) / self._ready if self._ready else 0.0
 
     def bound(self, factor: float) -> float:
         """From so many known requests in flight on, an endpoint carries too much: `factor` times the mean, less UNHEARD times what the other routers have
         sent an endpoint since its word, if they send as much as this one."""
-        unheard = (self._total - self._known) / self._ready if self._ready else 0.0
+        unheard = self._guessed / self._ready if self._ready else 0.0
         return max(factor * self.mean() - UNHEARD * unheard, FEW)
 
     def below(self, endpoints: Sequence[Endpoint], bound: float) -> list[Endpoint]:
@@ -195,25 +210,37 @@ class Loads:
         of = self._of
         return [endpoint for endpoint in endpoints if of[endpoint.address].known < bound]
 
+    def least(self, endpoints: Sequence[Endpoint], turn: int) -> int:
+        """The place of the one with the least in flight; of equals the next one from place `turn` on, counted around."""
+        of = self._of
+        counts = [of[endpoint.address].in_flight for endpoint in endpoints]
+        least, first = min(counts), turn % len(counts)
+        try:
+            return counts.index(least, first)
+        except ValueError:
+            return counts.index(least)
+
     def _update(self, load: Load) -> None:
-        said, in_flight, known = load.said, load.in_flight, load.known
+        said, gone, guessed = load.said, load.gone, load.guessed
         _count(load)
         if load.counts:
             self._said += load.said - said
-            self._total += load.in_flight - in_flight
-            self._known += load.known - known
+            self._gone += load.gone - gone
+            self._guessed += load.guessed - guessed
 
     def _add_up(self) -> None:
         counted = [load for load in self._of.values() if load.counts]
-        self._said, self._total, self._ready = sum(load.said for load in counted), sum(load.in_flight for load in counted), len(counted)
-        self._known, self._held = sum(load.known for load in counted), sum(load.held for load in counted)
+        self._ready, self._said = len(counted), sum(load.said for load in counted)
+        self._gone, self._guessed = sum(load.gone for load in counted), sum(load.guessed for load in counted)
 
 
 def _count(load: Load) -> None:
     engine, sent = load.engine, len(load.sent)
     load.said = engine.running + engine.waiting
-    load.known = load.said + sent + load.held
-    load.in_flight = load.known + (engine.routers - 1) * sent
+    load.guessed = (engine.routers - 1) * sent
+    load.gone = load.said + sent
+    load.known = load.gone + load.held + engine.others_held
+    load.in_flight = load.known + load.guessed
 
 
 def _expire(load: Load, now: float) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..client import Claimed, Loading, Staged, StagerClient
 from ..core.copies import Copies
+from ..core.durations import Copying
 from ..core.endpoint import Endpoint
 from ..core.events import Mutation
 from ..errors import LoraExtprocError, NodeDraining, StagerUnavailable
@@ -79,6 +80,7 @@ class Residency:
         self._flights: SingleFlight[Key, Staged] = SingleFlight()
         self._preparing: dict[str, set[Key]] = {}  # by stager
         self._not_before: dict[Key, float] = {}  # when a preparation that failed may be tried again
+        self.copying = Copying()  # how long it takes to make another copy of what some node has
         self._usual_gap_s: dict[str, float] = {}  # by stager: for how long a flight tells nothing, usually
         self._releases: set[asyncio.Task[None]] = set()
         self._sweep_at = SWEEP_ABOVE
@@ -300,7 +302,7 @@ class Residency:
         client = self._clients.get(stager)
         if client is None:
             raise StagerUnavailable("the endpoint has no stager")
-        asked = self._clock()
+        asked, before = self._clock(), dict(self.copies.of(adapter))
         call = self._calls[key] = _Call(asked)
         try:
             staged = await client.ensure(adapter, loading=_loading(plain=plain), on_progress=lambda _: self._moved(call))
@@ -317,6 +319,8 @@ class Residency:
             self._moved(call)
             usual = self._usual_gap_s.get(stager, call.longest_gap_s)
             self._usual_gap_s[stager] = usual + GAP_WEIGHT * (call.longest_gap_s - usual)
+        if before and not before.get(stager):
+            self.copying.took(answered - asked, is_fetch=staged.staged)
         granted = min(answered, asked + staged.waited_s)  # the answer may have been late: the lease runs since the stager gave it
         if not call.is_believed:  # nor is the lease kept: the stager would count it to its end, and a drain would last as long
             self._release_soon(stager, adapter, staged.digest, granted + staged.lease_s)

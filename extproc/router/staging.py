@@ -184,7 +184,15 @@ class Staging:
         loads = self._loads[forward.pool.name]
         copies = self._copies(forward)
         preferred = self._preferred([copy.endpoint for copy in copies if copy.at is At.LEASED], forward, loads, rule) if len(copies) > 1 else None
-        return choose(copies, self._order(forward, rule, len(copies)), loads, rule, preferred, is_hot=forward.adapter in self._hot.hottest)
+        return choose(
+            copies,
+            self._order(forward, rule, len(copies)),
+            loads,
+            rule,
+            preferred,
+            is_hot=forward.adapter in self._hot.hottest,
+            copying=self._residency.copying,
+        )
 
     def _copies(self, forward: Forward) -> list[Copy]:
         """Where the adapter is, of the endpoints that may be sent this request."""

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import OFTEN, SAMPLED, SELDOM, At, Balance, Choice, Copy, Rule, Rules, choose, is_below, least_of, of_leased
+from extproc.core.choice import BRIEF, FAR, OFTEN, SAMPLED, SELDOM, SOON, At, Balance, Choice, Copy, Rule, Rules, choose, is_below, least_of, of_leased
+from extproc.core.durations import USUAL_S, Copying
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
 
 A, B, C, D, E, F = ENDPOINTS = tuple(Endpoint(f"10.0.0.{i}:8000", stager=f"10.0.0.{i}:9102") for i in range(1, 7))
 RULE = Rule(lambda count: count - 1)
+FAR_ORIGIN = Copying(load_s=0.5, fetch_s=USUAL_S)  # a load is brief beside a request, a fetch is not
 
 
 def loads_of(*in_flight: float) -> Loads:
@@ -48,21 +50,44 @@ def test_the_copy_with_the_longest_prefix_serves_while_it_is_below_the_bound() -
     assert choose(leased(A, B), ENDPOINTS, loads_of(20, 9, 10, 10), RULE, preferred=A).serve == B
     assert choose(leased(A, B), ENDPOINTS, loads_of(11, 9), RULE, preferred=C).serve == B
     near = loads_of(12.8, 12.6, 9.2, 9.2, 9.2, 9.2)  # 12.96 is the bound
-    assert choose(leased(A, B), ENDPOINTS, near, RULE, preferred=A) == Choice(A)
+    assert choose(leased(A, B), ENDPOINTS, near, RULE, preferred=A).serve == A
 
 
-def test_above_the_bound_a_request_waits_for_a_load_and_not_for_a_fetch() -> None:
-    """Unless the engine that has it queues: then any wait elsewhere is shorter."""
+def test_above_the_bound_a_request_waits_for_what_is_brief_beside_its_own_time() -> None:
+    """A load of half a second beside a completion of four, and a fetch only if that takes no longer."""
     loads = loads_of(30, 10, 10, 10, 10, 10)
-    assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(A, prepare=B)
-    assert choose([*leased(A), Copy(B, At.COLD)], ENDPOINTS, loads, RULE) == Choice(None, (B, A))
-    loads.say(A.address, Engine(running=20, waiting=10), 1.0)
+    cold = [*leased(A), Copy(B, At.COLD)]
+    assert choose(leased(A), ENDPOINTS, loads, RULE, copying=FAR_ORIGIN) == Choice(A, prepare=B)
+    assert choose(cold, ENDPOINTS, loads, RULE, copying=FAR_ORIGIN) == Choice(None, (B, A))
     assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(None, (B, A))
+    for load_s, choice in ((BRIEF * USUAL_S, Choice(None, (B, A))), (BRIEF * USUAL_S + 0.1, Choice(A, prepare=B))):
+        assert choose(cold, ENDPOINTS, loads, RULE, copying=Copying(load_s=load_s)) == choice
+
+
+def test_a_request_waits_for_a_copy_that_comes_before_half_of_the_queue_ends() -> None:
+    """The queue is that of a look ago, and gets shorter meanwhile."""
+    loads = loads_of(6, 2, 2, 2, 2, 2)
+    loads.say(A.address, Engine(running=4, waiting=3), 1.0)
+    assert loads[A.address].queue_s(USUAL_S) == 3
+    for fetch_s, choice in ((1.4, Choice(None, (B, A))), (1.6, Choice(A, prepare=B))):
+        assert choose(leased(A), ENDPOINTS, loads, RULE, copying=Copying(fetch_s=fetch_s)) == choice
+
+
+def test_who_is_the_first_to_want_a_fetch_waits_for_it_only_far_above_the_bound() -> None:
+    """The second waits for one that is on its way. Who was served where an endpoint drains waits for neither."""
+    loads = loads_of(28, 18, 18, 18, 18, 24)
+    assert 1 < loads[A.address].known / loads.bound(RULE.factor) < FAR
+    assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(A, prepare=B)
+    assert choose([*leased(A), Copy(B, At.COMING)], ENDPOINTS, loads, RULE) == Choice(None, (B, A))
+    for at in (At.LEAVING, At.PARTING):
+        assert choose([*leased(A), Copy(B, At.COMING), Copy(C, at)], ENDPOINTS, loads, RULE) == Choice(A, prepare=B)
 
 
 def test_an_excess_that_is_over_before_a_load_would_be_makes_no_copy() -> None:
     """One copy has less than CERTAIN times the bound: chance. Several that have as much are asked for often enough that the next one pays."""
     loads = loads_of(25.9, 25.9, 18.4, 18.4, 18.4, 18.4)  # 26.1 is the bound
+    for endpoint in ENDPOINTS:
+        loads.demand(endpoint.address, 16, 16)
     assert choose(leased(A), ENDPOINTS, loads, RULE) == Choice(A)
     loads.say(A.address, Engine(running=26.8), 1.0)
     loads.say(B.address, Engine(running=26.8), 1.0)
@@ -90,7 +115,7 @@ def test_no_more_copies_are_made_than_the_adapter_may_have() -> None:
     loads = loads_of(30, 30, 10, 10, 10, 10)
     rule = Rule(RULE.draw, max_copies=2)
     assert choose(leased(A, B), ENDPOINTS, loads, rule) == Choice(A)
-    assert choose(leased(A), ENDPOINTS, loads, rule).prepare == C
+    assert choose(leased(A), ENDPOINTS, loads, rule, copying=FAR_ORIGIN).prepare == C
 
 
 # ---- spare copies
@@ -174,9 +199,34 @@ def test_the_only_copy_of_what_is_hot_is_compared_with_other_places_now_and_then
         loads.demand(endpoint.address, 16, 16)
     loads.sweep(0.0)
     assert looks([A], ENDPOINTS, loads, 2 * OFTEN, is_hot=True) == 0
-    loads.demand(F.address, 15, 16)
+    loads.demand(F.address, 14, 16)  # the last two are for what is nowhere
+    loads.sweep(0.0)
+    assert looks([A], ENDPOINTS, loads, 2 * OFTEN, is_hot=True) == 0
+    loads.demand(F.address, 13, 16)
     loads.sweep(0.0)
     assert looks([A], ENDPOINTS, loads, 2 * OFTEN, is_hot=True) == 2
+
+
+def test_near_the_bound_the_next_copy_is_prepared_where_engines_have_room() -> None:
+    """What costs nothing is there before it is needed; of many copies, when not half of them are less busy."""
+    near, half = loads_of_twenty(12, 12, 12, 10, 10), loads_of_twenty(12, 12, 10, 10, 10)  # 12.9 and 12.8 are the bounds
+    assert looks([TWENTY[0]], TWENTY, near, 4 * SOON) == 4
+    assert looks([TWENTY[3]], TWENTY[3:], near, 4 * SOON) == 0
+    assert choose(leased(TWENTY[0]), TWENTY, near, RULE) == Choice(TWENTY[0], prepare=TWENTY[1])
+    assert choose(leased(*TWENTY[:2]), TWENTY, near, RULE).prepare == TWENTY[2]
+    assert choose(leased(TWENTY[0], TWENTY[3]), TWENTY, near, RULE).prepare is None
+    assert [choose(leased(*MANY_LEASED), TWENTY, loads, RULE).prepare for loads in (near, half)] == [TWENTY[5], None]
+    for endpoint in TWENTY:
+        near.demand(endpoint.address, 16, 16)
+    near.sweep(0.0)
+    assert looks([TWENTY[0]], TWENTY, near, 4 * SOON) == 0
+    assert [choose(leased(*copies), TWENTY, near, RULE).prepare for copies in ([TWENTY[0]], MANY_LEASED)] == [None, None]
+
+
+def test_of_many_copies_that_are_as_busy_routers_take_different_ones() -> None:
+    """Else all would send to the same one what each sends before the engine speaks again."""
+    loads = loads_of_twenty()
+    assert {of_leased(MANY_LEASED, TWENTY, loads, RULE, look)[0][0] for look in range(5)} == set(MANY_LEASED)
 
 
 def test_of_many_copies_the_leased_ones_are_enough_even_above_the_bound() -> None:
@@ -208,13 +258,13 @@ def test_a_copy_in_another_engines_memory_is_waited_for() -> None:
 
 
 def test_one_that_has_too_much_is_left_alone_for_another_that_has_the_files() -> None:
-    """A load takes half a second. Where it would have to be fetched, it is prepared meanwhile, unless the engine that has it queues."""
+    """A load takes half a second. Where it would have to be fetched from afar, it is prepared meanwhile, unless the engine that has it queues for longer."""
     loads = loads_of(30, 10, 10, 10, 10, 10)
     assert choose([Copy(A, At.WARM), Copy(B, At.COLD)], ENDPOINTS, loads, RULE).wait_for[0] == B
-    choice = choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE)
+    choice = choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE, copying=FAR_ORIGIN)
     assert (choice.wait_for[0], choice.prepare) == (A, B)
-    loads.say(A.address, Engine(running=20, waiting=10), 1.0)
-    assert choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE).wait_for[0] == B
+    loads.say(A.address, Engine(running=10, waiting=21), 1.0)
+    assert choose([Copy(A, At.WARM)], ENDPOINTS, loads, RULE, copying=FAR_ORIGIN).wait_for[0] == B
     assert choose([Copy(A, At.WARM)], (A,), loads_of(40, 10, 10, 10, 10, 10), RULE).wait_for == (A,)
 
 
@@ -365,8 +415,8 @@ def test_what_others_hold_at_a_copy_on_its_way_counts_as_what_is_held_here() -> 
 def test_as_many_copies_are_on_their_way_as_are_there() -> None:
     """Above the bound each request has the next one prepared, until there are twice as many."""
     loads = loads_of(30, 30, 10, 10, 10, 10)
-    assert choose([*leased(A, B), Copy(C, At.COMING)], ENDPOINTS, loads, RULE).prepare == D
-    assert choose([*leased(A, B), Copy(C, At.COMING), Copy(D, At.COMING)], ENDPOINTS, loads, RULE).prepare == C
+    assert choose([*leased(A, B), Copy(C, At.COMING)], ENDPOINTS, loads, RULE, copying=FAR_ORIGIN).prepare == D
+    assert choose([*leased(A, B), Copy(C, At.COMING), Copy(D, At.COMING)], ENDPOINTS, loads, RULE, copying=FAR_ORIGIN).prepare == C
 
 
 def test_of_many_copies_another_is_prepared_while_half_of_them_are_below_the_bound() -> None:
@@ -392,27 +442,34 @@ def test_who_has_waited_with_too_many_others_chooses_again() -> None:
 
 def test_where_an_engine_is_crowded_a_request_waits_even_for_a_fetch() -> None:
     """32 requests at once are not too many for any; in a fleet that does more, half as much again as the bound."""
-    assert choose(leased(A), ENDPOINTS, loads_of(31, 10, 10, 10, 10, 10), RULE) == Choice(A, prepare=B)
-    assert choose(leased(A), ENDPOINTS, loads_of(32, 10, 10, 10, 10, 10), RULE) == Choice(None, (B, A))
-    assert choose(leased(A), (A, B), loads_of(80, 50, 50, 50, 50, 50), RULE) == Choice(A, prepare=B)
-    assert choose(leased(A), (A, B), loads_of(140, 90, 50, 50, 50, 50), RULE) == Choice(None, (B, A))
+    for in_flight, choice in (
+        ((31, 10, 10, 10, 10, 10), Choice(A, prepare=B)),
+        ((32, 10, 10, 10, 10, 10), Choice(None, (B, A))),
+        ((80, 50, 50, 50, 50, 50), Choice(A, prepare=B)),
+        ((140, 90, 50, 50, 50, 50), Choice(None, (B, A))),
+    ):
+        assert choose(leased(A), (A, B), loads_of(*in_flight), RULE, copying=FAR_ORIGIN) == choice
 
 
 def test_where_few_run_a_request_waits_neither_for_a_load_nor_for_a_fetch_unless_they_queue() -> None:
-    """One more of five is hardly noticed; a queue of four is over before another engine has the adapter, whatever part it is of what runs."""
-    few, queue, short = loads_of(5, 1, 1, 1, 1, 1), loads_of(0, 1, 1, 1, 1, 1), loads_of(0, 1, 1, 1, 1, 1)
-    queue.say(A.address, Engine(running=2, waiting=5), 1.0)
-    short.say(A.address, Engine(running=2, waiting=4), 1.0)
+    """One more of five is hardly noticed. Of requests of a fifth of a second, ten queue for no longer than a load takes twice where four run."""
+    few, queue, short = (loads_of(5, 1, 1, 1, 1, 1) for _ in range(3))
+    for loads, waiting in ((queue, 11), (short, 10)):
+        loads.say(A.address, Engine(running=4, waiting=waiting), 1.0)
+        loads.service.look(0.0, 20.0, 20.0, 0)
+        loads.service.look(2.0, 20.0, 20.0, 200)
+        assert loads.service.mean_s == pytest.approx(0.2)
     for at in (At.LEASED, At.WARM):
         for others in ([], [Copy(B, At.COLD)]):
-            assert is_first(A, at, others, few)
-            assert is_first(A, at, others, short)
-            assert not is_first(A, at, others, queue)
+            copying = Copying(load_s=0.26, fetch_s=0.26)
+            assert is_first(A, at, others, few, copying)
+            assert is_first(A, at, others, short, copying)
+            assert not is_first(A, at, others, queue, copying)
 
 
-def is_first(place: Endpoint, at: At, others: list[Copy], loads: Loads) -> bool:
+def is_first(place: Endpoint, at: At, others: list[Copy], loads: Loads, copying: Copying) -> bool:
     """Whether a request with a copy there goes there, or waits for that one."""
-    choice = choose([Copy(place, at), *others], ENDPOINTS, loads, RULE)
+    choice = choose([Copy(place, at), *others], ENDPOINTS, loads, RULE, copying=copying)
     return (choice.serve or choice.wait_for[0]) == place
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from extproc.core.durations import USUAL_S
 from extproc.core.endpoint import Endpoint
-from extproc.core.load import ENDING, FEW, FORGOTTEN_S, MAX_SENT, STALE_S, Engine, Loads
+from extproc.core.load import ENDING, FEW, FORGOTTEN_S, MAX_SENT, STALE_S, UNHEARD, Engine, Loads
 
 
 def test_what_was_sent_after_an_engines_word_is_added_to_it() -> None:
@@ -45,7 +46,7 @@ def test_a_guess_of_what_others_send_does_not_put_an_endpoint_above_the_bound() 
         loads.say(address, Engine(running=20, routers=4), taken_at=0.0)
     loads.send("a", 0.1)
     assert (loads["a"].in_flight, loads["a"].known) == (24, 21)
-    assert loads.bound(1.25) == 1.25 * 20 - 1.5 * 3 / 2
+    assert loads.bound(1.25) == 1.25 * 20 - UNHEARD * 3 / 2
     a, b = Endpoint("a"), Endpoint("b")
     assert loads.below((a, b), 21) == [b]
     loads.stand_one("a", ready=False)
@@ -68,6 +69,33 @@ def test_what_waits_here_for_an_adapter_counts_at_the_endpoint_that_will_have_it
     assert loads.mean() == 0
     loads.sweep(1.0)
     assert loads.mean() == 0
+
+
+def test_what_other_routers_hold_counts_as_what_is_held_here() -> None:
+    """Its stager tells it with the engine's load. They call it once for each adapter: of one that many wait for here, as many wait there."""
+    loads = Loads(["a", "b"])
+    loads.say("a", Engine(running=10, others_held=3, routers=3), 0.0)
+    loads.say("b", Engine(running=10), 0.0)
+    assert (loads["a"].known, loads["a"].in_flight, loads["a"].gone) == (13, 13, 10)
+    assert loads.mean() == 10
+    assert loads["a"].awaited == 13
+    for _ in range(4):
+        loads.hold("a")
+    assert loads["a"].awaited == 10 + 4 + 8
+
+
+def test_how_long_requests_take_follows_from_what_runs_and_what_ends() -> None:
+    """What ends is what was sent by all routers, less what the engines have more than before. It takes no time in a queue."""
+    loads = Loads(["a", "b"])
+    assert loads.service.mean_s == USUAL_S
+    for second in range(60):
+        have = min(second, 20)
+        for address in ("a", "b"):
+            loads.say(address, Engine(running=have, waiting=5.0, routers=2), second)
+            for _ in range(5):
+                loads.send(address, second)
+        loads.sweep(second + 0.5)
+    assert loads.service.mean_s == pytest.approx(2 * 20 / (2 * 2 * 5), rel=0.1)
 
 
 def test_who_waited_for_an_endpoint_that_has_gone_counts_nowhere() -> None:

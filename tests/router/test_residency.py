@@ -5,6 +5,8 @@ import asyncio
 import pytest
 
 from extproc.client import Loading
+from extproc.core.durations import NEWEST
+from extproc.core.endpoint import Endpoint
 from extproc.errors import StagerUnavailable
 from extproc.router.residency import IN_TRANSIT_S
 from tests.fakes.wait import VirtualLoop
@@ -68,6 +70,32 @@ async def test_a_thousand_waiters_are_one_call() -> None:
     router.stager_of(owner).gate.set()
     assert len({staged.digest for staged in await asyncio.gather(*waits)}) == 1
     assert router.stager_of(owner).asked == ["a"]
+
+
+async def test_how_long_a_copy_takes_is_learned_from_those_that_are_made() -> None:
+    """Of what some node has. What is nowhere comes from an origin, and what is in memory already costs a call: neither says anything of a copy."""
+    router = Router(3)
+    first, second, third = router.pool.table.endpoints
+    copying = router.residency.copying
+    usual = (copying.load_s, copying.fetch_s)
+
+    async def ensure(endpoint: Endpoint, seconds: float) -> None:
+        router.stager_of(endpoint).gate.clear()
+        call = asyncio.create_task(router.residency.ensure(endpoint, "a"))
+        await _settle()
+        router.now += seconds
+        router.stager_of(endpoint).gate.set()
+        await call
+
+    await ensure(first, 50.0)
+    await ensure(first, 50.0)
+    assert (copying.load_s, copying.fetch_s) == usual
+    await ensure(second, 6.0)
+    assert (copying.load_s, copying.fetch_s) == (usual[0], usual[1] + NEWEST * (6.0 - usual[1]))
+    router.stager_of(third).known.add("a")
+    router.residency.copies.put(third.stager, "a", warm=False)
+    await ensure(third, 3.0)
+    assert copying.load_s == usual[0] + NEWEST * (3.0 - usual[0])
 
 
 async def test_forgetting_is_by_adapter() -> None:

@@ -179,6 +179,7 @@ async def test_above_the_bound_another_copy_is_made_and_both_serve() -> None:
     """The copy that is there serves while the files of the next are fetched; from then on the one with less in flight does."""
     router = Router(4)
     owner, second, *_ = router.pool.candidates("a")
+    router.residency.copying.fetch_s = 4.0
     assert (await serve(router, chat("a"))).first_destination() == owner.address
     busy(router, owner, 20)
     for endpoint in router.pool.candidates("a")[1:]:
@@ -230,6 +231,7 @@ async def test_a_copy_of_which_a_stager_tells_is_asked_for_before_one_is_made() 
 async def test_of_all_who_wait_for_the_first_copy_no_more_go_there_at_once_than_an_engine_computes() -> None:
     """The first to come go first. The rest wait for the next copy, which is made now that a node has the files; one fetch was enough until then."""
     router = Router(10, max_waiting_per_adapter=100)
+    router.residency.copying.fetch_s = 4.0
     places = router.pool.candidates("a")[:3]
     stagers = [router.stager_of(endpoint) for endpoint in places]
     for stager in stagers:
