@@ -165,7 +165,8 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What the engine works on, `age_s` seconds before this was sent. Slots of 0: not known. It is looked at `every_s`, and told `routers`."""
+    """What the engine works on, `age_s` seconds before this was sent. Slots of 0: not known. It is looked at `every_s`, and told `routers`, of which the others
+    let `others_held` calls wait there."""
 
     running: float
     waiting: float
@@ -175,6 +176,7 @@ class EngineLoad:
     age_s: float
     every_s: float = 0.0
     routers: int = 1
+    others_held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +414,7 @@ class StagerClient:
         does again, and StagerUnavailable is raised when it has been silent for six heartbeats. With `copies` it tells what the node has, whole and then by
         changes; with `load` what its engine works on; with `wakes` Woken.
         """
-        asked = pb.WatchRequest(heartbeat_seconds=heartbeat_s, copies=copies, load=load, wakes=wakes)
+        asked = pb.WatchRequest(heartbeat_seconds=heartbeat_s, copies=copies, load=load, wakes=wakes, holder=self.holder)
         try:
             while True:
                 async with self._channel.line() as line, contextlib.aclosing(self._watch(line, asked)) as events:
@@ -585,7 +587,7 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
             if not load.known:
                 return None
             shown = (load.running, load.waiting, load.kv_usage, load.slots, load.cpu_slots, load.age_seconds)
-            return EngineLoad(*shown, load.every_seconds, max(1, load.routers))
+            return EngineLoad(*shown, load.every_seconds, max(1, load.routers), load.others_held)
         case "space":
             return Space(message.space.used_bytes, message.space.reserved_bytes, message.space.max_bytes)
         case _:

@@ -230,20 +230,22 @@ class VerifyResult(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., digest: _Optional[str] = ..., ok: _Optional[bool] = ..., why: _Optional[str] = ..., removed: _Optional[bool] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("instance", "after", "heartbeat_seconds", "copies", "load", "wakes")
+    __slots__ = ("instance", "after", "heartbeat_seconds", "copies", "load", "wakes", "holder")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     WAKES_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     instance: str
     after: int
     heartbeat_seconds: float
     copies: bool
     load: bool
     wakes: bool
-    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ..., heartbeat_seconds: _Optional[float] = ..., copies: _Optional[bool] = ..., load: _Optional[bool] = ..., wakes: _Optional[bool] = ...) -> None: ...
+    holder: str
+    def __init__(self, instance: _Optional[str] = ..., after: _Optional[int] = ..., heartbeat_seconds: _Optional[float] = ..., copies: _Optional[bool] = ..., load: _Optional[bool] = ..., wakes: _Optional[bool] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class NodeState(_message.Message):
     __slots__ = ("ready", "why", "instance", "resumed", "draining", "heartbeat_seconds", "empty")
@@ -274,7 +276,7 @@ class Inventory(_message.Message):
     def __init__(self, cold: _Optional[_Iterable[str]] = ..., warm: _Optional[_Iterable[str]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "slots", "cpu_slots", "age_seconds", "known", "every_seconds", "routers")
+    __slots__ = ("running", "waiting", "kv_usage", "slots", "cpu_slots", "age_seconds", "known", "every_seconds", "routers", "others_held")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +286,7 @@ class EngineLoad(_message.Message):
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_HELD_FIELD_NUMBER: _ClassVar[int]
     running: float
     waiting: float
     kv_usage: float
@@ -293,7 +296,8 @@ class EngineLoad(_message.Message):
     known: bool
     every_seconds: float
     routers: int
-    def __init__(self, running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., slots: _Optional[int] = ..., cpu_slots: _Optional[int] = ..., age_seconds: _Optional[float] = ..., known: _Optional[bool] = ..., every_seconds: _Optional[float] = ..., routers: _Optional[int] = ...) -> None: ...
+    others_held: int
+    def __init__(self, running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., slots: _Optional[int] = ..., cpu_slots: _Optional[int] = ..., age_seconds: _Optional[float] = ..., known: _Optional[bool] = ..., every_seconds: _Optional[float] = ..., routers: _Optional[int] = ..., others_held: _Optional[int] = ...) -> None: ...
 
 class Space(_message.Message):
     __slots__ = ("used_bytes", "reserved_bytes", "max_bytes")

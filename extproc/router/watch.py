@@ -98,8 +98,8 @@ class Watch:
                 case Heard():
                     await self._ask_engines_no_more()
                     self._observe(is_silent=False, engine_answers=None)
-                case EngineLoad(running, waiting, _, slots, cpu_slots, age_s, every_s, routers):
-                    self._observer.engine_says(stager, Engine(running, waiting, cpu_slots or slots, every_s, routers), age_s)
+                case EngineLoad(running, waiting, _, slots, cpu_slots, age_s, every_s, routers, others_held):
+                    self._observer.engine_says(stager, Engine(running, waiting, cpu_slots or slots, every_s, routers, others_held), age_s)
                 case Demand(adapters, slots):
                     self._observer.in_demand(stager, adapters, slots)
                 case Inventory(cold, warm, more):

@@ -38,6 +38,7 @@ from .books.changes import Changes
 from .books.holdings import Holdings, Named
 from .books.readiness import Readiness
 from .books.refusals import Refusals
+from .books.waits import Waits
 from .disk.adopt import ORIGIN as ADOPTED
 from .disk.adopt import Adopter
 from .disk.pins import Pins
@@ -107,7 +108,8 @@ class Stager:
         self.instance = instance or secrets.token_hex(8)
         self._sources = sources
         self.copies = Copies(self.node)
-        self.meter = Meter(engine, partial(changes.mention, "load"), loads.used)
+        self._waits = Waits()
+        self.meter = Meter(engine, partial(changes.mention, "load"), loads.used, self._waits.now)
         self.drain = Drain(self.node, self.meter)
         self._keeper = EngineKeeper(engine, loads, self.node.readiness, changes, clock)
         self._flights = Flights(self.node, self._learn_from)
@@ -201,16 +203,21 @@ class Stager:
         """
         name = adapter_name(raw_name)
         try:
-            held = await self._ensure(name, priority, holder, sha256, loading)
-            if sha256 and await self._weights_sha256(name) != sha256:
-                if not held.staged and await self.refresh(name):
-                    held = await self._ensure(name, priority, holder, sha256, loading)
-                if (found := await self._weights_sha256(name)) != sha256:
-                    raise InvalidAdapter(f"the weights of {name} have SHA-256 {found}; {sha256} is asked for", "digest")
+            with self._waits.one(holder):
+                held = await self._ensure_digest(name, priority, holder, sha256, loading)
         except LoraExtprocError as error:
             self.node.metrics.ensures.labels(error.reason).inc()
             raise
         self.node.metrics.ensures.labels("staged" if held.staged else "hit").inc()
+        return held
+
+    async def _ensure_digest(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:
+        held = await self._ensure(name, priority, holder, sha256, loading)
+        if sha256 and await self._weights_sha256(name) != sha256:
+            if not held.staged and await self.refresh(name):
+                held = await self._ensure(name, priority, holder, sha256, loading)
+            if (found := await self._weights_sha256(name)) != sha256:
+                raise InvalidAdapter(f"the weights of {name} have SHA-256 {found}; {sha256} is asked for", "digest")
         return held
 
     async def _ensure(self, name: AdapterName, priority: int, holder: str, sha256: str, loading: Loading) -> Ensured:

@@ -170,7 +170,8 @@ class StagerService:
 
     async def watch(self, request: pb.WatchRequest, _context: Context) -> AsyncIterator[pb.WatchEvent]:
         wants = {"copies": request.copies, "load": request.load, "wakes": request.wakes}
-        async with contextlib.aclosing(watch_events(self._stager, request.instance, request.after, request.heartbeat_seconds, **wants)) as events:
+        events = watch_events(self._stager, request.instance, request.after, request.heartbeat_seconds, holder=request.holder, **wants)
+        async with contextlib.aclosing(events):
             async for event in events:
                 yield event
 

@@ -14,13 +14,21 @@ MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 60.0  # whatever a watcher asks for
 
 
 async def watch_events(
-    stager: Stager, instance: str = "", after: int = 0, heartbeat_s: float = 0.0, *, copies: bool = False, load: bool = False, wakes: bool = False
+    stager: Stager,
+    instance: str = "",
+    after: int = 0,
+    heartbeat_s: float = 0.0,
+    *,
+    holder: str = "",
+    copies: bool = False,
+    load: bool = False,
+    wakes: bool = False,
 ) -> AsyncGenerator[pb.WatchEvent, None]:
     """What was missed since change `after` of that `instance`, the node's state, then every change. Ends for a watcher that is too slow.
 
     After `heartbeat_s` without a change comes a heartbeat; 0: never. This loop sends it, so that a loop that is stopped is noticed. With `copies` a state
     that is not resumed is followed by all copies, as they were told when it was made; changes come after the last part. With `load` what the engine works
-    on comes in between, always the latest. With `wakes` it is told of each adapter that a request asks for and nobody leased.
+    on comes in between, always the latest, and how many calls of others than `holder` wait here. With `wakes` it is told of each adapter that a request asks for and nobody leased.
     """
     beat_s = min(max(heartbeat_s, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
     changes = stager.node.changes
@@ -47,7 +55,7 @@ async def watch_events(
         while True:
             event: pb.WatchEvent | None = None
             if load and (reading := stager.meter.told) is not None and reading is not shown:
-                shown, event = reading, _load(stager, reading)
+                shown, event = reading, _load(stager, reading, holder)
             else:
                 try:
                     async with asyncio.timeout_at(said_at + beat_s if beat_s else None):
@@ -94,13 +102,14 @@ def _event(stager: Stager, change: Change, heartbeat_s: float = 0.0) -> pb.Watch
             return _node(stager, change.sequence, resumed=True, heartbeat_s=heartbeat_s)
 
 
-def _load(stager: Stager, reading: Reading) -> pb.WatchEvent:
+def _load(stager: Stager, reading: Reading, holder: str) -> pb.WatchEvent:
     limits, work = stager.node.engine.limits, reading.work
     age_s = asyncio.get_running_loop().time() - reading.at
     load = pb.EngineLoad(slots=limits.max_loras, cpu_slots=limits.max_cpu_loras, age_seconds=age_s, known=work is not None)
     load.every_seconds, load.routers = stager.meter.every_s, stager.meter.wanting
     if work is not None:
         load.running, load.waiting, load.kv_usage = work.running, work.waiting, work.kv_usage
+        load.others_held = sum(calls for whose, calls in reading.waits.items() if whose != holder)
     return pb.WatchEvent(load=load)
 
 

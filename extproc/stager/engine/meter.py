@@ -1,21 +1,23 @@
-"""What the engine works on, read from its metrics again and again while somebody wants to know: watchers that asked for its load, a drain.
+"""What the engine works on, read from its metrics again and again while somebody wants to know: watchers that asked for its load, a drain. And who waits here
+for an adapter, which the engine will work on next.
 
 | what was read | how soon it is read again |
 | --- | --- |
-| requests run or wait | BUSY_S |
+| requests run or wait, or will when their adapter is there | BUSY_S |
 | none does | IDLE_S: the first to come is told that much later, and the router that sends it knows of it |
 | the answer took `t` | not before `t / SHARE`: an engine that is slow to answer is asked less often |
 | anything | MAX_S at the latest |
 
 A reading is told when it differs by a step from what was told last, or when the next one may come more than MAX_S after that. To a single router every
-change is told: it knows what it sends, so that what ends is all that it lacks. Of several, each lacks what the others send, which is more.
+change is told: it knows what it sends, so that what ends is all that it lacks. Of several, each lacks what the others send, which is more, and what they let
+wait here: where most requests are for what no engine has, that is a quarter of what an engine computes.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from ...errors import EngineUnreachable
 from .api import Engine, Work
@@ -36,15 +38,19 @@ class Reading:
     work: Work | None
     at: float
     is_gone: bool = False  # there is no engine that could have a request
+    waits: Mapping[str, int] = field(default_factory=dict)  # calls that waited here for an adapter, by whose they were
 
 
 class Meter:
-    """`tell()` is called when there is a reading to be told, `used(names)` with the names that were at work."""
+    """`tell()` is called when there is a reading to be told, `used(names)` with the names that were at work. `waits()` is who waits for an adapter."""
 
-    def __init__(self, engine: Engine, tell: Callable[[], None], used: Callable[[Collection[str]], None]) -> None:
+    def __init__(
+        self, engine: Engine, tell: Callable[[], None], used: Callable[[Collection[str]], None], waits: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
         self._engine = engine
         self._tell = tell
         self._used = used
+        self._waits = waits
         self.reading: Reading | None = None  # the latest; None: nobody wants to know, or nothing was read yet
         self.told: Reading | None = None  # the latest that was to be told
         self.every_s = 0.0  # until the next look, as of the last one
@@ -93,23 +99,29 @@ class Meter:
             log.debug("the engine's load is not known: %s", error.message)
             return Reading(None, now, error.is_gone)
         self._used(work.adapters)
-        return Reading(work, now)
+        return Reading(work, now, waits=self._waits())
 
     def _take(self, reading: Reading) -> None:
         self.reading, before = reading, self.told
-        if before is None or is_step(before.work, reading.work, self.wanting) or (reading.work is not None and reading.at - before.at >= MAX_S - BUSY_S):
+        if before is None or is_step(before, reading, self.wanting) or (reading.work is not None and reading.at - before.at >= MAX_S - BUSY_S):
             self.told = reading
             self._tell()
 
     def _every_s(self, took_s: float) -> float:
-        work = self.reading.work if self.reading is not None else None
-        usual_s = BUSY_S if work is not None and work.requests else IDLE_S
+        reading = self.reading
+        is_busy = reading is not None and reading.work is not None and (reading.work.requests or reading.waits)
+        usual_s = BUSY_S if is_busy else IDLE_S
         return min(MAX_S, max(usual_s, took_s / SHARE))
 
 
-def is_step(before: Work | None, now: Work | None, routers: int) -> bool:
-    """Whether what `routers` were told says too little of what is: the number of requests, whether any waits, whether it is known."""
-    if before is None or now is None:
-        return before is not now
-    step = 0.0 if routers == 1 else max(STEP, STEP_PART * before.requests)
-    return abs(now.requests - before.requests) > step or (now.waiting > 0) != (before.waiting > 0)
+def is_step(before: Reading, now: Reading, routers: int) -> bool:
+    """Whether what `routers` were told says too little of what is: the number of requests, that of calls which wait here, whether any request is queued,
+    whether all this is known."""
+    was, work = before.work, now.work
+    if was is None or work is None:
+        return was is not work
+    changes = [abs(work.requests - was.requests)]
+    if routers > 1:  # a single one knows what it lets wait
+        changes.append(abs(sum(now.waits.values()) - sum(before.waits.values())))
+    step = 0.0 if routers == 1 else max(STEP, STEP_PART * was.requests)
+    return max(changes) > step or (work.waiting > 0) != (was.waiting > 0)

@@ -14,7 +14,7 @@ from typing import Any
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine
 from extproc.stager.engine.api import Work
-from extproc.stager.engine.meter import BUSY_S, MAX_S, NAMES_S, is_step
+from extproc.stager.engine.meter import BUSY_S, MAX_S, NAMES_S, Reading, is_step
 from extproc.stager.engine.resident import Resident
 
 CONCURRENT = 32  # requests that an engine computes at once; the rest queue
@@ -64,7 +64,7 @@ class Request:
 
 
 class Node:
-    """`told(node, engine, taken_at)` is the engine's load on its way to the routers, `moved(node, adapter, is_warm)` an adapter that came into memory or left it,
+    """`told(node, engine, reading)` is the engine's load on its way to the routers, `moved(node, adapter, is_warm)` an adapter that came into memory or left it,
     `started(request)` a request that waits no more."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Node:
         slots: int,
         clock: Clock,
         *,
-        told: Callable[["Node", Engine, float], None],
+        told: Callable[["Node", Engine, Reading], None],
         moved: Callable[["Node", str, bool], None],
         started: Callable[[Request], None],
         is_exact: bool,
@@ -95,8 +95,8 @@ class Node:
         self._is_exact = is_exact  # its load is known at once and always
         self._routers = routers
         self._has_peer = has_peer
-        self._last_told: Work | None = None
-        self._told_at = 0.0
+        self._told_last = Reading(None, 0.0)
+        self.waits: Counter[str] = Counter()  # calls of requests that wait here for an adapter, by router
         self._known: set[str] = set()  # names that the engine was told
         self._resident = Resident()
         self._names_due = 0.0
@@ -216,17 +216,18 @@ class Node:
         """Read the engine's metrics, again and again."""
         if not self.is_alive:
             return
-        now, work = self._clock.now, Work(self.running, len(self.queue), 0.0)
+        now = self._clock.now
+        reading = Reading(Work(self.running, len(self.queue), 0.0), now, waits=+self.waits)
         if now >= self._names_due:
             self._names_due = now + NAMES_S
             for name in sorted({*self._active, *(request.adapter for request in self.queue)}):  # of no order that means anything, and the same in each run
                 if name in self._known:
                     self._use(name)
-        if not self._is_exact and (is_step(self._last_told, work, self._routers) or now - self._told_at >= MAX_S - BUSY_S):
-            self._last_told, self._told_at = work, now
-            self._clock.after(WORD_S, self._told, self, Engine(work.running, work.waiting, self.slots, BUSY_S, self._routers), now)
+        if not self._is_exact and (is_step(self._told_last, reading, self._routers) or now - self._told_last.at >= MAX_S - BUSY_S):
+            self._told_last = reading
+            self._clock.after(WORD_S, self._told, self, Engine(self.running, len(self.queue), self.slots, BUSY_S, self._routers), reading)
         self._clock.after(BUSY_S, self.poll)
 
     def _say_exactly(self) -> None:
         if self._is_exact:
-            self._told(self, Engine(self.running, len(self.queue), self.slots), self._clock.now)
+            self._told(self, Engine(self.running, len(self.queue), self.slots), Reading(None, self._clock.now))

@@ -37,7 +37,8 @@ class Way(ABC):
 class Router:
     """Its loads, leases, standings and popularity are its own; where copies are, all routers hear alike."""
 
-    def __init__(self, nodes: Mapping[str, Node], copies: Copies, pool: Pool, way: Way, clock: Clock) -> None:
+    def __init__(self, name: str, nodes: Mapping[str, Node], copies: Copies, pool: Pool, way: Way, clock: Clock) -> None:
+        self.name = name
         self.snapshot = Snapshot((pool,))
         self.loads = Loads(e.address for e in pool.table.endpoints)
         self.popularity = Popularity()
@@ -132,18 +133,20 @@ class Router:
         node.take(request)
 
     def _ensure(self, endpoint: Endpoint, adapter: str, then: Callable[[bool], None]) -> None:
-        call = (endpoint.stager, adapter)
+        call, node = (endpoint.stager, adapter), self._nodes[endpoint.stager]
 
         def answered(is_there: bool) -> None:
             self._asked[call] -= 1
             if not self._asked[call]:
                 del self._asked[call]
+                node.waits[self.name] -= 1
             if is_there:
                 self._leases[call] = self._clock.now + LEASE_S
             then(is_there)
 
+        node.waits[self.name] += not self._asked[call]  # all who wait for the same share one call
         self._asked[call] += 1
-        self._nodes[endpoint.stager].ensure(adapter, answered)
+        node.ensure(adapter, answered)
 
     def _prepare(self, endpoint: Endpoint, adapter: str) -> None:
         preparing = self._preparing.setdefault(endpoint.stager, set())

@@ -4,7 +4,7 @@ import math
 import random
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from extproc.core.copies import Copies
@@ -13,7 +13,7 @@ from extproc.core.load import Engine
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
 from extproc.core.standing import Stager, Standing
-from extproc.stager.engine.meter import BUSY_S
+from extproc.stager.engine.meter import BUSY_S, Reading
 
 from .node import CONCURRENT, Clock, Node, Request
 from .router import Router, Way
@@ -86,7 +86,7 @@ class World:
         for index in range(case.nodes):
             self._add_node(index)
         pool = Pool("p", frozenset(), ("*",), LookupTable(node.endpoint for node in self._nodes.values()))
-        self._routers = [Router(self._nodes, self._copies, pool, way(), self.clock) for _ in range(case.routers)]
+        self._routers = [Router(f"router-{number}", self._nodes, self._copies, pool, way(), self.clock) for number in range(case.routers)]
         self._weights = list(accumulate((rank + 1) ** -case.zipf for rank in range(case.adapters)))
         self._names = [f"a{number}" for number in range(case.adapters)]
         self._random.shuffle(self._names)
@@ -146,9 +146,10 @@ class World:
 
     # -- what nodes say
 
-    def _told(self, node: Node, engine: Engine, taken_at: float) -> None:
+    def _told(self, node: Node, engine: Engine, reading: Reading) -> None:
+        held = sum(reading.waits.values())
         for router in self._routers:
-            router.loads.say(node.endpoint.address, engine, taken_at)
+            router.loads.say(node.endpoint.address, replace(engine, others_held=held - reading.waits.get(router.name, 0)), reading.at)
 
     def _moved(self, node: Node, adapter: str, is_warm: bool) -> None:
         self._copies.put(node.endpoint.stager, adapter, warm=is_warm)

@@ -42,7 +42,8 @@ class Metered:
         self.engine = Scripted()
         self.told: list[tuple[float, Work | None]] = []
         self.names: list[Collection[str]] = []
-        self.meter = Meter(cast("Engine", self.engine), self._tell, self.names.append)
+        self.waits: dict[str, int] = {}
+        self.meter = Meter(cast("Engine", self.engine), self._tell, self.names.append, lambda: dict(self.waits))
 
     def _tell(self) -> None:
         assert self.meter.told is not None
@@ -95,6 +96,22 @@ def test_a_single_router_is_told_of_every_change(metered: Metered) -> None:
     """It knows what it sends, and lacks only what ends."""
     metered.run((busy(100), 1.0), (busy(101), 0.5), (busy(101), 0.5), (busy(100), 0.5))
     assert [work for _, work in metered.told] == [busy(100), busy(101), busy(100)]
+
+
+def test_of_several_routers_each_is_told_what_the_others_let_wait(metered: Metered) -> None:
+    """A step of it is told as one of the engine's own numbers, and an idle engine that will have it is looked at as a busy one."""
+    metered.loop.call_later(1.1, lambda: metered.waits.update(one=1, other=1))
+    metered.meter.wanting = 1  # another router
+    metered.run((busy(0), 4.0))
+    assert metered.meter.every_s == BUSY_S
+    assert metered.told[1][0] - metered.told[0][0] == 1.5  # with the look that comes then
+
+
+def test_a_single_router_is_not_told_what_it_lets_wait_itself(metered: Metered) -> None:
+    """It knows."""
+    metered.loop.call_later(1.1, lambda: metered.waits.update(one=2))
+    metered.run((busy(0), 1.7))
+    assert len(metered.told) == 1
 
 
 def test_how_often_the_engine_is_looked_at_is_said(metered: Metered) -> None:

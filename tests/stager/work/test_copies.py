@@ -22,7 +22,7 @@ from extproc.stager.stager import Stager
 from extproc.stager.work import copies as copies_module
 from extproc.stager.work.copies import PART
 from extproc.up.demo import BASE_MODEL
-from tests.fakes.adapters import small_files
+from tests.fakes.adapters import WEIGHTS, small_files
 from tests.fakes.engine import RunningEngine, running_engine
 from tests.fakes.origin import FakeOrigin, origin_of
 from tests.fakes.relay import Relay
@@ -167,6 +167,30 @@ async def test_watchers_hear_what_the_engine_works_on(serve_node: ServeNode, eng
     await until(lambda: node.stager.meter.told is not None and node.stager.meter.told.work is None)
     assert all(load.running == 0 for load in follower.loads[told:])
     await follower.stop()
+
+
+async def test_watchers_hear_how_many_calls_of_others_wait(
+    serve_node: ServeNode, engine: RunningEngine, origin: FakeOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each adapter that a router waits for; its own are left out, since it knows them. A wait that is given up counts no longer."""
+    monkeypatch.setattr(meter_module, "BUSY_S", 0.01)
+    monkeypatch.setattr(meter_module, "IDLE_S", 0.01)
+    monkeypatch.setattr(meter_module, "STEP", 0.0)
+    stalls = [origin.stall(name, WEIGHTS) for name in (A, B)]
+    node = await serve_node(engine=settings(engine))
+    one, other = node.ask(holder="one"), node.ask(holder="other")
+    followers = [Follower(node.ask(holder=holder)).start() for holder in ("one", "other")]
+    await until(lambda: all(follower.loads for follower in followers))
+    waits = [asyncio.create_task(client.ensure(name)) for client, name in ((one, A), (one, B), (other, B))]
+    await until(lambda: [follower.loads[-1].others_held for follower in followers] == [1, 2])
+    waits[2].cancel()
+    await until(lambda: [follower.loads[-1].others_held for follower in followers] == [0, 2])
+    for stall in stalls:
+        stall.release()
+    await asyncio.gather(*waits[:2])
+    await until(lambda: [follower.loads[-1].others_held for follower in followers] == [0, 0])
+    for follower in followers:
+        await follower.stop()
 
 
 async def test_an_engine_that_cannot_be_asked_is_said_to_be_unknown(open_stager: OpenStager, origin: FakeOrigin) -> None:
