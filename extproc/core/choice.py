@@ -17,7 +17,8 @@ The *next one* is a copy in another engine's memory below the bound, else the be
 leased copy, only from CERTAIN times the bound on. As many may be on their way as are leased here, so that copies double. Waiting for the next one pays where it
 costs a call, where the leased copy's engine is crowded, and where its queue lasts LONGER than the load, or the fetch and the load, that the next one costs. Where that
 engine is SLOWED it pays, too, if those are BRIEF beside the time of a request: for a fetch from MANIFEST requests on, and for who is the first to want one from FAR
-above the bound on. For a crowded one's sake the next one may be above the bound itself.
+above the bound on. It waits for LONGER times what such a copy takes, and then goes to the leased one: an adapter may be larger than others. For a crowded one's sake
+the wait has no such end, and the next one may be above the bound itself.
 In time is, of more than MANY copies, when not half of them are below the bound; where engines are SLOWED and the next one's has room for it, when of those not half,
 of fewer none is below NEAR times the bound. In a full engine, where it costs another adapter its place, the next one is made only for engines that are SLOWED or queue.
 Who has waited chooses again, as one that comes then, if its place is not below the bound any more: all that come in the time of a fetch wait for one copy.
@@ -33,8 +34,9 @@ How many copies an adapter has follows from this. tests/bench/README.md (`fleet`
 they make one copy and stay with it.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -84,11 +86,13 @@ class Copy:
 
 @dataclass(slots=True)
 class Choice:
-    """What to do. Without `serve` the request waits for the first of `wait_for`; the next ones are asked if that makes no progress."""
+    """What to do. Without `serve` the request waits for the first of `wait_for`; the next ones are asked if that makes no progress, and the second after
+    `within_s`, whatever the first makes."""
 
     serve: Endpoint | None = None
     wait_for: tuple[Endpoint, ...] = ()
     prepare: Endpoint | None = None
+    within_s: float = field(default=math.inf, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,9 @@ def choose(
         return Choice(least)
     if len(leased) == 1 and known < CERTAIN * bound and _at(following, copies) is not At.WARM:
         return Choice(least)
-    return Choice(None, (following, least)) if _pays(following, least, copies, loads, bound, copying) else Choice(least, prepare=following)
+    if not _pays(following, least, copies, loads, bound, copying):
+        return Choice(least, prepare=following)
+    return Choice(None, (following, least), within_s=_patience_s(following, least, copies, loads, bound, copying))
 
 
 def of_leased(
@@ -204,37 +210,52 @@ def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loa
     load, at = loads[instead.address], _at(place, copies)
     if at is At.WARM or _is_crowded(load, bound):
         return True
-    service_s, is_fetch = loads.service.mean_s, at in (None, At.COMING)
-    takes_s = copying.fetch_s if is_fetch else copying.load_s
+    service_s, takes_s = loads.service.mean_s, _takes_s(at, copying)
     if load.queue_s(service_s) > LONGER * takes_s:
         return True
     if takes_s > BRIEF * service_s or any(copy.at in (At.LEAVING, At.PARTING) for copy in copies):
         return False  # nor does anybody wait because an endpoint drains that served it
-    if is_fetch:
+    if at in (None, At.COMING):
         return load.gone >= max(MANIFEST, FAR * bound if at is None else 0.0)
     return load.known >= SLOWED
 
 
+def _takes_s(at: At | None, copying: Copying) -> float:
+    """How long it usually takes to have it in memory where it is worth so much."""
+    return copying.fetch_s if at in (None, At.COMING) else copying.load_s
+
+
+def _patience_s(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float, copying: Copying) -> float:
+    """For how long to wait for `place` rather than go to one that has the adapter in memory."""
+    at = _at(place, copies)
+    return math.inf if at is At.WARM or _is_crowded(loads[instead.address], bound) else LONGER * _takes_s(at, copying)
+
+
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying) -> Choice:
     warm, leaving, parting = ([copy.endpoint for copy in copies if copy.at is at] for at in (At.WARM, At.LEAVING, At.PARTING))
-    place, beside = _of_warm(warm, copies, order, loads, bound, copying) if warm else (_of_none(copies, order, loads, bound), None)
+    place, beside, within_s = _of_warm(warm, copies, order, loads, bound, copying) if warm else (_of_none(copies, order, loads, bound), None, math.inf)
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
     has_files = _at(place, copies) in (At.WARM, At.LOADING, At.COLD)
     if parting and (place is None or not has_files or not (warm or loads[place.address].is_full)):
         return Choice(None, (*parting, *order), place)
-    return Choice(None, () if place is None else (place, *(endpoint for endpoint in order if endpoint != place)), beside)
+    if place is None:
+        return Choice()
+    then = sorted(warm, key=lambda endpoint: loads[endpoint.address].in_flight) if len(warm) > 1 else warm
+    return Choice(None, tuple(dict.fromkeys((place, *then, *order))), beside, within_s)
 
 
 def _of_warm(
     warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying
-) -> tuple[Endpoint, Endpoint | None]:
-    """Which of these to wait for, or for what place in their stead; and what to prepare beside it."""
+) -> tuple[Endpoint, Endpoint | None, float]:
+    """Which of these to wait for, or for what place in their stead; what to prepare beside it; and for how long to wait, at the most."""
     least = _least(warm, loads, order)
     another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].known >= bound else None
-    if another is not None and not _is_worth(another, least, copies, loads):
-        return least, None
-    return (another, None) if another is not None and _pays(another, least, copies, loads, bound, copying) else (least, another)
+    if another is None or not _is_worth(another, least, copies, loads):
+        return least, None, math.inf
+    if not _pays(another, least, copies, loads, bound, copying):
+        return least, another, math.inf
+    return another, None, _patience_s(another, least, copies, loads, bound, copying)
 
 
 def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:

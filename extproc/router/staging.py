@@ -3,6 +3,7 @@ that has it. Every wait ends with the deadline."""
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -301,8 +302,10 @@ class Staging:
         wait for that one."""
         loads, rule = self._loads[forward.pool.name], self._rules.of(forward.adapter)
         for chosen in count(1):
-            placed = await self._ask(forward, self._choose(forward), began)
-            if chosen > CHOSEN_AGAIN or is_below(placed.endpoints[0], loads, rule):
+            choice = self._choose(forward)
+            placed = await self._ask(forward, choice, began)
+            has_waited_enough = choice.within_s < math.inf and placed.endpoints[0] not in choice.wait_for[:1]
+            if has_waited_enough or chosen > CHOSEN_AGAIN or is_below(placed.endpoints[0], loads, rule):
                 break
             at_once = self._by_all(forward)
             if at_once is not None:
@@ -318,17 +321,19 @@ class Staging:
         candidates = choice.wait_for[:MAX_CANDIDATES] if choice.serve is None else (choice.serve,)
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")
         asked: dict[asyncio.Task[Staged], Endpoint] = {}
-        entered = 0
+        entered, asked_at = 0, self._clock()
         try:
             while asked or entered < len(candidates):
-                if not asked or (entered < len(candidates) and self._is_stuck(forward, asked)):
+                next_in_s = self._next_in_s(forward, asked, asked_at + choice.within_s if entered == 1 else math.inf)
+                if entered < len(candidates) and next_in_s <= 0:
                     endpoint = candidates[entered]
-                    self._tell_of_hedge(forward, asked, endpoint)
+                    if asked and self._until_stuck_s(forward, asked) <= 0:
+                        self._tell_of_hedge(forward, asked, endpoint)
                     entered += 1
                     loads.hold(endpoint.address)
                     asked.setdefault(self._residency.ask(endpoint, forward.adapter, plain=forward.plain), endpoint)  # endpoints of one stager share a call
-                hedge_in_s = self._until_stuck_s(forward, asked) if entered < len(candidates) else None
-                done, _ = await asyncio.wait(asked, timeout=hedge_in_s, return_when=asyncio.FIRST_COMPLETED)
+                    continue
+                done, _ = await asyncio.wait(asked, timeout=next_in_s if entered < len(candidates) else None, return_when=asyncio.FIRST_COMPLETED)
                 for call in sorted(done, key=lambda call: call.exception() is not None):  # of two in one moment, the good answer counts
                     endpoint = asked.pop(call)
                     error = call.exception()
@@ -355,8 +360,9 @@ class Staging:
                 second.stager,
             )
 
-    def _is_stuck(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint]) -> bool:
-        return self._until_stuck_s(forward, asked) <= 0
+    def _next_in_s(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint], until: float) -> float:
+        """In how many seconds the next candidate is asked: when those that were make no progress, or at the time `until`."""
+        return min(self._until_stuck_s(forward, asked), until - self._clock()) if asked else 0.0
 
     def _until_stuck_s(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint]) -> float:
         """Seconds until all that were asked will have told nothing new for longer than they may."""

@@ -1,5 +1,6 @@
 """Which endpoint serves, where a copy is made, and what is prepared."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.choice import BRIEF, FAR, OFTEN, SAMPLED, SELDOM, SOON, At, Balance, Choice, Copy, Rule, Rules, choose, is_below, least_of, of_leased
+from extproc.core.choice import BRIEF, FAR, LONGER, OFTEN, SAMPLED, SELDOM, SOON, At, Balance, Choice, Copy, Rule, Rules, choose, is_below, least_of, of_leased
 from extproc.core.durations import USUAL_S, Copying
 from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine, Loads
@@ -71,6 +72,16 @@ def test_a_request_waits_for_a_copy_that_comes_before_half_of_the_queue_ends() -
     assert loads[A.address].queue_s(USUAL_S) == 3
     for fetch_s, choice in ((1.4, Choice(None, (B, A))), (1.6, Choice(A, prepare=B))):
         assert choose(leased(A), ENDPOINTS, loads, RULE, copying=Copying(fetch_s=fetch_s)) == choice
+
+
+def test_a_wait_for_another_copy_ends_unless_the_one_that_is_there_is_crowded() -> None:
+    """After LONGER times what such a copy takes. Who waits for a call, or because all would flood what is there, goes on."""
+    loads, flooded = loads_of(30, 10, 10, 10, 10, 10), loads_of(40, 10, 10, 10, 10, 10)
+    for other, has, within_s in ((At.COLD, loads, LONGER * 0.5), (At.COMING, loads, LONGER * 1.0), (At.WARM, loads, math.inf), (At.COLD, flooded, math.inf)):
+        for at in (At.LEASED, At.WARM):
+            choice = choose([Copy(A, at), Copy(B, other)], ENDPOINTS, has, RULE)
+            if at is At.LEASED or other is At.COLD:
+                assert (choice.wait_for[:2], choice.within_s) == ((B, A), within_s)
 
 
 def test_who_is_the_first_to_want_a_fetch_waits_for_it_only_far_above_the_bound() -> None:

@@ -218,6 +218,22 @@ async def test_above_the_bound_a_request_waits_for_a_copy_whose_files_are_there(
     assert (await serve(router, chat("a"))).first_destination() == second.address
 
 
+async def test_a_warm_request_waits_no_longer_for_another_copy_than_that_may_take() -> None:
+    """An adapter may be larger than those that were copied before, and its fetch makes progress all the time. Then the copy that is there serves."""
+    router = Router(4, clock=asyncio.get_running_loop().time)
+    owner, second, *_ = router.pool.candidates("a")
+    router.residency.copying.fetch_s = 0.05
+    await serve(router, chat("a"))
+    busy(router, owner, 30)
+    for endpoint in router.pool.candidates("a")[1:]:
+        busy(router, endpoint, 10)
+    router.stager_of(second).gate.clear()
+    assert (await serve(router, chat("a"))).first_destination() == owner.address
+    assert router.stager_of(second).asked == ["a"]
+    assert router.metrics.hedges._value.get() == 0
+    await router.stop()
+
+
 async def test_a_copy_of_which_a_stager_tells_is_asked_for_before_one_is_made() -> None:
     """Another router had it made; a lease on it costs one call and no load."""
     router = Router(4)
