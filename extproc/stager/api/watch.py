@@ -109,7 +109,7 @@ def _load(stager: Stager, reading: Reading, holder: str) -> pb.WatchEvent:
     load.every_seconds, load.routers = stager.meter.every_s, stager.meter.wanting
     if work is not None:
         load.running, load.waiting, load.kv_usage = work.running, work.waiting, work.kv_usage
-        load.others_held = sum(calls for whose, calls in reading.waits.items() if whose != holder)
+        load.others_held = sum(calls for whose, calls in reading.waits.items() if whose not in ("", holder))  # who holds nothing sends nothing
     return pb.WatchEvent(load=load)
 
 
