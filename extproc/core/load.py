@@ -32,6 +32,7 @@ from .durations import Service
 from .endpoint import Endpoint
 
 FORGOTTEN_S = 4.0  # of a request of which no engine has spoken: the mean time of a chat completion
+HELD_S = 10.0  # for which a request counts that is held: a fetch of some gigabytes. What waits for an origin that hangs makes no endpoint look busy
 STALE_S = 6.0  # an engine's word counts so long: three of those that come every 2 s are missing by then
 LATE_S = 0.01  # that a stager's look and its word take
 ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does
@@ -152,11 +153,11 @@ class Loads:
             self._update(load)
 
     def hold(self, address: str) -> None:
-        """A request waits here for what that endpoint will have. `release` must follow."""
+        """A request waits here for what that endpoint will have. `release` must follow, after HELD_S at the latest."""
         self._hold(address, 1)
 
     def release(self, address: str) -> None:
-        """It waits no more."""
+        """It waits no more, or for so long that it does not count."""
         self._hold(address, -1)
 
     def _hold(self, address: str, requests: int) -> None:

@@ -13,7 +13,7 @@ from ..client import Staged
 from ..core.choice import At, Choice, Copy, Rule, Rules, choose, is_below, least_of, of_leased
 from ..core.decision import Forward, PassThrough
 from ..core.endpoint import Endpoint
-from ..core.load import Loads
+from ..core.load import HELD_S, Loads
 from ..core.maglev import FIRST
 from ..core.popularity import Popularity
 from ..core.prefix import Prefixes
@@ -321,7 +321,8 @@ class Staging:
         candidates = choice.wait_for[:MAX_CANDIDATES] if choice.serve is None else (choice.serve,)
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")
         asked: dict[asyncio.Task[Staged], Endpoint] = {}
-        entered, asked_at = 0, self._clock()
+        entered, asked_at, loop = 0, self._clock(), asyncio.get_running_loop()
+        held: list[asyncio.TimerHandle] = []  # each releases what is held at the candidate of the same place
         try:
             while asked or entered < len(candidates):
                 next_in_s = self._next_in_s(forward, asked, asked_at + choice.within_s if entered == 1 else math.inf)
@@ -331,6 +332,7 @@ class Staging:
                         self._tell_of_hedge(forward, asked, endpoint)
                     entered += 1
                     loads.hold(endpoint.address)
+                    held.append(loop.call_later(HELD_S, loads.release, endpoint.address))
                     asked.setdefault(self._residency.ask(endpoint, forward.adapter, plain=forward.plain), endpoint)  # endpoints of one stager share a call
                     continue
                 done, _ = await asyncio.wait(asked, timeout=next_in_s if entered < len(candidates) else None, return_when=asyncio.FIRST_COMPLETED)
@@ -344,8 +346,10 @@ class Staging:
                     self._metrics.failovers.inc()
                     failure = error.bare()
         finally:
-            for endpoint in candidates[:entered]:
-                loads.release(endpoint.address)
+            for endpoint, release in zip(candidates, held, strict=False):
+                if release.when() > loop.time():
+                    release.cancel()
+                    loads.release(endpoint.address)
                 self._residency.leave(endpoint, forward.adapter, plain=forward.plain)
         raise failure
 

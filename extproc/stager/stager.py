@@ -108,7 +108,7 @@ class Stager:
         self.instance = instance or secrets.token_hex(8)
         self._sources = sources
         self.copies = Copies(self.node)
-        self._waits = Waits()
+        self._waits = Waits(clock)
         self.meter = Meter(engine, partial(changes.mention, "load"), loads.used, self._waits.now)
         self.drain = Drain(self.node, self.meter)
         self._keeper = EngineKeeper(engine, loads, self.node.readiness, changes, clock)

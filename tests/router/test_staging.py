@@ -12,7 +12,7 @@ from extproc.core.artifact import AdapterName
 from extproc.core.choice import ONCE
 from extproc.core.decision import Forward
 from extproc.core.endpoint import Endpoint
-from extproc.core.load import Engine
+from extproc.core.load import HELD_S, Engine
 from extproc.core.standing import Stager
 from extproc.errors import ModelNotFound, NoSpace, OriginDown, StageDeadline, StagerUnavailable
 from extproc.router.staging import MAX_CANDIDATES, Placed
@@ -147,6 +147,30 @@ async def test_a_cold_adapter_goes_to_the_less_loaded_of_its_first_two() -> None
     for _ in range(2):
         assert (await serve(router, chat("a"))).first_destination() == second.address
     assert router.stager_of(owner).asked == []
+
+
+def test_what_is_held_for_long_makes_no_endpoint_look_busy() -> None:
+    """Its origin hangs, and harms nobody whose adapters are there. What comes of it at last is sent, and counts once."""
+
+    async def main() -> None:
+        router = Router(1, clock=now, max_waiting_per_adapter=4)
+        (stager,) = router.stagers.values()
+        stager.gate.clear()
+        requests = [asyncio.create_task(serve(router, chat("a"))) for _ in range(3)]
+        load = router.membership.loads["models"][router.pool.table.endpoints[0].address]
+        await asyncio.sleep(HELD_S - 0.1)
+        assert load.held == 3
+        await asyncio.sleep(0.2)
+        assert load.held == 0
+        requests.append(asyncio.create_task(serve(router, chat("a"))))
+        await asyncio.sleep(0.1)
+        assert load.held == 1
+        stager.gate.set()
+        await asyncio.gather(*requests)
+        assert (load.held, load.gone) == (0, 4)
+        await router.stop()
+
+    in_virtual_time(main)
 
 
 async def test_what_is_held_for_an_endpoint_counts_there_before_it_is_sent() -> None:
