@@ -151,14 +151,12 @@ def choose(
         if (place := _in_time(leased, least, copies, order, loads, bound, rule)) is not None:
             return Choice(serve, prepare=place)
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
-    following = _following(copies, order, loads, bound, rule, is_crowded=_is_crowded(loads[least.address], bound))
-    if following is None or not _is_worth(following, least, copies, loads):
+    following = _following(least, copies, order, loads, bound, rule)
+    at = _at(following, copies)
+    if following is None or (len(leased) == 1 and known < CERTAIN * bound and at is not At.WARM):
         return Choice(least)
-    if len(leased) == 1 and known < CERTAIN * bound and _at(following, copies) is not At.WARM:
-        return Choice(least)
-    if not _pays(following, least, copies, loads, bound, copying):
-        return Choice(least, prepare=following)
-    return Choice(None, (following, least), within_s=_patience_s(following, least, copies, loads, bound, copying))
+    wait_s = _wait_s(at, least, copies, loads, bound, copying)
+    return Choice(None, (following, least), within_s=wait_s) if wait_s else Choice(least, prepare=following)
 
 
 def of_leased(
@@ -186,8 +184,8 @@ def of_leased(
 
 
 def _runs_short(below: int, leased: int) -> bool:
-    """Whether so few of many leased copies are `below` the bound that another should be there by the time that none is."""
-    return 2 * below < leased
+    """Whether so few of the leased copies are `below` a bound that another should be there by the time that none is."""
+    return 2 * below < leased if leased > MANY else not below
 
 
 def is_below(endpoint: Endpoint, loads: Loads, rule: Rule) -> bool:
@@ -205,30 +203,19 @@ def _at(place: Endpoint | None, copies: Sequence[Copy]) -> At | None:
     return next((copy.at for copy in copies if place is not None and copy.endpoint.address == place.address), None)
 
 
-def _pays(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float, copying: Copying) -> bool:
-    """Whether a request should wait for `place`, rather than go to one above the bound that has the adapter in memory."""
-    load, at = loads[instead.address], _at(place, copies)
+def _wait_s(at: At | None, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float, copying: Copying) -> float:
+    """For how long a request should wait for a copy that is worth `at`, rather than go to one above the bound that has the adapter in memory; 0: not at all."""
+    load = loads[instead.address]
     if at is At.WARM or _is_crowded(load, bound):
-        return True
-    service_s, takes_s = loads.service.mean_s, _takes_s(at, copying)
+        return math.inf
+    is_fetch, service_s = at in (None, At.COMING), loads.service.mean_s
+    takes_s = copying.fetch_s if is_fetch else copying.load_s
     if load.queue_s(service_s) > LONGER * takes_s:
-        return True
+        return LONGER * takes_s
     if takes_s > BRIEF * service_s or any(copy.at in (At.LEAVING, At.PARTING) for copy in copies):
-        return False  # nor does anybody wait because an endpoint drains that served it
-    if at in (None, At.COMING):
-        return load.gone >= max(MANIFEST, FAR * bound if at is None else 0.0)
-    return load.known >= SLOWED
-
-
-def _takes_s(at: At | None, copying: Copying) -> float:
-    """How long it usually takes to have it in memory where it is worth so much."""
-    return copying.fetch_s if at in (None, At.COMING) else copying.load_s
-
-
-def _patience_s(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float, copying: Copying) -> float:
-    """For how long to wait for `place` rather than go to one that has the adapter in memory."""
-    at = _at(place, copies)
-    return math.inf if at is At.WARM or _is_crowded(loads[instead.address], bound) else LONGER * _takes_s(at, copying)
+        return 0.0  # nor does anybody wait because an endpoint drains that served it
+    pays = load.gone >= max(MANIFEST, FAR * bound if at is None else 0.0) if is_fetch else load.known >= SLOWED
+    return LONGER * takes_s if pays else 0.0
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying) -> Choice:
@@ -241,7 +228,7 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
         return Choice(None, (*parting, *order), place)
     if place is None:
         return Choice()
-    then = sorted(warm, key=lambda endpoint: loads[endpoint.address].in_flight) if len(warm) > 1 else warm
+    then = sorted(warm, key=lambda endpoint: loads[endpoint.address].in_flight)
     return Choice(None, tuple(dict.fromkeys((place, *then, *order))), beside, within_s)
 
 
@@ -251,11 +238,10 @@ def _of_warm(
     """Which of these to wait for, or for what place in their stead; what to prepare beside it; and for how long to wait, at the most."""
     least = _least(warm, loads, order)
     another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].known >= bound else None
-    if another is None or not _is_worth(another, least, copies, loads):
+    if another is None or not _is_worth(another, least, loads):
         return least, None, math.inf
-    if not _pays(another, least, copies, loads, bound, copying):
-        return least, another, math.inf
-    return another, None, _patience_s(another, least, copies, loads, bound, copying)
+    wait_s = _wait_s(_at(another, copies), least, copies, loads, bound, copying)
+    return (another, None, wait_s) if wait_s else (least, another, math.inf)
 
 
 def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
@@ -269,8 +255,8 @@ def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bo
     return place or (_least(coming, loads, order) if coming else None)
 
 
-def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, *, is_crowded: bool) -> Endpoint | None:
-    """The next copy to use: one that is there, else one to make, else none. Above the bound it is made only for what is crowded where it is."""
+def _following(least: Endpoint, copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
+    """The next copy to use beside `least`: one that is there, else one to make, else none. Above the bound it is made only if that one is crowded."""
     warm = [copy.endpoint for copy in copies if copy.at is At.WARM and loads[copy.endpoint.address].known < bound]
     if warm:
         return _least(warm, loads, order)
@@ -278,28 +264,26 @@ def _following(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, 
         return None
     coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
     is_enough = len(coming) >= sum(copy.at is At.LEASED for copy in copies)  # copies may double in the time that one takes
-    return coming[0] if is_enough else _best_place(copies, order, loads, bound, must_be_below=not is_crowded)
+    place = coming[0] if is_enough else _best_place(copies, order, loads, bound, must_be_below=not _is_crowded(loads[least.address], bound))
+    return place if place is not None and _is_worth(place, least, loads) else None
 
 
-def _is_worth(place: Endpoint, instead: Endpoint, copies: Sequence[Copy], loads: Loads) -> bool:
+def _is_worth(place: Endpoint, instead: Endpoint, loads: Loads) -> bool:
     """Whether a copy at `place` is worth the place of another adapter that it costs a full engine. Where few run at once, an excess is mostly chance."""
     load = loads[instead.address]
-    return load.known >= SLOWED or load.is_queueing or loads[place.address].has_room or _at(place, copies) is At.WARM
+    return load.known >= SLOWED or load.is_queueing or loads[place.address].has_room
 
 
 def _in_time(
     leased: Sequence[Endpoint], least: Endpoint, copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule
 ) -> Endpoint | None:
     """The next copy, if it should be there by the time that none of the leased ones is below the bound, where `least` has the least."""
-    is_short = len(leased) > MANY and _runs_short(len(loads.below(leased, bound)), len(leased))
-    near = len(loads.below(leased, NEAR * bound))
-    is_near = loads[least.address].known >= SLOWED and (_runs_short(near, len(leased)) if len(leased) > MANY else not near)
+    is_short = _runs_short(len(loads.below(leased, bound)), len(leased))
+    is_near = loads[least.address].known >= SLOWED and _runs_short(len(loads.below(leased, NEAR * bound)), len(leased))
     if not is_short and not is_near:
         return None
-    place = _following(copies, order, loads, bound, rule, is_crowded=False)
-    if place is None or not _is_worth(place, least, copies, loads) or not (is_short or loads[place.address].has_room):
-        return None
-    return place
+    place = _following(least, copies, order, loads, bound, rule)
+    return place if place is not None and (is_short or loads[place.address].has_room) else None
 
 
 def _spare(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, *, is_hot: bool) -> Endpoint | None:
