@@ -228,8 +228,8 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
         return Choice(None, (*parting, *order), place)
     if place is None:
         return Choice()
-    then = sorted(warm, key=lambda endpoint: loads[endpoint.address].in_flight)
-    return Choice(None, tuple(dict.fromkeys((place, *then, *order))), beside, within_s)
+    then = dict.fromkeys((*sorted(warm, key=lambda endpoint: loads[endpoint.address].in_flight), *order)) if warm else order
+    return Choice(None, (place, *(endpoint for endpoint in then if endpoint.address != place.address)), beside, within_s)
 
 
 def _of_warm(
