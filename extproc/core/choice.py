@@ -13,14 +13,24 @@ The rule `bounded`. The *bound* is `balance_factor` times the mean of requests i
 | on a disk, and on its way into an engine, or to another disk, below the bound with all that wait there | waits for that one | |
 | elsewhere or nowhere | waits for the best place | |
 
-The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; where the adapter has one
-leased copy, only from CERTAIN times the bound on. As many may be on their way as are leased here, so that copies double. Waiting for the next one pays where it
-costs a call, where the leased copy's engine is crowded, and where its queue lasts LONGER than the load, or the fetch and the load, that the next one costs. Where that
-engine is SLOWED it pays, too, if those are BRIEF beside the time of a request: for a fetch from MANIFEST requests on, and for who is the first to want one from FAR
-above the bound on. It waits for LONGER times what such a copy takes, and then goes to the leased one: an adapter may be larger than others. For a crowded one's sake
-the wait has no such end, and the next one may be above the bound itself.
-In time is, of more than MANY copies, when not half of them are below the bound; where engines are SLOWED and the next one's has room for it, when of those not half,
-of fewer none is below NEAR times the bound. In a full engine, where it costs another adapter its place, the next one is made only for engines that are SLOWED or queue.
+The *next one* is a copy in another engine's memory below the bound, else the best place below the bound, if there may be another copy; where the adapter has
+one leased copy, only from CERTAIN times the bound on. As many may be on their way as are leased here, so that copies double. In a full engine, where it costs
+another adapter its place, it is made only for engines that are SLOWED or queue.
+
+Waiting for the next one, rather than going to the least loaded of the leased ones, pays in these cases; in the last two not while an endpoint drains that has the
+adapter. Where the wait has an end, the request goes there then: an adapter may be larger than others.
+
+| what the next one costs | the least loaded one | until |
+| --- | --- | --- |
+| a call | is above the bound | it makes no progress |
+| anything | is crowded. For its sake the next one may be above the bound itself | it makes no progress |
+| a load, or a fetch and a load | has a queue that lasts LONGER | LONGER than that usually takes |
+| a load, BRIEF beside a request's own time | is SLOWED | likewise |
+| a fetch and a load, as BRIEF | has MANIFEST requests; FAR above the bound for who is the first to want that fetch | likewise |
+
+*In time* is, of more than MANY copies, when not half of them are below the bound. Where engines are SLOWED and the next one's has room for it, it is when, of
+many, not half are below NEAR times the bound, and of fewer none is.
+
 Who has waited chooses again, as one that comes then, if its place is not below the bound any more: all that come in the time of a fetch wait for one copy.
 The *best place* is the less loaded of the key's first two endpoints (its *home*) that may be given something new, of those below the bound: one whose engine
 has room for an adapter before one that is full, one that has the files before one that has not, unless it is NEAR the bound. Else it is the first of the key's

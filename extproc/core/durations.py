@@ -4,8 +4,13 @@ import math
 
 WINDOW_S = 30.0  # what is older counts less and less
 LEAST = 32.0  # requests must have ended within it: of fewer the mean says little
-USUAL_S = 4.0  # a chat completion of some hundred tokens
-NEWEST = 0.2  # weight of the newest of what lasted a while ago longer or shorter
+USUAL_S = 4.0  # the mean time of a chat completion, of some hundred tokens
+NEWEST = 0.2  # weight of the newest of what lasts longer or shorter each time
+
+
+def smoothed(usual: float, newest: float) -> float:
+    """How long something usually lasts, now that it has lasted so long once more."""
+    return usual + NEWEST * (newest - usual)
 
 
 class Service:
@@ -43,6 +48,6 @@ class Copying:
     def took(self, seconds: float, *, is_fetch: bool) -> None:
         """One was made."""
         if is_fetch:
-            self.fetch_s += NEWEST * (seconds - self.fetch_s)
+            self.fetch_s = smoothed(self.fetch_s, seconds)
         else:
-            self.load_s += NEWEST * (seconds - self.load_s)
+            self.load_s = smoothed(self.load_s, seconds)

@@ -5,7 +5,8 @@ its last look is in the number, or as many have ended. If the stager says how of
 was sent since the last one counts. If it does not say, everything since the word counts.
 
 A request is held while its adapter is fetched or loaded, and is sent to that endpoint afterwards. A router knows what it holds itself; what others hold, the
-stager tells with its engine's load, since they wait for its answer. Where most requests are for what no engine has, a quarter of what an engine computes is held for it.
+stager tells with its engine's load, since they wait for its answer. Where most requests are for what no engine has, a quarter of what an engine computes is
+held for it.
 
 Of each endpoint there are two numbers, since what other routers have sent since the word is not heard of.
 
@@ -28,11 +29,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .durations import Service
+from .durations import USUAL_S, Service
 from .endpoint import Endpoint
 
-FORGOTTEN_S = 4.0  # of a request of which no engine has spoken: the mean time of a chat completion
-HELD_S = 10.0  # for which a request counts that is held: a fetch of some gigabytes. What waits for an origin that hangs makes no endpoint look busy
+FORGOTTEN_S = USUAL_S  # of a request of which no engine has spoken
+HELD_S = 10.0  # for which a request counts that is held, by its router and its stager: a fetch of some gigabytes. An origin that hangs makes nobody look busy
 STALE_S = 6.0  # an engine's word counts so long: three of those that come every 2 s are missing by then
 LATE_S = 0.01  # that a stager's look and its word take
 ENDING = 1 / 8  # of what engines work on ends between two looks: at most so much is taken to be replaced by what was sent. Of 4 s each, 1/16 does

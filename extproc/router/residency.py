@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..client import Claimed, Loading, Staged, StagerClient
 from ..core.copies import Copies
-from ..core.durations import Copying
+from ..core.durations import Copying, smoothed
 from ..core.endpoint import Endpoint
 from ..core.events import Mutation
 from ..errors import LoraExtprocError, NodeDraining, StagerUnavailable
@@ -30,7 +30,6 @@ RELEASE_S = 1.0  # at the end of the process, for every stager at once
 RELEASE_AGAIN_S = 5.0  # after one that failed, as while its stager hangs: a node that drains would be taken for needed until the lease ends
 IN_TRANSIT_S = 5.0  # what was sent to a version that has been replaced has reached its engine by then
 SWEEP_ABOVE = 1024  # leases that ended are dropped when the table has doubled since the last sweep, and not below this
-GAP_WEIGHT = 0.2  # of the newest flight in what is usual
 
 
 @dataclass(slots=True)
@@ -317,8 +316,7 @@ class Residency:
         if staged.staged:
             log.info("%s on %s: staged from %s in %.3f s, %d bytes", adapter, stager, staged.origin, answered - asked, staged.bytes)
             self._moved(call)
-            usual = self._usual_gap_s.get(stager, call.longest_gap_s)
-            self._usual_gap_s[stager] = usual + GAP_WEIGHT * (call.longest_gap_s - usual)
+            self._usual_gap_s[stager] = smoothed(self._usual_gap_s.get(stager, call.longest_gap_s), call.longest_gap_s)
         if before and not before.get(stager):
             self.copying.took(answered - asked, is_fetch=staged.staged)
         granted = min(answered, asked + staged.waited_s)  # the answer may have been late: the lease runs since the stager gave it

@@ -303,29 +303,22 @@ def test_what_drains_serves_until_its_successors_are_warm_and_is_left_empty() ->
     in_virtual_time(main)
 
 
-def test_where_nobody_else_is_ready_what_nobody_asks_for_is_kept() -> None:
-    """As while all stagers are away: the next request for it can be served by that lease alone."""
-
-    async def main() -> None:
-        router, old, owner = await leased_and_forgotten()
-        for endpoint in old:
-            router.stager_of(endpoint).events.put_nowait(NodeState(True, "maintenance", "first", resumed=True, draining=True))
-        await asyncio.sleep(10)
-        assert router.residency.leased_at(owner.stager) == [("a", False)]
-        assert (await serve(router, chat("a"))).first_destination() == owner.address
-        await router.stop()
-
-    in_virtual_time(main)
-
-
-def test_where_all_are_told_to_end_one_after_another_what_nobody_asks_for_is_kept() -> None:
-    """The first one finds the others ready, and they are not for long."""
+@pytest.mark.parametrize(
+    ("state", "pause_s"),
+    [
+        pytest.param(NodeState(True, "maintenance", "first", resumed=True, draining=True), 0.0, id="all-drain"),
+        pytest.param(NodeState(False, "stopping", "first", resumed=True, draining=True), moving.OTHERS_STAY_S / 3, id="all-end-one-after-another"),
+    ],
+)
+def test_where_nobody_else_is_ready_what_nobody_asks_for_is_kept(state: NodeState, pause_s: float) -> None:
+    """As while all stagers are away: the next request for it can be served by that lease alone. Where they are told to end one after another, the first finds
+    the others ready, and they are not for long."""
 
     async def main() -> None:
         router, old, owner = await leased_and_forgotten()
         for endpoint in sorted(old, key=lambda endpoint: endpoint != owner):
-            router.stager_of(endpoint).events.put_nowait(NodeState(False, "stopping", "first", resumed=True, draining=True))
-            await asyncio.sleep(moving.OTHERS_STAY_S / 3)
+            router.stager_of(endpoint).events.put_nowait(state)
+            await asyncio.sleep(pause_s)
         await asyncio.sleep(10)
         assert router.residency.leased_at(owner.stager) == [("a", False)]
         assert (await serve(router, chat("a"))).first_destination() == owner.address

@@ -28,7 +28,8 @@ async def watch_events(
 
     After `heartbeat_s` without a change comes a heartbeat; 0: never. This loop sends it, so that a loop that is stopped is noticed. With `copies` a state
     that is not resumed is followed by all copies, as they were told when it was made; changes come after the last part. With `load` what the engine works
-    on comes in between, always the latest, and how many calls of others than `holder` wait here. With `wakes` it is told of each adapter that a request asks for and nobody leased.
+    on comes in between, always the latest, and how many calls of others than `holder` wait here. With `wakes` it is told of each adapter that a request asks
+    for and nobody leased.
     """
     beat_s = min(max(heartbeat_s, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
     changes = stager.node.changes
@@ -109,7 +110,7 @@ def _load(stager: Stager, reading: Reading, holder: str) -> pb.WatchEvent:
     load.every_seconds, load.routers = stager.meter.every_s, stager.meter.wanting
     if work is not None:
         load.running, load.waiting, load.kv_usage = work.running, work.waiting, work.kv_usage
-        load.others_held = sum(calls for whose, calls in reading.waits.items() if whose not in ("", holder))  # who holds nothing sends nothing
+        load.others_held = reading.held_by_others(holder)
     return pb.WatchEvent(load=load)
 
 

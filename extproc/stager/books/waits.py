@@ -1,7 +1,7 @@
 """Whose requests wait here for an adapter: what is fetched or loaded for them is sent to this node's engine when it is there.
 
 A holder waits once for each adapter, however many of its requests do. A wait counts while it may soon be over: whoever waits for an origin that hangs
-makes no node look busy to the routers.
+makes no node look busy to the routers. They count their own as long (core/load.py).
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 
-COUNTS_S = 10.0  # of a wait: a fetch of some gigabytes. The router's own count as long (core/load.py)
+from ...core.load import HELD_S
 
 
 class Waits:
@@ -33,7 +33,7 @@ class Waits:
 
     def now(self) -> Mapping[str, int]:
         """How many calls wait that count, by holder."""
-        found, since = Counter[str](), self._clock() - COUNTS_S
+        found, since = Counter[str](), self._clock() - HELD_S
         for holder, began in reversed(self._waits.values()):
             if began < since:
                 break

@@ -40,6 +40,10 @@ class Reading:
     is_gone: bool = False  # there is no engine that could have a request
     waits: Mapping[str, int] = field(default_factory=dict)  # calls that waited here for an adapter, by whose they were
 
+    def held_by_others(self, holder: str) -> int:
+        """How many of them are other holders' than that one. Who holds nothing sends nothing."""
+        return sum(calls for whose, calls in self.waits.items() if whose not in ("", holder))
+
 
 class Meter:
     """`tell()` is called when there is a reading to be told, `used(names)` with the names that were at work. `waits()` is who waits for an adapter."""

@@ -147,9 +147,8 @@ class World:
     # -- what nodes say
 
     def _told(self, node: Node, engine: Engine, reading: Reading) -> None:
-        held = sum(reading.waits.values())
         for router in self._routers:
-            router.loads.say(node.endpoint.address, replace(engine, others_held=held - reading.waits.get(router.name, 0)), reading.at)
+            router.loads.say(node.endpoint.address, replace(engine, others_held=reading.held_by_others(router.name)), reading.at)
 
     def _moved(self, node: Node, adapter: str, is_warm: bool) -> None:
         self._copies.put(node.endpoint.stager, adapter, warm=is_warm)

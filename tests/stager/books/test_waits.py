@@ -1,6 +1,7 @@
 """Whose calls wait here, and for how long they count."""
 
-from extproc.stager.books.waits import COUNTS_S, Waits
+from extproc.core.load import HELD_S
+from extproc.stager.books.waits import Waits
 
 
 def test_calls_are_counted_by_their_holders_until_they_end() -> None:
@@ -18,9 +19,9 @@ def test_a_wait_that_lasts_counts_no_longer() -> None:
     now = 0.0
     waits = Waits(lambda: now)
     with waits.one("a"):
-        now = COUNTS_S
+        now = HELD_S
         assert waits.now() == {"a": 1}
         with waits.one("b"):
-            now = COUNTS_S + 0.1
+            now = HELD_S + 0.1
             assert waits.now() == {"b": 1}
     assert waits.now() == {}
