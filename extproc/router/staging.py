@@ -316,7 +316,11 @@ class Staging:
         return placed
 
     async def _ask(self, forward: Forward, choice: Choice, began: float) -> Placed:
-        """Ask the candidates in turn, and beside one that makes no progress the next. The first that has the adapter is the place."""
+        """Ask the candidates in turn, and beside one that makes no progress the next. The first that has the adapter is the place.
+
+        A leased one is the place without being asked, since its stager may hang: such a one is met where loads have changed since the request had to wait, and
+        after a copy that was not to be waited for any longer.
+        """
         loads = self._loads[forward.pool.name]
         candidates = choice.wait_for[:MAX_CANDIDATES] if choice.serve is None else (choice.serve,)
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")
@@ -328,8 +332,12 @@ class Staging:
                 next_in_s = self._next_in_s(forward, asked, asked_at + choice.within_s if entered == 1 else math.inf)
                 if entered < len(candidates) and next_in_s <= 0:
                     endpoint = candidates[entered]
+                    lease = self._lease(forward, endpoint)
                     if asked and self._until_stuck_s(forward, asked) <= 0:
-                        self._tell_of_hedge(forward, asked, endpoint)
+                        self._tell_of_hedge(forward, asked, f"{endpoint.stager} {'is asked too' if lease is None else 'has it'}")
+                    if lease is not None:
+                        outcome = "failover" if entered else "hit"
+                        return Placed(self._having(forward, endpoint, lease.model), outcome, "", self._clock() - began, lease.model)
                     entered += 1
                     loads.hold(endpoint.address)
                     held.append(loop.call_later(HELD_S, loads.release, endpoint.address))
@@ -353,15 +361,15 @@ class Staging:
                 self._residency.leave(endpoint, forward.adapter, plain=forward.plain)
         raise failure
 
-    def _tell_of_hedge(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint], second: Endpoint) -> None:
+    def _tell_of_hedge(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint], instead: str) -> None:
         for first in asked.values():
             self._metrics.hedges.inc()
             log.warning(
-                "%s on %s: no progress for %.1f s; %s is asked too",
+                "%s on %s: no progress for %.1f s; %s",
                 forward.adapter,
                 first.stager,
                 self._residency.stuck_s(first, forward.adapter, plain=forward.plain),
-                second.stager,
+                instead,
             )
 
     def _next_in_s(self, forward: Forward, asked: dict[asyncio.Task[Staged], Endpoint], until: float) -> float:

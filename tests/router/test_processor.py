@@ -229,6 +229,8 @@ def test_a_request_that_nobody_can_serve_is_held_until_somebody_can() -> None:
         for stream in held:
             await stream.end()
             assert stream.first_destination() == endpoint.address
+        [noted] = [reply.dynamic_metadata for reply in held[0].written if reply.HasField("dynamic_metadata")]
+        assert noted.fields["lora_extproc"].struct_value.fields["waited_ms"].number_value == 9000
         assert router.value("lora_extproc_held_requests") == 0
 
     in_virtual_time(main)

@@ -352,6 +352,44 @@ def test_a_stager_that_has_it_in_memory_and_does_not_answer_is_not_waited_for() 
     in_virtual_time(main)
 
 
+def test_a_request_that_may_go_to_a_leased_copy_by_now_asks_no_stager() -> None:
+    """It had to wait for another copy a moment ago. The lease is as good as then, though the stager that gave it hangs since."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(3)
+        await serve(router, chat("a"))
+        stagers[0].gate.clear()
+        began = now()
+        placed = await router.staging.wait(forward(router))
+        assert (placed.endpoints, placed.outcome) == ((order[0],), "hit")
+        assert now() - began == 0
+        assert stagers[0].asked == ["a"]
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+def test_who_waits_for_another_copy_goes_back_to_the_leased_one_though_both_stagers_hang(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a lease counts nobody has to be asked."""
+
+    async def main() -> None:
+        router, order, stagers = router_of(3)
+        await serve(router, chat("a"))
+        router.residency.copies.put(stagers[1].address, "a", warm=True)
+        busy(router, order[0], 20)
+        for stager in stagers[:2]:
+            stager.gate.clear()
+        began = now()
+        with caplog.at_level(logging.WARNING):
+            assert (await serve(router, chat("a"))).first_destination() == order[0].address
+        assert now() - began == pytest.approx(0.5, abs=0.1)
+        assert [stager.asked for stager in stagers] == [["a"], ["a"], []]
+        assert f"a on {stagers[1].address}: no progress for 0.5 s; {stagers[0].address} has it" in caplog.text
+        await router.stop()
+
+    in_virtual_time(main)
+
+
 def _second() -> str:
     return Router(4).pool.candidates("a")[1].stager
 
