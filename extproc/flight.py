@@ -30,9 +30,10 @@ async def to_the_end(step: Coroutine[Any, Any, T]) -> T:
 
 
 class SingleFlight(Generic[K, T]):
-    """Flights by key. A key whose flight has landed, well or not, may fly again."""
+    """Flights by key. A key whose flight has landed, well or not, may fly again. `on_change` hears of each: 1 when it starts, -1 when it has landed."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[K, int], None] | None = None) -> None:
+        self._on_change = on_change
         self._tasks: dict[K, asyncio.Task[T]] = {}
         self._waiters: dict[K, int] = {}
 
@@ -55,6 +56,8 @@ class SingleFlight(Generic[K, T]):
         if task is None:
             task = self._tasks[key] = asyncio.create_task(fly(), name=f"flight {key}")
             task.add_done_callback(lambda done: self._landed(key, done))
+            if self._on_change is not None:
+                self._on_change(key, 1)
         return task
 
     async def join(self, key: K, fly: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -87,5 +90,7 @@ class SingleFlight(Generic[K, T]):
     def _landed(self, key: K, task: asyncio.Task[T]) -> None:
         if self._tasks.get(key) is task:
             del self._tasks[key]
+            if self._on_change is not None:
+                self._on_change(key, -1)
         if not task.cancelled():
             task.exception()  # seen: with no waiter left, asyncio would log it as never retrieved

@@ -29,6 +29,24 @@ class Field:
         return flight
 
 
+@pytest.mark.parametrize("end", ["lands", "fails", "is cancelled before it departs"])
+async def test_each_flight_is_told_of_once_when_it_starts_and_once_when_it_has_landed(end: str) -> None:
+    """However it ends, and however many wait for it."""
+    told: list[tuple[str, int]] = []
+    field, flights = Field(), SingleFlight[str, str](lambda key, change: told.append((key, change)))
+    task = flights.start("a", field.fly("a"))
+    assert flights.start("a", field.fly("a")) is task
+    assert told == [("a", 1)]
+    if end == "lands":
+        field.landing.set_result("there")
+    elif end == "fails":
+        field.landing.set_exception(OSError())
+    else:
+        task.cancel()
+    await turns()
+    assert told == [("a", 1), ("a", -1)]
+
+
 async def test_callers_of_one_key_share_one_flight() -> None:
     """However many wait, one departs, and all get what it brings."""
     field, flights = Field(), SingleFlight[str, str]()

@@ -88,6 +88,9 @@ class At(Enum):
     COLD = "on disk alone: a request costs a load into the engine, whether it is leased or not"
 
 
+_LEASED, _LEAVING, _PARTING, _WARM, _COMING, _LOADING, _COLD = At  # a look at all copies asks dozens of times, and `At.COLD` takes ten times as long
+
+
 @dataclass(slots=True)
 class Copy:
     endpoint: Endpoint
@@ -151,7 +154,7 @@ def choose(
     if rule.balance != "bounded":
         return _compared(copies, order, loads, rule)
     bound = loads.bound(rule.factor)
-    leased = [copy.endpoint for copy in copies if copy.at is At.LEASED]
+    leased = [copy.endpoint for copy in copies if copy.at is _LEASED]
     if not leased:
         return _without_lease(copies, order, loads, bound, copying)
     least = leased[0] if len(leased) == 1 else _least(loads.below(leased, bound) or leased, loads, order)
@@ -163,7 +166,7 @@ def choose(
         return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(least, copies, order, loads, bound, rule)
     at = _at(following, copies)
-    if following is None or (len(leased) == 1 and known < CERTAIN * bound and at is not At.WARM):
+    if following is None or (len(leased) == 1 and known < CERTAIN * bound and at is not _WARM):
         return Choice(least)
     wait_s = _wait_s(at, least, copies, loads, bound, copying)
     return Choice(None, (following, least), within_s=wait_s) if wait_s else Choice(least, prepare=following)
@@ -216,30 +219,33 @@ def _at(place: Endpoint | None, copies: Sequence[Copy]) -> At | None:
 def _wait_s(at: At | None, instead: Endpoint, copies: Sequence[Copy], loads: Loads, bound: float, copying: Copying) -> float:
     """For how long a request should wait for a copy that is worth `at`, rather than go to one above the bound that has the adapter in memory; 0: not at all."""
     load = loads[instead.address]
-    if at is At.WARM or _is_crowded(load, bound):
+    if at is _WARM or _is_crowded(load, bound):
         return math.inf
-    is_fetch, service_s = at in (None, At.COMING), loads.service.mean_s
+    is_fetch, service_s = at in (None, _COMING), loads.service.mean_s
     takes_s = copying.fetch_s if is_fetch else copying.load_s
     if load.queue_s(service_s) > LONGER * takes_s:
         return LONGER * takes_s
-    if takes_s > BRIEF * service_s or any(copy.at in (At.LEAVING, At.PARTING) for copy in copies):
+    if takes_s > BRIEF * service_s or any(copy.at in (_LEAVING, _PARTING) for copy in copies):
         return 0.0  # nor does anybody wait because an endpoint drains that served it
     pays = load.gone >= max(MANIFEST, FAR * bound if at is None else 0.0) if is_fetch else load.known >= SLOWED
     return LONGER * takes_s if pays else 0.0
 
 
 def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying) -> Choice:
-    warm, leaving, parting = ([copy.endpoint for copy in copies if copy.at is at] for at in (At.WARM, At.LEAVING, At.PARTING))
+    warm = [copy.endpoint for copy in copies if copy.at is _WARM]
+    leaving = [copy.endpoint for copy in copies if copy.at is _LEAVING]
+    parting = [copy.endpoint for copy in copies if copy.at is _PARTING]
     place, beside, within_s = _of_warm(warm, copies, order, loads, bound, copying) if warm else (_of_none(copies, order, loads, bound), None, math.inf)
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
-    has_files = _at(place, copies) in (At.WARM, At.LOADING, At.COLD)
-    if parting and (place is None or not has_files or not (warm or loads[place.address].is_full)):
-        return Choice(None, (*parting, *order), place)
+    if parting:
+        has_files = _at(place, copies) in (_WARM, _LOADING, _COLD)
+        if place is None or not has_files or not (warm or loads[place.address].is_full):
+            return Choice(None, (*parting, *order), place)
     if place is None:
         return Choice()
     then = dict.fromkeys((*sorted(warm, key=lambda endpoint: loads[endpoint.address].in_flight), *order)) if warm else order
-    return Choice(None, (place, *(endpoint for endpoint in then if endpoint.address != place.address)), beside, within_s)
+    return Choice(None, (place, *[endpoint for endpoint in then if endpoint is not place]), beside, within_s)
 
 
 def _of_warm(
@@ -256,24 +262,25 @@ def _of_warm(
 
 def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
     """What to wait for where no engine has it: a copy on its way, unless too many others are sent there, else one to make."""
-    coming = [copy.endpoint for copy in copies if copy.at in (At.COMING, At.LOADING)]
-    has_files = any(copy.at in (At.COLD, At.LOADING) for copy in copies)
+    coming = [copy.endpoint for copy in copies if copy.at in (_COMING, _LOADING)]
+    if not coming:
+        return _best_place(copies, order, loads, bound)
+    has_files = any(copy.at in (_COLD, _LOADING) for copy in copies)
     joined = [endpoint for endpoint in coming if not has_files or loads[endpoint.address].awaited < bound]
     if joined:
         return joined[0]
-    place = _best_place(copies, order, loads, bound, must_be_below=bool(coming))
-    return place or (_least(coming, loads, order) if coming else None)
+    return _best_place(copies, order, loads, bound, must_be_below=True) or _least(coming, loads, order)
 
 
 def _following(least: Endpoint, copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
     """The next copy to use beside `least`: one that is there, else one to make, else none. Above the bound it is made only if that one is crowded."""
-    warm = [copy.endpoint for copy in copies if copy.at is At.WARM and loads[copy.endpoint.address].known < bound]
+    warm = [copy.endpoint for copy in copies if copy.at is _WARM and loads[copy.endpoint.address].known < bound]
     if warm:
         return _least(warm, loads, order)
     if 0 < rule.max_copies <= _in_memory(copies):
         return None
-    coming = [copy.endpoint for copy in copies if copy.at is At.COMING]
-    is_enough = len(coming) >= sum(copy.at is At.LEASED for copy in copies)  # copies may double in the time that one takes
+    coming = [copy.endpoint for copy in copies if copy.at is _COMING]
+    is_enough = len(coming) >= sum(copy.at is _LEASED for copy in copies)  # copies may double in the time that one takes
     place = coming[0] if is_enough else _best_place(copies, order, loads, bound, must_be_below=not _is_crowded(loads[least.address], bound))
     return place if place is not None and _is_worth(place, least, loads) else None
 
@@ -310,13 +317,13 @@ def _spare(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, boun
 
 def _elsewhere(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
     """The best place below the bound for a copy that shall outlive the others: in a zone that has none, if there is one."""
-    zones = {copy.endpoint.zone for copy in copies if copy.at is not At.COLD}
+    zones = {copy.endpoint.zone for copy in copies if copy.at is not _COLD}
     apart = [endpoint for endpoint in order if endpoint.zone not in zones]
     return _best_place(copies, apart, loads, bound, must_be_below=True) or _best_place(copies, order, loads, bound, must_be_below=True)
 
 
 def _in_memory(copies: Sequence[Copy]) -> int:
-    return sum(copy.at is not At.COLD for copy in copies)
+    return sum(copy.at is not _COLD for copy in copies)
 
 
 def _home(leased: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
@@ -324,19 +331,19 @@ def _home(leased: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[En
     home = [endpoint.address for endpoint in order[:HOME]]
     if not home or leased[0].address in home:
         return None
-    at_home = [copy for copy in copies if copy.endpoint.address in home and copy.at is not At.COLD]
+    at_home = [copy for copy in copies if copy.endpoint.address in home and copy.at is not _COLD]
     if not at_home:
         return _best_place(copies, order[:HOME], loads, bound, must_be_below=True)
-    return None if any(copy.at is At.LEASED for copy in at_home) else at_home[0].endpoint
+    return None if any(copy.at is _LEASED for copy in at_home) else at_home[0].endpoint
 
 
 def _best_place(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, *, must_be_below: bool = False) -> Endpoint | None:
     """Where a new copy is made: not where one is in memory already."""
-    taken = {copy.endpoint.address for copy in copies if copy.at is not At.COLD}
+    taken = {copy.endpoint.address for copy in copies if copy.at is not _COLD}
     home = [endpoint for endpoint in order[:HOME] if endpoint.address not in taken and loads[endpoint.address].known < bound]
     if home:
         near = NEAR * bound
-        has_files = [copy.endpoint.address for copy in copies if copy.at is At.COLD and loads[copy.endpoint.address].known < near]
+        has_files = [copy.endpoint.address for copy in copies if copy.at is _COLD and loads[copy.endpoint.address].known < near]
         return min(home, key=lambda endpoint: (loads[endpoint.address].is_full, endpoint.address not in has_files, loads[endpoint.address].in_flight))
     below = None
     for endpoint in order[HOME:]:
@@ -364,7 +371,7 @@ def _least(endpoints: Sequence[Endpoint], loads: Loads, order: Sequence[Endpoint
 def _compared(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, rule: Rule) -> Choice:
     """`maglev` and `hrw` stay with the key's first endpoint; `random` draws anew for each request, as a load balancer does that knows no adapters; the
     others choose a place once, and stay with the copy."""
-    usable = [copy.endpoint for copy in copies if copy.at is At.LEASED] or [copy.endpoint for copy in copies if copy.at is At.LEAVING]
+    usable = [copy.endpoint for copy in copies if copy.at is _LEASED] or [copy.endpoint for copy in copies if copy.at is _LEAVING]
     if not order:
         return Choice(_least(usable, loads, order) if usable else None)
     if rule.balance in ("maglev", "hrw"):

@@ -104,38 +104,34 @@ class Load:
         return self.adapters < (1 - KEPT) * self.engine.slots or not self.engine.slots
 
 
-class Loads:
-    """Of one pool, by address. Times are the caller's clock, in seconds."""
+class Loads(dict[str, Load]):
+    """Of one pool: each endpoint's load by its address. Times are the caller's clock, in seconds."""
 
     def __init__(self, addresses: Iterable[str] = ()) -> None:
-        self._of: dict[str, Load] = {address: Load() for address in addresses}
+        super().__init__((address, Load()) for address in addresses)
         self._said = self._gone = self._guessed = 0.0  # over those that count
-        self._ready = len(self._of)
+        self._ready = len(self)
         self.has_room = True  # whether some ready engine has room for a copy, as of the last `sweep`
         self.service = Service()
         self._sent = 0  # by all routers since the last `sweep`, if the others send as much as this one
 
-    def __getitem__(self, address: str) -> Load:
-        return self._of[address]
-
-    def __contains__(self, address: str) -> bool:
-        return address in self._of
-
     def follow(self, addresses: Iterable[str]) -> None:
         """These are the pool's endpoints now. Of those that stay, nothing is forgotten."""
-        self._of = {address: self._of.get(address) or Load() for address in addresses}
+        loads = {address: self.get(address) or Load() for address in addresses}
+        self.clear()
+        self.update(loads)
         self._add_up()
 
     def stand(self, ready: Iterable[str]) -> None:
         """These are ready, and make the mean."""
         counted = frozenset(ready)
-        for address, load in self._of.items():
+        for address, load in self.items():
             load.counts = address in counted
         self._add_up()
 
     def stand_one(self, address: str, *, ready: bool) -> None:
         """The same of one of them."""
-        load = self._of.get(address)
+        load = self.get(address)
         if load is not None and load.counts is not ready:
             sign = 1 if ready else -1
             load.counts = ready
@@ -146,7 +142,7 @@ class Loads:
 
     def send(self, address: str, now: float) -> None:
         """A request goes there."""
-        load = self._of.get(address)
+        load = self.get(address)
         if load is not None:
             _expire(load, now)
             load.sent.append(now)
@@ -162,14 +158,14 @@ class Loads:
         self._hold(address, -1)
 
     def _hold(self, address: str, requests: int) -> None:
-        load = self._of.get(address)
+        load = self.get(address)
         if load is not None:
             load.held = max(0, load.held + requests)  # another endpoint may have come under the address meanwhile
             _count(load)
 
     def say(self, address: str, engine: Engine, taken_at: float) -> None:
         """The engine's word, of the time `taken_at`."""
-        load = self._of.get(address)
+        load = self.get(address)
         if load is None or taken_at < load.said_at:
             return
         load.engine, load.said_at = engine, taken_at
@@ -179,7 +175,7 @@ class Loads:
 
     def demand(self, address: str, adapters: int, slots: int) -> None:
         """How many adapters are in demand there; `slots` 0: as the engine said."""
-        load = self._of.get(address)
+        load = self.get(address)
         if load is not None:
             load.adapters = adapters
             if slots != load.engine.slots and slots:
@@ -188,13 +184,13 @@ class Loads:
     def sweep(self, now: float) -> None:
         """Drop what is too old to count, which `send` does only for endpoints that are sent something, and see how long requests take. To be called a few
         times a second."""
-        for load in self._of.values():
+        for load in self.values():
             if load.sent or now - load.said_at > STALE_S:
                 _expire(load, now)
                 _count(load)
         self._add_up()
-        self.has_room = any(load.counts and load.has_room for load in self._of.values())
-        self.service.look(now, sum(load.engine.running for load in self._of.values() if load.counts), self._said, self._sent)
+        self.has_room = any(load.counts and load.has_room for load in self.values())
+        self.service.look(now, sum(load.engine.running for load in self.values() if load.counts), self._said, self._sent)
         self._sent = 0
 
     def mean(self) -> float:
@@ -209,13 +205,11 @@ class Loads:
 
     def below(self, endpoints: Sequence[Endpoint], bound: float) -> list[Endpoint]:
         """Those that are not known to have as much in flight."""
-        of = self._of
-        return [endpoint for endpoint in endpoints if of[endpoint.address].known < bound]
+        return [endpoint for endpoint in endpoints if self[endpoint.address].known < bound]
 
     def least(self, endpoints: Sequence[Endpoint], turn: int) -> int:
         """The place of the one with the least in flight; of equals the next one from place `turn` on, counted around."""
-        of = self._of
-        counts = [of[endpoint.address].in_flight for endpoint in endpoints]
+        counts = [self[endpoint.address].in_flight for endpoint in endpoints]
         least, first = min(counts), turn % len(counts)
         try:
             return counts.index(least, first)
@@ -231,7 +225,7 @@ class Loads:
             self._guessed += load.guessed - guessed
 
     def _add_up(self) -> None:
-        counted = [load for load in self._of.values() if load.counts]
+        counted = [load for load in self.values() if load.counts]
         self._ready, self._said = len(counted), sum(load.said for load in counted)
         self._gone, self._guessed = sum(load.gone for load in counted), sum(load.guessed for load in counted)
 

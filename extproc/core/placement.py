@@ -29,6 +29,7 @@ class Pool:
     _takes_all: bool = field(init=False, repr=False, compare=False)
     _first: Callable[[str, int], tuple[Endpoint, ...]] = field(init=False, repr=False, compare=False)
     _at: Mapping[str, tuple[Endpoint, ...]] = field(init=False, repr=False, compare=False)
+    _has_bare: bool = field(init=False, repr=False, compare=False)  # endpoints without a stager
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_takes_all", "*" in self.adapters)
@@ -39,6 +40,7 @@ class Pool:
             if endpoint.stager:
                 at[endpoint.stager] = (*at.get(endpoint.stager, ()), endpoint)
         object.__setattr__(self, "_at", at)
+        object.__setattr__(self, "_has_bare", any(not endpoint.stager for endpoint in self.table.endpoints))
 
     def serves(self, adapter: str) -> bool:
         """Whether one of the patterns matches."""
@@ -61,6 +63,10 @@ class Pool:
     def at(self, stager: str) -> tuple[Endpoint, ...]:
         """The endpoints whose directory that stager fills."""
         return self._at.get(stager, ())
+
+    def staged(self, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """Those of the pool's `endpoints` that have a stager."""
+        return [endpoint for endpoint in endpoints if endpoint.stager] if self._has_bare else endpoints
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,8 @@ class Residency:
         self._clock = clock
         self._leases: dict[Key, Lease] = {}
         self._calls: dict[Key, _Call] = {}
-        self._flights: SingleFlight[Key, Staged] = SingleFlight()
+        self._flights: SingleFlight[Key, Staged] = SingleFlight(self._flies)
+        self._flying: dict[str, int] = {}  # how many of them, by adapter: each request that looks at all copies asks, and mostly there are none
         self._preparing: dict[str, set[Key]] = {}  # by stager
         self._not_before: dict[Key, float] = {}  # when a preparation that failed may be tried again
         self.copying = Copying()  # how long it takes to make another copy of what some node has
@@ -145,6 +146,8 @@ class Residency:
 
     def asked(self, endpoints: Sequence[Endpoint], adapter: str, *, plain: bool = False) -> list[Endpoint]:
         """Those whose stagers have been asked, and have not answered."""
+        if adapter not in self._flying:
+            return []
         flights = self._flights
         return [endpoint for endpoint in endpoints if (endpoint.stager, adapter, plain) in flights]
 
@@ -283,6 +286,14 @@ class Residency:
             pause_s = RELEASE_AGAIN_S
 
     # -- one call
+
+    def _flies(self, key: Key, change: int) -> None:
+        adapter = key[1]
+        flying = self._flying.get(adapter, 0) + change
+        if flying:
+            self._flying[adapter] = flying
+        else:
+            del self._flying[adapter]
 
     async def _prepare(self, key: Key) -> Staged:
         try:

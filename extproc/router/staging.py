@@ -32,6 +32,10 @@ CHOSEN_AGAIN = 6  # times, and then it goes: copies may double each time, and 64
 WARM_S = 0.5  # a stager that has the adapter in its engine's memory answers within milliseconds, or hangs
 USUAL_GAPS = 3  # silence of a stager counts as none of its usual ones above this many of them
 
+# As in `choice`, since a look at all copies asks for them of each.
+_LEASED, _LEAVING, _PARTING, _WARM, _COMING, _LOADING, _COLD = At
+_READY, _DRAINING = Standing.READY, Standing.DRAINING
+
 
 @dataclass(slots=True)
 class Placed:
@@ -184,7 +188,7 @@ class Staging:
         rule = self._rules.of(forward.adapter)
         loads = self._loads[forward.pool.name]
         copies = self._copies(forward)
-        preferred = self._preferred([copy.endpoint for copy in copies if copy.at is At.LEASED], forward, loads, rule) if len(copies) > 1 else None
+        preferred = self._preferred([copy.endpoint for copy in copies if copy.at is _LEASED], forward, loads, rule) if len(copies) > 1 else None
         return choose(
             copies,
             self._order(forward, rule, len(copies)),
@@ -207,18 +211,19 @@ class Staging:
             if forward.subset is not None:
                 endpoints = snapshot.usable(endpoints, forward.subset)
             for endpoint in endpoints:
-                standing = snapshot.standing(endpoint) if snapshot.standings else Standing.READY
-                if standing is Standing.READY:
-                    found.append(Copy(endpoint, At.COLD if not warm else At.LEASED if is_leased else At.WARM))
-                elif standing is Standing.DRAINING and (is_leased or warm):
-                    found.append(Copy(endpoint, At.LEAVING if is_leased else At.PARTING))
-        has_lease = any(copy.at is At.LEASED for copy in found)
-        for endpoint in self._residency.asked(snapshot.stageable(forward.candidates), forward.adapter, plain=forward.plain):
+                standing = snapshot.standing(endpoint) if snapshot.standings else _READY
+                if standing is _READY:
+                    found.append(Copy(endpoint, _COLD if not warm else _LEASED if is_leased else _WARM))
+                elif standing is _DRAINING and (is_leased or warm):
+                    found.append(Copy(endpoint, _LEAVING if is_leased else _PARTING))
+        asked = self._residency.asked(snapshot.stageable(forward.candidates), forward.adapter, plain=forward.plain)
+        has_lease = bool(asked) and any(copy.at is _LEASED for copy in found)
+        for endpoint in asked:
             copy = next((copy for copy in found if copy.endpoint == endpoint), None)
             if copy is None:
-                found.append(Copy(endpoint, At.COMING))
-            elif copy.at is At.COLD and not has_lease:
-                copy.at = At.LOADING
+                found.append(Copy(endpoint, _COMING))
+            elif copy.at is _COLD and not has_lease:
+                copy.at = _LOADING
         return found
 
     def _order(self, forward: Forward, rule: Rule, copies: int) -> Sequence[Endpoint]:
@@ -230,7 +235,7 @@ class Staging:
             order = snapshot.usable(pool.candidates(forward.key, FIRST << copies.bit_length() - 1)) or forward.candidates
         else:
             order = forward.candidates
-        return [endpoint for endpoint in snapshot.stageable(order) if endpoint.stager]
+        return pool.staged(snapshot.stageable(order))
 
     def again(self, forward: Forward, before: Placed) -> Placed | None:
         """The place that was waited for while the body arrived, if it is still one, by the name that its engine knows the adapter by now."""

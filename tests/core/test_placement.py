@@ -96,6 +96,13 @@ def test_the_endpoints_of_a_stager_are_found() -> None:
     assert (one.at("10.0.0.1:9102"), one.at(""), one.at("10.0.0.2:9102")) == (both, (), ())
 
 
+def test_endpoints_without_a_stager_are_left_out() -> None:
+    """They are for base models only."""
+    staged, bare = Endpoint("10.0.0.1:8000", "n", "10.0.0.1:9102"), Endpoint("10.0.0.2:8000")
+    assert list(pool(endpoints=(staged, bare)).staged((bare, staged))) == [staged]
+    assert list(pool(endpoints=(staged,)).staged((staged,))) == [staged]
+
+
 def test_the_pool_of_a_base_model_is_found_by_its_exact_name() -> None:
     """Case and suffix count."""
     llama, qwen = pool(), pool("qwen", ("qwen-3", "qwen"))

@@ -240,6 +240,19 @@ async def test_who_relies_on_nothing_claims_nothing() -> None:
     assert stager.claims == []
 
 
+async def test_a_node_counts_as_asked_from_the_call_to_its_answer() -> None:
+    """For this adapter alone, and for the name that the engine must know it by."""
+    router = Router(2)
+    first, second = router.pool.order("a")
+    router.stager_of(first).gate.clear()
+    router.residency.prepare(first, "a")
+    assert router.residency.asked((first, second), "a") == [first]
+    assert router.residency.asked((first, second), "a", plain=True) == router.residency.asked((first, second), "b") == []
+    router.stager_of(first).gate.set()
+    await _settle()
+    assert router.residency.asked((first, second), "a") == []
+
+
 async def test_leases_that_ended_are_swept() -> None:
     """The table does not grow with every name ever asked for."""
     router = Router(1)
