@@ -6,8 +6,8 @@ and the engine and the stager of one are killed.
 
 What is looked at, and by whom:
 - failed requests: Envoy's access log. The killed engine's own are those that Envoy had sent there and that had begun before it was killed.
-- waits: `waited_ms`, as the router tells Envoy of each request. Warm is an adapter that some engine has answered for; after the death, one that an engine
-  which takes requests listed just before.
+- waits: `waited_ms`, as the router tells Envoy of each request. Warm is an adapter of which a request has been let go: one that comes while the first
+  is held waits for the same load. After the death, it is one that an engine which takes requests listed just before.
 - in flight: the engines' own counters, of those that are meant to take requests: not of a node before the routers call it ready, nor of one that drains.
   With two or three requests at each engine a single look is mostly chance, so that the ratio is of the means over WINDOW_S.
 """
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import bisect
 import json
+import math
 import os
 import random
 import statistics
@@ -98,14 +99,15 @@ class Seen:
 
     def waits(self) -> Iterator[tuple[Mapping[str, Any], float, bool]]:
         """Each request that was answered well, the milliseconds that the router held it, and whether its adapter was warm somewhere."""
-        warm: set[str] = set()
+        warm_since: dict[str, float] = {}  # by adapter: since the first request of it was let go
         is_before = True
         for record in self.records:
             if is_before and 0 < self.killed < record["at"]:
-                is_before, warm = False, set(self.survives)
-            yield record, float(record.get("waited_ms") or 0.0), record["model"] in warm
+                is_before, warm_since = False, dict.fromkeys(self.survives, 0.0)
+            model, waited_ms = record["model"], float(record.get("waited_ms") or 0.0)
+            yield record, waited_ms, warm_since.get(model, math.inf) <= record["at"]
             if record["status"] == 200:
-                warm.add(record["model"])
+                warm_since[model] = min(warm_since.get(model, math.inf), record["at"] + waited_ms / 1000)
 
     def late(self) -> list[Mapping[str, Any]]:
         """Requests of warm adapters that were held for longer than LATE_MS."""

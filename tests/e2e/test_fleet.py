@@ -22,7 +22,7 @@ import pytest_asyncio
 
 from extproc.client import StagerClient
 from extproc.up.stack import Node
-from tests.bench.fleet_real import Size, complaints, measure
+from tests.bench.fleet_real import Seen, Size, complaints, measure
 from tests.fakes.fleet import POOL, Fleet, Layout
 from tests.fakes.wait import PATIENCE_S
 
@@ -40,6 +40,18 @@ async def test_a_fleet_that_moves_fails_nobody_and_holds_nothing_that_is_warm(tm
     assert not seen.failed, "\n".join(complaints(seen))
     assert not seen.refused
     assert len(seen.late()) <= MOST_LATE * len(seen.records), "\n".join(complaints(seen))
+
+
+async def test_who_comes_while_the_first_request_is_held_waits_for_the_same_load() -> None:
+    """And is not held although its adapter is warm. After a death that is what survives alone."""
+
+    def asked(at: float, model: str, waited_ms: float) -> dict[str, Any]:
+        return {"at": at, "model": model, "waited_ms": waited_ms, "status": 200, "upstream": "10.0.0.1:8000"}
+
+    before = [asked(1.0, "a", 250.0), asked(1.1, "a", 150.0), asked(2.0, "a", 200.0), asked(2.1, "b", 300.0)]
+    after = [asked(3.0, "a", 260.0), asked(3.1, "b", 280.0), asked(3.2, "a", 110.0)]
+    seen = Seen(records=[*before, *after], killed=2.5, survives=frozenset({"b"}))
+    assert seen.late() == [before[2], after[1]]
 
 
 # ---- what befalls a fleet
