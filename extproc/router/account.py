@@ -94,8 +94,12 @@ class Account:
     def rejection_notes(self, now: float) -> Mapping[str, str | float]:
         """What the access log shows of a rejected request, beside the reason."""
         if self.waits_since:
-            return {"model": self.model, "waited_ms": round((now - self.waits_since) * 1000, 1)}
+            return {"model": self.model, "waited_ms": round(self.waited_s(now) * 1000, 1)}
         return {"model": self.model} if self.model else {}
+
+    def waited_s(self, now: float) -> float:
+        """For how long the request has been waiting, for whatever; 0 if it never had to."""
+        return now - self.waits_since if self.waits_since else 0.0
 
     def close(self, *, has_begun: bool) -> None:
         """Give everything back and count the request, if its headers ever came."""

@@ -260,13 +260,13 @@ class Processor:
         if isinstance(error, NoEndpoint):  # every stager is gone, which the router may not have noticed yet
             return self._wait_for_an_endpoint(facts, error.bare(), forward.wait_s)
         self._placed = wait.result()
-        self._placed.waited_s = self._waited_s()  # for an endpoint, too
+        self._placed.waited_s = self._account.waited_s(self._s.clock())  # for an endpoint, too
         return self._answer_placed(forward, self._placed)
 
     def _wait_for_an_endpoint(self, facts: Facts, error: NoEndpoint, wait_s: float) -> Sequence[Action]:
         """Hold the request until somebody can serve it, as at a start, or answer with `error` when it was held for long enough."""
         self._waits()
-        left_s = min(wait_s, self._s.no_endpoint_wait_s) - self._waited_s()
+        left_s = min(wait_s, self._s.no_endpoint_wait_s) - self._account.waited_s(self._s.clock())
         if left_s <= 0:
             return self._exchange.failed(error)
         self._wait(self._until_somebody_can(facts, error, left_s), "endpoint", lambda task, _: self._follow(facts, task.result()))
@@ -291,9 +291,6 @@ class Processor:
 
     def _waits(self) -> None:
         self._account.waits_since = self._account.waits_since or self._s.clock()
-
-    def _waited_s(self) -> float:
-        return self._s.clock() - self._account.waits_since if self._account.waits_since else 0.0
 
     # -- waiting
 
@@ -359,7 +356,7 @@ class Processor:
             "model": forward.adapter,
             "key": forward.key[:MAX_NOTED_KEY_CHARS],
         }
-        notes |= {"origin": placed.origin, "waited_ms": round((placed.waited_s or self._waited_s()) * 1000, 1)}
+        notes |= {"origin": placed.origin, "waited_ms": round((placed.waited_s or self._account.waited_s(self._s.clock())) * 1000, 1)}
         if placed.model:
             notes["engine_model"] = placed.model
         prefiller = _told_prefiller(forward.pool, placed.prefiller)
