@@ -8,8 +8,9 @@ What is looked at, and by whom:
 - failed requests: Envoy's access log. The killed engine's own are those that Envoy had sent there and that had begun before it was killed.
 - waits: `waited_ms`, as the router tells Envoy of each request. Warm is an adapter of which a request has been let go: one that comes while the first
   is held waits for the same load. After the death, it is one that an engine which takes requests listed just before.
-- in flight: the engines' own counters, of those that are meant to take requests: not of a node before the routers call it ready, nor of one that drains.
-  With two or three requests at each engine a single look is mostly chance, so that the ratio is of the means over WINDOW_S.
+- in flight: of the engines that are meant to take requests: not of a node before the routers call it ready, nor of one that drains. With two or three
+  requests at each engine a single look is mostly chance, so that the ratio is of the means over WINDOW_S. They are those of the whole time, by the access log:
+  from when the router let a request go to the end of its answer. A mean of twenty looks has a third of chance in it.
 """
 
 import argparse
@@ -23,9 +24,10 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,8 @@ class Seen:
     records: list[Mapping[str, Any]] = field(default_factory=list)  # Envoy's access log, in the order in which requests began
     refused: Counter[str] = field(default_factory=Counter)  # what clients saw that is no HTTP answer
     took_s: list[float] = field(default_factory=list)  # of those that were answered with 200
-    windows: list[float] = field(default_factory=list)  # max/mean of the engines' means, WINDOW_S each
-    looks: list[float] = field(default_factory=list)  # max/mean of single looks
+    busy: list[tuple[float, dict[str, str]]] = field(default_factory=list)  # since when which engines are meant to take requests: address and node
+    looks: list[float] = field(default_factory=list)  # max/mean of single looks at the engines' own counters
     cpu_s: dict[str, float] = field(default_factory=dict)  # by kind of process
     began: float = 0.0  # as access logs tell the time
     seconds: float = 0.0
@@ -109,6 +111,28 @@ class Seen:
             if record["status"] == 200:
                 warm_since[model] = min(warm_since.get(model, math.inf), record["at"] + waited_ms / 1000)
 
+    def takes(self, busy: Iterable[Node], at: float | None = None) -> None:
+        """From now on, or `at` a time, these nodes are meant to take requests."""
+        self.busy.append((time.time() if at is None else at, {node.engine: node.name for node in busy}))
+
+    def windows(self) -> list[tuple[float, dict[str, float]]]:
+        """Requests in flight at each busy engine, by node, the mean of WINDOW_S, and when each of these began. Each is of one set of engines."""
+        found: list[tuple[float, dict[str, float]]] = []
+        for (since, nodes), (until, _) in pairwise(self.busy):
+            for number in range(int((until - since) // WINDOW_S)):
+                begins = since + number * WINDOW_S
+                spent = dict.fromkeys(nodes.values(), 0.0)
+                for record in self.records:
+                    if node := nodes.get(record["upstream"]):
+                        went, ended = (record["at"] + float(record.get(which) or 0.0) / 1000 for which in ("waited_ms", "duration_ms"))
+                        spent[node] += max(0.0, min(ended, begins + WINDOW_S) - max(went, begins))
+                found.append((begins, {node: seconds / WINDOW_S for node, seconds in spent.items()}))
+        return found
+
+    def uneven(self) -> list[float]:
+        """Of each of those windows, the most by the mean."""
+        return [max(means.values()) / statistics.mean(means.values()) for _, means in self.windows() if any(means.values())]
+
     def late(self) -> list[Mapping[str, Any]]:
         """Requests of warm adapters that were held for longer than LATE_MS."""
         return [record for record, waited_ms, is_warm in self.waits() if is_warm and waited_ms > LATE_MS and record["at"] >= self.began]
@@ -127,6 +151,7 @@ async def measure(size: Size, balance: str, directory: Path, say: Callable[[str]
                 before = _cpu(fleet)
                 seen.began = time.time() + LEAD_S
                 busy = fleet.nodes[: size.nodes]
+                seen.takes(busy, at=seen.began)
                 looking = asyncio.create_task(_look(fleet, busy, seen))
                 moving = asyncio.create_task(_move(fleet, size, busy, seen, say))
                 try:
@@ -135,6 +160,7 @@ async def measure(size: Size, balance: str, directory: Path, say: Callable[[str]
                     looking.cancel()
                     moving.cancel()
                     results = await asyncio.gather(looking, moving, return_exceptions=True)
+                    seen.takes(())
                 for result in results:
                     if isinstance(result, Exception):
                         raise result
@@ -219,15 +245,18 @@ async def _move(fleet: Fleet, size: Size, busy: list[Node], seen: Seen, say: Cal
     fleet.show(fleet.nodes)
     await fleet.until_standing("ready", late)
     busy.append(late)
+    seen.takes(busy)
     seen.steps["join"] = loop.time() - since
     say(f"{late.name} is ready {seen.steps['join']:.1f} s after it came")
     since = await at(size.drain)
     busy.remove(drained)
+    seen.takes(busy)
     await fleet.run("drain", drained.stager, "--wait", "--timeout", "120")
     seen.steps["drain"] = loop.time() - since
     say(f"{drained.name} is empty {seen.steps['drain']:.1f} s after it was told to drain")
     since = await at(size.death)
     busy.remove(victim)
+    seen.takes(busy)
     seen.victim = victim.engine
     seen.survives = frozenset().union(*await asyncio.gather(*(fleet.known_at(node) for node in busy)))
     await fleet.kill(f"{victim.name}-engine", f"{victim.name}-stager")
@@ -240,22 +269,12 @@ async def _move(fleet: Fleet, size: Size, busy: list[Node], seen: Seen, say: Cal
 async def _look(fleet: Fleet, busy: Sequence[Node], seen: Seen) -> None:
     """Ask the engines how much they have in flight, again and again."""
     loop = asyncio.get_running_loop()
-    begins = due = loop.time()
-    window: dict[str, list[float]] = {}
+    due = loop.time()
     while True:
-        nodes = tuple(busy)
-        counts = await asyncio.gather(*(fleet.in_flight(node) for node in nodes), return_exceptions=True)
-        found = {node.name: count for node, count in zip(nodes, counts, strict=True) if isinstance(count, float)}
-        if sum(found.values()):
-            seen.looks.append(max(found.values()) / statistics.mean(found.values()))
-        if window and found.keys() != window.keys():  # another fleet: its own window
-            begins, window = loop.time(), {}
-        for name, count in found.items():
-            window.setdefault(name, []).append(count)
-        if loop.time() - begins >= WINDOW_S:
-            means = [statistics.mean(of) for of in window.values()]
-            seen.windows.append(max(means) / statistics.mean(means))
-            begins, window = loop.time(), {}
+        counts = await asyncio.gather(*map(fleet.in_flight, tuple(busy)), return_exceptions=True)
+        found = [count for count in counts if isinstance(count, float)]
+        if sum(found):
+            seen.looks.append(max(found) / statistics.mean(found))
         due += LOOK_S
         await asyncio.sleep(max(0.0, due - loop.time()))
 
@@ -296,7 +315,7 @@ class Bound:
 BOUNDS = (
     Bound("failed, beyond the killed engine's own", 0, lambda seen: len(seen.failed) + seen.refused.total()),
     Bound(f"warm requests held over {LATE_MS:g} ms", 0, lambda seen: len(seen.late())),
-    Bound(f"in flight, max/mean of {WINDOW_S:g} s, the worst", 1.5, lambda seen: max(seen.windows, default=0.0), 2),
+    Bound(f"in flight, max/mean of {WINDOW_S:g} s, the worst", 1.5, lambda seen: max(seen.uneven(), default=0.0), 2),
 )
 
 
@@ -309,7 +328,7 @@ def figures(seen: Seen) -> Iterator[tuple[str, str]]:
     yield "the killed engine's own", str(seen.own)
     yield "held at all", str(sum(waited > 0 for waited in waits))
     yield "held longest", f"{max(waits, default=0.0):.0f} ms"
-    yield "in flight, max/mean of 10 s, median", f"{statistics.median(seen.windows or [0.0]):.2f}"
+    yield "in flight, max/mean of 10 s, median", f"{statistics.median(seen.uneven() or [0.0]):.2f}"
     yield "in flight, max/mean of single looks, median and p99", f"{statistics.median(looks):.2f}, {looks[int(len(looks) * 0.99)]:.2f}"
     yield "to the answer, p50, p99, longest", ", ".join(f"{1000 * at:.0f} ms" for at in (took[len(took) // 2], took[int(len(took) * 0.99)], took[-1]))
     for step, seconds in seen.steps.items():
@@ -341,7 +360,7 @@ def complaints(seen: Seen) -> Iterator[str]:
 
 
 def timeline(seen: Seen) -> Iterator[str]:
-    """How long answers took, WINDOW_S after WINDOW_S, and who gave the slowest tenth."""
+    """How long answers took, WINDOW_S after WINDOW_S, and who gave the slowest tenth; then what was in flight where."""
     windows: dict[int, list[Mapping[str, Any]]] = {}
     for record in seen.records:
         if record["at"] >= seen.began:
@@ -351,6 +370,9 @@ def timeline(seen: Seen) -> Iterator[str]:
         slowest = Counter(str(record["owner"]) for record in records[-(len(records) // 10) :])
         took = ", ".join(f"p{100 * part:g} {records[int(part * (len(records) - 1))]['duration_ms']} ms" for part in (0.5, 0.9, 0.99, 1))
         yield f"{number * WINDOW_S:4.0f} s: {len(records)} requests, {took}; the slowest tenth at {dict(slowest.most_common(3))}"
+    for begins, means in seen.windows():
+        shown = " ".join(f"{node} {mean:.2f}" for node, mean in sorted(means.items()))
+        yield f"{begins - seen.began:6.1f} s: max/mean {max(means.values()) / statistics.mean(means.values()):.2f}, in flight {shown}"
 
 
 def main() -> None:

@@ -54,6 +54,19 @@ async def test_who_comes_while_the_first_request_is_held_waits_for_the_same_load
     assert seen.late() == [before[2], after[1]]
 
 
+async def test_what_is_in_flight_counts_from_when_it_was_let_go_to_the_end_of_its_answer() -> None:
+    """A window is of one set of engines, and what a request takes of it counts, whenever it began."""
+
+    def served(at: float, node: int, waited_ms: float, duration_ms: float) -> dict[str, Any]:
+        return {"at": at, "waited_ms": waited_ms, "duration_ms": duration_ms, "upstream": f"10.0.0.{node}:8000"}
+
+    first, second = ({f"10.0.0.{node}:8000": f"node-{node}" for node in nodes} for nodes in ((1, 2), (2,)))
+    records = [served(98.0, 1, 1000.0, 5000.0), served(104.0, 2, 0.0, 1000.0), served(119.0, 2, 0.0, 2000.0), served(101.0, 3, 0.0, 9000.0)]
+    seen = Seen(records=records, busy=[(100.0, first), (115.0, second), (125.0, {})])
+    assert seen.windows() == [(100.0, {"node-1": 0.3, "node-2": 0.1}), (115.0, {"node-2": 0.2})]
+    assert seen.uneven() == [pytest.approx(1.5), 1.0]
+
+
 # ---- what befalls a fleet
 
 
