@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ async def test_who_comes_while_the_first_request_is_held_waits_for_the_same_load
 async def test_what_is_in_flight_counts_from_when_it_was_let_go_to_the_end_of_its_answer() -> None:
     """A window is of one set of engines, and what a request takes of it counts, whenever it began."""
 
-    def served(at: float, node: int, waited_ms: float, duration_ms: float) -> dict[str, Any]:
+    def served(at: float, node: int, waited_ms: float, duration_ms: float) -> Mapping[str, Any]:
         return {"at": at, "waited_ms": waited_ms, "duration_ms": duration_ms, "upstream": f"10.0.0.{node}:8000"}
 
     first, second = ({f"10.0.0.{node}:8000": f"node-{node}" for node in nodes} for nodes in ((1, 2), (2,)))
