@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -397,8 +397,7 @@ def drain(
             typer.echo(f"lora-extproc: {node}: {why_not}", err=True)
             raise typer.Exit(1)
 
-    for address in _stagers_of(node, config):
-        _ask(address, config, ask)
+    _ask_all(_stagers_of(node, config), config, ask)
 
 
 @app.command()
@@ -410,8 +409,7 @@ def undrain(node: NodeName, config: RpcConfigFile = None, as_json: AsJson = Fals
         text = f"{node}: still drained, since its stager is stopping" if state.draining else f"{node}: no longer drained"
         _say(as_json, text, node=node, **dataclasses.asdict(state))
 
-    for address in _stagers_of(node, config):
-        _ask(address, config, ask)
+    _ask_all(_stagers_of(node, config), config, ask)
 
 
 def _stagers_of(node: str, config: Path | None) -> list[str]:
@@ -430,17 +428,30 @@ def _say(as_json: bool, text: str, **fields: object) -> None:
 
 def _ask(address: str, config: Path | None, ask: "Callable[[StagerClient], Awaitable[None]]") -> None:
     """Talk to one stager, with the credentials of the settings file or of the environment."""
+    _ask_all([address], config, ask)
+
+
+def _ask_all(addresses: Sequence[str], config: Path | None, ask: "Callable[[StagerClient], Awaitable[None]]") -> None:
+    """The same with several at once, so that none waits for another. Raises the first error when all have ended; the others are printed."""
     from .client import StagerClient
 
     rpc = _settings(config).rpc
     if config is None and TOKEN_ENV in os.environ:
         rpc = RpcSettings(token_env=TOKEN_ENV)
 
-    async def talk() -> None:
+    async def talk(address: str) -> None:
         async with StagerClient(address, rpc) as client:
             await ask(client)
 
-    asyncio.run(talk())
+    async def talk_to_all() -> list[BaseException | None]:
+        return await asyncio.gather(*map(talk, addresses), return_exceptions=True)
+
+    failures = [failure for failure in asyncio.run(talk_to_all()) if failure is not None]
+    for failure in failures[1:]:
+        if not isinstance(failure, typer.Exit):
+            typer.echo(f"lora-extproc: {failure}", err=True)
+    if failures:
+        raise failures[0]
 
 
 @app.command("envoy-config")

@@ -436,6 +436,18 @@ def test_drain_takes_a_node_s_name_from_the_settings(stager: Running, tmp_path: 
     assert unknown.err == "lora-extproc: node-2: no node of the settings' pools is called so (--config), and it is no host:port of a stager\n"
 
 
+def test_all_stagers_of_a_node_are_told_though_one_does_not_answer(stager: Running, tmp_path: Path) -> None:
+    """Code 1, and which one it was."""
+    dead = f"127.0.0.1:{free_ports(1)[0]}"
+    endpoints = [{"address": f"10.1.1.1:800{n}", "node": "node-1", "stager": address} for n, address in enumerate(sorted((dead, stager.address)))]
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({"pools": [{"name": "models", "endpoints": endpoints}]}))
+    for command in ("drain", "undrain"):
+        done = stager.cli(command, "node-1", "--config", str(tmp_path / "fleet.yaml"))
+        assert (done.code, done.out.count("\n")) == (1, 1)
+        assert dead in done.err
+        assert stager.cli("drain" if command == "drain" else "undrain", stager.address, "--json").json["draining"] is (command == "drain")
+
+
 # -- what goes wrong
 
 
