@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -584,7 +585,8 @@ def _event(message: pb.WatchEvent) -> WatchEvent | None:
             return Woken(message.woken)
         case "load":
             load = message.load
-            if not load.known:
+            numbers = (load.running, load.waiting, load.age_seconds, load.every_seconds)
+            if not load.known or not all(0 <= number < math.inf for number in numbers):
                 return None
             shown = (load.running, load.waiting, load.kv_usage, load.slots, load.cpu_slots, load.age_seconds)
             return EngineLoad(*shown, load.every_seconds, max(1, load.routers), load.others_held)

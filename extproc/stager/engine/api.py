@@ -6,9 +6,10 @@ What is concluded from its answers is in this file (vLLM) and in `sglang.py`; ev
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -304,9 +305,22 @@ def values(metrics: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", metrics, re.MULTILINE)]
 
 
+def total(found: Collection[float]) -> float:
+    """Of numbers of requests. Raises ValueError if one is none: routers compare engines by them, and one that is not a number would spoil the mean of all."""
+    if not all(0 <= value < math.inf for value in found):
+        raise ValueError("a number of requests is none")
+    return sum(found)
+
+
+def mean(found: Collection[float]) -> float:
+    """Of shares, which are only shown. What is no number is left out."""
+    usable = [value for value in found if 0 <= value < math.inf]
+    return sum(usable) / max(1, len(usable))
+
+
 def _requests(metrics: str) -> Requests:
     """What the engine's metrics say of its requests. Raises ValueError."""
-    return Requests(_at_work(metrics), sum(values(metrics, WAITING)))
+    return Requests(_at_work(metrics), total(values(metrics, WAITING)))
 
 
 def _work(metrics: str) -> Work:
@@ -315,7 +329,7 @@ def _work(metrics: str) -> Work:
     running = values(metrics, RUNNING)
     if not running:
         raise ValueError("no series says how many requests run")
-    return Work(sum(running), sum(values(metrics, WAITING)), sum(usage) / max(1, len(usage)), _at_work(metrics, 1 + MAX_COMMAS))
+    return Work(total(running), total(values(metrics, WAITING)), mean(usage), _at_work(metrics, 1 + MAX_COMMAS))
 
 
 def _at_work(metrics: str, longest: int | None = None) -> frozenset[str]:

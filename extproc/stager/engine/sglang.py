@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import EngineUnreachable
-from .api import MAX_VERSION_CHARACTERS, Engine, Limits, Requests, Work
+from .api import MAX_VERSION_CHARACTERS, Engine, Limits, Requests, Work, mean, total
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _work(metrics: str) -> Work:
     running, waiting, usage = (_by_rank(metrics, name) for name in (RUNNING, QUEUED, TOKEN_USAGE))
     if not running:
         raise ValueError("no series says how many requests run")
-    return Work(sum(running.values()), sum(waiting.values()), sum(usage.values()) / max(1, len(usage)))
+    return Work(total(running.values()), total(waiting.values()), mean(usage.values()))
 
 
 def _by_rank(metrics: str, name: str) -> dict[str, float]:

@@ -360,3 +360,11 @@ async def test_its_version_is_asked_once_and_again_when_it_was_away(scripted: tu
     await engine.learn_limits()
     assert engine.version == ""
     await engine.close()
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-1"])
+async def test_a_number_of_requests_that_is_none_is_told_to_nobody(scripted: tuple[ScriptedEngine, str], engine: Engine, value: str) -> None:
+    """Routers take the mean of all engines."""
+    scripted[0].exact = dict.fromkeys(("GET /metrics", "GET /metrics/"), partial(metrics, LOAD.replace(" 3.0", f" {value}")))
+    with pytest.raises(EngineUnreachable, match="metrics are none"):
+        await engine.work()
