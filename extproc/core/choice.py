@@ -156,14 +156,14 @@ def choose(
     bound = loads.bound(rule.factor)
     leased = [copy.endpoint for copy in copies if copy.at is _LEASED]
     if not leased:
-        return _without_lease(copies, order, loads, bound, copying)
+        return _without_lease(copies, order, loads, bound, rule, copying)
     least = leased[0] if len(leased) == 1 else _least(loads.below(leased, bound) or leased, loads, order)
     known = loads[least.address].known
     serve = preferred if preferred is not None and preferred in leased and loads[preferred.address].known < bound else least
     if known < bound:
         if (place := _in_time(leased, least, copies, order, loads, bound, rule)) is not None:
             return Choice(serve, prepare=place)
-        return Choice(serve, prepare=_home(leased, copies, order, loads, bound) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
+        return Choice(serve, prepare=_home(leased, copies, order, loads, bound, rule) or _spare(copies, order, loads, bound, rule, is_hot=is_hot))
     following = _following(least, copies, order, loads, bound, rule)
     at = _at(following, copies)
     if following is None or (len(leased) == 1 and known < CERTAIN * bound and at is not _WARM):
@@ -231,11 +231,13 @@ def _wait_s(at: At | None, instead: Endpoint, copies: Sequence[Copy], loads: Loa
     return LONGER * takes_s if pays else 0.0
 
 
-def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying) -> Choice:
+def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, copying: Copying) -> Choice:
     warm = [copy.endpoint for copy in copies if copy.at is _WARM]
     leaving = [copy.endpoint for copy in copies if copy.at is _LEAVING]
     parting = [copy.endpoint for copy in copies if copy.at is _PARTING]
-    place, beside, within_s = _of_warm(warm, copies, order, loads, bound, copying) if warm else (_of_none(copies, order, loads, bound), None, math.inf)
+    place, beside, within_s = (
+        _of_warm(warm, copies, order, loads, bound, rule, copying) if warm else (_of_none(copies, order, loads, bound, rule), None, math.inf)
+    )
     if leaving:
         return Choice(_least(leaving, loads, order), prepare=place)
     if parting:
@@ -249,26 +251,27 @@ def _without_lease(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loa
 
 
 def _of_warm(
-    warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, copying: Copying
+    warm: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule, copying: Copying
 ) -> tuple[Endpoint, Endpoint | None, float]:
     """Which of these to wait for, or for what place in their stead; what to prepare beside it; and for how long to wait, at the most."""
     least = _least(warm, loads, order)
-    another = _best_place(copies, order, loads, bound, must_be_below=True) if loads[least.address].known >= bound else None
+    may_be_another = loads[least.address].known >= bound and not _are_enough(copies, rule)
+    another = _best_place(copies, order, loads, bound, must_be_below=True) if may_be_another else None
     if another is None or not _is_worth(another, least, loads):
         return least, None, math.inf
     wait_s = _wait_s(_at(another, copies), least, copies, loads, bound, copying)
     return (another, None, wait_s) if wait_s else (least, another, math.inf)
 
 
-def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
+def _of_none(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
     """What to wait for where no engine has it: a copy on its way, unless too many others are sent there, else one to make."""
     coming = [copy.endpoint for copy in copies if copy.at in (_COMING, _LOADING)]
     if not coming:
         return _best_place(copies, order, loads, bound)
     has_files = any(copy.at in (_COLD, _LOADING) for copy in copies)
     joined = [endpoint for endpoint in coming if not has_files or loads[endpoint.address].awaited < bound]
-    if joined:
-        return joined[0]
+    if joined or _are_enough(copies, rule):
+        return (joined or coming)[0]
     return _best_place(copies, order, loads, bound, must_be_below=True) or _least(coming, loads, order)
 
 
@@ -277,7 +280,7 @@ def _following(least: Endpoint, copies: Sequence[Copy], order: Sequence[Endpoint
     warm = [copy.endpoint for copy in copies if copy.at is _WARM and loads[copy.endpoint.address].known < bound]
     if warm:
         return _least(warm, loads, order)
-    if 0 < rule.max_copies <= _in_memory(copies):
+    if _are_enough(copies, rule):
         return None
     coming = [copy.endpoint for copy in copies if copy.at is _COMING]
     is_enough = len(coming) >= sum(copy.at is _LEASED for copy in copies)  # copies may double in the time that one takes
@@ -322,18 +325,23 @@ def _elsewhere(copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, 
     return _best_place(copies, apart, loads, bound, must_be_below=True) or _best_place(copies, order, loads, bound, must_be_below=True)
 
 
+def _are_enough(copies: Sequence[Copy], rule: Rule) -> bool:
+    """Whether there are as many as there may be."""
+    return 0 < rule.max_copies <= _in_memory(copies)
+
+
 def _in_memory(copies: Sequence[Copy]) -> int:
     return sum(copy.at is not _COLD for copy in copies)
 
 
-def _home(leased: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float) -> Endpoint | None:
+def _home(leased: Sequence[Endpoint], copies: Sequence[Copy], order: Sequence[Endpoint], loads: Loads, bound: float, rule: Rule) -> Endpoint | None:
     """Where a copy should be prepared because none is where the key belongs: its endpoints have come, or come back, since the copies were made."""
     home = [endpoint.address for endpoint in order[:HOME]]
     if not home or leased[0].address in home:
         return None
     at_home = [copy for copy in copies if copy.endpoint.address in home and copy.at is not _COLD]
     if not at_home:
-        return _best_place(copies, order[:HOME], loads, bound, must_be_below=True)
+        return None if _are_enough(copies, rule) else _best_place(copies, order[:HOME], loads, bound, must_be_below=True)
     return None if any(copy.at is _LEASED for copy in at_home) else at_home[0].endpoint
 
 

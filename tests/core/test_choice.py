@@ -493,3 +493,25 @@ def test_a_drain_ends_where_engines_hold_fewer_adapters_than_are_asked_for() -> 
     for endpoint in (B, C):
         loads.demand(endpoint.address, 16, 16)
     assert choose([Copy(A, At.PARTING), Copy(B, At.COLD)], (B, C), loads, RULE).wait_for[0] == B
+
+
+# ---- as many copies as there may be
+
+
+ONE_COPY = replace(RULE, max_copies=1)
+
+
+def test_no_copy_is_made_at_home_where_there_is_one_elsewhere_and_no_more_may_be() -> None:
+    """It would serve in turn with the other."""
+    assert choose(leased(D), ENDPOINTS, loads_of(2), ONE_COPY) == Choice(D)
+    assert choose(leased(D), ENDPOINTS, loads_of(2), RULE).prepare == A
+
+
+@pytest.mark.parametrize("at", [At.WARM, At.LOADING])
+def test_where_no_more_may_be_the_one_copy_is_waited_for_however_busy_it_is(at: At) -> None:
+    """With nobody waiting for it twice."""
+    loads = loads_of(40, 2, 2, 2, 2, 2)
+    choice = choose([Copy(A, at)], ENDPOINTS, loads, ONE_COPY)
+    assert (choice.wait_for[0], choice.prepare) == (A, None)
+    other = choose([Copy(A, at)], ENDPOINTS, loads, RULE)
+    assert other.wait_for[0] != A or other.prepare is not None
