@@ -16,13 +16,19 @@ class FileSourceSettings(Group):
     """Endpoints from a file that something else writes: a ConfigMap, a configuration tool, a script."""
     path: str = Field(min_length=1)
     """YAML or JSON: a list of endpoints, or a mapping of pools' names to such lists, of which this pool's counts. An endpoint is `ip:port` or a mapping
-    with `address`, `stager`, `node`, `instance`, `zone`, `leaving`. Prefer JSON for a thousand endpoints or more: ten thousand are read in 5 ms, as YAML in a second."""
+    with `address`, `stager`, `node`, `instance`, `zone`, `leaving`. Prefer JSON for a thousand endpoints or more: ten thousand are read in 5 ms, as YAML in a second,
+    and of YAML no more than 2 MiB are read."""
     poll_s: Seconds = 1.0
     """How often it is looked at. A look is one `stat`, so that every file system will do; the default is what a person who has saved a file waits for."""
 
     @property
     def label(self) -> str:
         return f"file {self.path}"
+
+    @property
+    def looks_every_s(self) -> float:
+        """So much later than another process one may see what has changed."""
+        return self.poll_s
 
 
 class DnsSourceSettings(Group):
@@ -62,6 +68,11 @@ class DnsSourceSettings(Group):
         if self.min_ttl_s > self.max_ttl_s:
             raise ValueError(f"min_ttl_s {self.min_ttl_s:g} is above max_ttl_s ({self.max_ttl_s:g})")
         return self
+
+    @property
+    def looks_every_s(self) -> float:
+        """As of a file."""
+        return self.max_ttl_s
 
     @property
     def label(self) -> str:
@@ -115,6 +126,11 @@ class EtcdSourceSettings(Group):
         return self
 
     @property
+    def looks_every_s(self) -> float:
+        """As of a file; 0: it is told."""
+        return 0.0
+
+    @property
     def label(self) -> str:
         return f"etcd {self.prefix}"
 
@@ -164,6 +180,11 @@ class KubernetesSourceSettings(Group):
         if self.port_names and not self.service:
             raise ValueError("port_names belongs to service")
         return self
+
+    @property
+    def looks_every_s(self) -> float:
+        """As of a file; 0: it is told."""
+        return 0.0
 
     @property
     def label(self) -> str:

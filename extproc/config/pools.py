@@ -1,10 +1,11 @@
 """The pools: which names they serve, and which model servers they have."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ..core.endpoint import Endpoint
+from ..core.endpoint import Endpoint, spelled
 from .discovery import SourceSettings
 from .values import Address, Group, OptionalAddress
 
@@ -12,12 +13,20 @@ from .values import Address, Group, OptionalAddress
 class EndpointSettings(Group):
     address: Address
     """`ip:port` of the model server, as Envoy's cluster has it."""
+
+    _spell = field_validator("address")(spelled)
+
     stager: OptionalAddress = ""
     """`host:port` of the stager that fills this server's directory. Empty: nothing is staged, the server is used for base models only."""
     node: str = ""
     """Name of the machine, for logs and `owner`. Empty: the address."""
     zone: str = ""
     """What fails together with this server: an availability zone, a rack. A copy that is made for the case that another's node dies is made in another zone."""
+
+
+def looks_every_s(pools: Sequence["PoolSettings"]) -> dict[str, float]:
+    """By pool, how often its sources are looked at; the one of them that is looked at least often counts."""
+    return {pool.name: max((source.looks_every_s for source in pool.discovery), default=0.0) for pool in pools}
 
 
 class PoolSettings(Group):

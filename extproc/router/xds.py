@@ -36,7 +36,7 @@ MAX_NAMES, MAX_NAMES_CHARS = 1000, 64 * 1024  # of one request: they are kept fo
 MAX_SHOWN = 200  # characters of what a client says, in a log line
 STREAMS_PER_TURN = 16  # that are sent an update before the loop gets its turn: 1,000 endpoints are 25 KB for each
 # How long a new endpoint may be held back. Envoys that follow this router answer within milliseconds, or hang. Where none does, perhaps one follows another
-# replica or worker, which learns of the endpoint about now.
+# replica or worker, which learns of the endpoint when it looks at its source the next time, and so much later.
 MAX_HOLD_S, ELSEWHERE_S = 5.0, 1.0
 TAKEN_OVER_S = 0.1  # an Envoy acknowledges before its worker threads have taken over what they are handed: milliseconds, and more where cores are busy
 LOOK_AGAIN_S = 0.01  # at what is known, after something was said: at most so often, however much clients say
@@ -74,13 +74,20 @@ class _New:
 
 class Xds:
     """The fleet as Envoys are told it. `clusters`: the encoded Cluster of each pool by the pool's name; a pool without one is named to those only that ask for
-    its endpoints."""
+    its endpoints. `looks_every_s`: how often each pool's sources are looked at; of one that is not named, they tell."""
 
-    def __init__(self, clusters: Mapping[str, bytes], metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clusters: Mapping[str, bytes],
+        metrics: RouterMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        looks_every_s: Mapping[str, float] | None = None,
+    ) -> None:
         self.worlds: dict[Kind, World] = {}  # none before the first snapshot
         self.metrics = metrics
         self._clusters = {name: _resource(Kind.CLUSTERS, name, encoded) for name, encoded in clusters.items()}
         self._clock = clock
+        self._looks_every_s = looks_every_s or {}
         self._pools: tuple[Pool, ...] | None = None  # of the last snapshot
         self._seen: dict[str, tuple[Endpoint, ...]] = {}  # by pool, those of the last snapshot
         self._encoded: dict[str, bytes] = {}  # by address, the same
@@ -222,7 +229,7 @@ class Xds:
 
     def _limit_s(self, new: _New) -> float:
         """How long it may be held back."""
-        return ELSEWHERE_S if self._known_of(new.pool) is None else MAX_HOLD_S
+        return ELSEWHERE_S + self._looks_every_s.get(new.pool, 0.0) if self._known_of(new.pool) is None else MAX_HOLD_S
 
     def _tell(self) -> None:
         self._telling = None

@@ -58,3 +58,15 @@ def test_a_decoding_pool_finds_the_one_that_computes_its_prompts() -> None:
 def test_a_decoding_pool_without_exactly_one_that_computes_its_prompts_is_refused(roles: tuple[str, ...], expected: str) -> None:
     """At the start, and not with the first request."""
     assert complaint({"pools": of_roles(*roles)}) == expected
+
+
+def test_addresses_are_spelled_as_envoy_does() -> None:
+    """By which all that is told of them is compared. A host's name stays as it is."""
+    spelled = {
+        "[FD00:0:0::1]:8000": "[fd00::1]:8000",
+        "10.0.0.1:08000": "10.0.0.1:8000",
+        "[::ffff:10.0.0.1]:80": "10.0.0.1:80",
+        "engine-1:8000": "engine-1:8000",
+    }
+    pool = PoolSettings(name="a", endpoints=tuple(EndpointSettings(address=address) for address in spelled))
+    assert [endpoint.address for endpoint in pool.members()] == list(spelled.values())

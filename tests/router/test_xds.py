@@ -519,3 +519,15 @@ async def test_a_client_that_ends_its_side_is_ended() -> None:
     client.call.half_close()
     assert client.ended == (0, "")
     assert fleet.value("streams") == 0
+
+
+async def test_without_an_envoy_here_one_elsewhere_is_given_the_time_between_two_looks() -> None:
+    """The replica that it follows may have looked at the name just before the endpoint came."""
+    fleet = Fleet(A)
+    fleet.xds = Xds({}, fleet.metrics, fleet.clock, {"models": 30.0})
+    fleet.xds.update(snapshot(A))
+    await fleet.becomes(A, B)
+    fleet.clock.now += 30.0
+    assert not fleet.xds.is_known(B)
+    fleet.clock.now += ELSEWHERE_S
+    assert fleet.xds.is_known(B)

@@ -108,7 +108,11 @@ class Slot:
     async def _keep(self) -> None:
         while True:
             self.began = time.monotonic()
-            served = await self._live()
+            try:
+                served = await self._live()
+            except Exception:  # whatever one start stumbles over, the next must come
+                log.exception("worker %d", self.number)
+                served, self.end = False, "could not be started"
             if self._draining:
                 return
             lived_s = time.monotonic() - self.began
@@ -119,17 +123,18 @@ class Slot:
 
     async def _live(self) -> bool:
         """One process from its start to its end; whether it ever served."""
-        self._orders, theirs = socket.socketpair()
-        self._orders.setblocking(False)
         self._killed_for, self._beats, self._silent_s, self.given, self._follows = "", 0, 0.0, 0, True
         self.lives += 1
-        command = [sys.executable, "-m", "extproc", *self._owner.begin(self, theirs.fileno())]
         try:
+            self._orders, theirs = socket.socketpair()
+            self._orders.setblocking(False)
             with theirs:
+                command = [sys.executable, "-m", "extproc", *self._owner.begin(self, theirs.fileno())]
                 process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), *self._files))
         except OSError as error:
             self.end = f"could not be started: {error.strerror}"
-            self._orders.close()
+            if self._orders is not None:
+                self._orders.close()
             self._owner.ended(self, "died")
             return False
         self._process = process

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -314,6 +315,23 @@ async def test_a_worker_that_cannot_start_makes_the_whole_not_ready(router: Work
     await until(lambda: router.slots[1]._follows)
     for address in (addresses.listen, addresses.health_listen):
         assert await ask_health(address) == Status.SERVING
+
+
+async def test_a_worker_that_cannot_be_started_for_want_of_descriptors_is_started_later(router: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many may be open that are not the router's own doing."""
+    await until(lambda: all_serve(router))
+    lives, refused = router.slots[0].lives, 0
+
+    def refuse() -> tuple[socket.socket, socket.socket]:
+        nonlocal refused
+        refused += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as full:
+        full.setattr(socket, "socketpair", refuse)
+        os.kill(pid_of(router, 0), signal.SIGKILL)
+        await until(lambda: refused)
+    await until(lambda: router.slots[0].lives > lives and all_serve(router))
 
 
 async def test_pauses_between_short_lives_grow_to_a_bound() -> None:
