@@ -1,7 +1,8 @@
 """One model-server address Envoy can send to, and the pool it belongs to."""
 
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -20,6 +21,19 @@ class Endpoint:
         object.__setattr__(self, "host", self.address.encode())  # hashed once per key, encoded once
 
 
+def spelled(address: str) -> str:
+    """`ip:port` in the one spelling by which addresses are compared, which is Envoy's, too. A host's name stays as it is."""
+    host, _, port = address.rpartition(":")
+    try:
+        ip = ip_address(host.strip("[]"))
+    except ValueError:
+        return address
+    if isinstance(ip, IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    return f"{ip}:{int(port)}" if ip.version == 4 else f"[{ip}]:{int(port)}"
+
+
+@lru_cache(4096)  # asked of each endpoint that was named, where the proxy tells who served
 def is_ip(host: str) -> bool:
     """Whether `host` is an IP address, in brackets or not: Envoy's override_host knows endpoints by nothing else."""
     try:

@@ -52,11 +52,11 @@ class DnsSource:
 
     async def sets(self) -> AsyncGenerator[Seen, None]:
         """What each look-up brings; the same object where that is the same."""
-        with Looks(self._look_up, self.name) as looks:
-            while True:
-                seen, wait_s = await looks.next()
-                yield seen
-                await asyncio.sleep(min(max(wait_s, self._settings.min_ttl_s), self._settings.max_ttl_s))
+        looks = Looks(self._look_up, self.name)
+        while True:
+            seen, wait_s = await looks.next()
+            yield seen
+            await asyncio.sleep(min(max(wait_s, self._settings.min_ttl_s), self._settings.max_ttl_s))
 
     def _look_up(self) -> tuple[Seen, float]:
         """What the name has now, and for how many seconds that holds. Blocks for `timeout_s` at most."""
@@ -112,13 +112,13 @@ class _LookUp:
         return entries
 
     def _addresses(self, target: dns.name.Name, additional: Iterable[dns.rrset.RRset]) -> list[str]:
-        """Of one SRV target: what came with the answer, else its A records, else its AAAA records."""
-        came = [rrset for rrset in additional if rrset.name == target and rrset.rdtype in (dns.rdatatype.A, dns.rdatatype.AAAA)]
-        if came:
-            self.ttl_s = min(self.ttl_s, *(rrset.ttl for rrset in came))
-            return [str(record) for rrset in came for record in rrset]
-        for record in ("A", "AAAA"):
-            answer = self._ask(target, record)
+        """Of one SRV target: its A records, else its AAAA records, so that an engine with both is one endpoint. What came with the answer is not asked for."""
+        for kind in (dns.rdatatype.A, dns.rdatatype.AAAA):
+            came = [rrset for rrset in additional if rrset.name == target and rrset.rdtype == kind]
+            if came:
+                self.ttl_s = min(self.ttl_s, *(rrset.ttl for rrset in came))
+                return [str(record) for rrset in came for record in rrset]
+            answer = self._ask(target, kind.name)
             if answer is not None:
                 return list(map(str, answer))
         return []

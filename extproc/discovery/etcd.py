@@ -42,22 +42,24 @@ class EtcdSource:
         self._settings = settings
 
     async def sets(self) -> AsyncGenerator[Seen, None]:
-        """The list, and a set after each change. The next member is asked when one fails; when all have, that is said."""
+        """The list, and a set after each change. The next member is asked when one fails; when all have, that is said.
+
+        A member has failed, too, that lists its keys and soon ends the watch: listing would go round and round.
+        """
         members = self._settings.endpoints
         turn = failed = 0
         while True:
-            member = members[turn % len(members)]
+            member, began = members[turn % len(members)], time.monotonic()
             try:
                 async with contextlib.aclosing(self._follow(member)) as sets:
                     async for seen in sets:
-                        failed = 0
                         yield seen
             except Compacted as error:
                 log.info("%s: %s; the keys are listed anew", self.name, error)
                 await asyncio.sleep(SHOW_EVERY_S)
             except EtcdFailed as error:
                 turn += 1
-                failed += 1
+                failed = 1 if time.monotonic() - began >= self._settings.timeout_s else failed + 1
                 log.debug("%s: %s", self.name, error)
                 if failed >= len(members):
                     yield Failed(shortened(str(error)))

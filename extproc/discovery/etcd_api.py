@@ -137,7 +137,7 @@ class Etcd:
                         raise EtcdFailed(f"{self.member} ended the watch: {line.result.cancel_reason or 'no reason given'}")
                     if line.result.events:
                         yield line.result.events
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as error:
             raise EtcdFailed(self._why(error)) from error
         raise EtcdFailed(f"{self.member} ended the watch")
 
@@ -159,7 +159,7 @@ class Etcd:
                 await self._log_in()
                 async with self._post(method, body) as response:
                     return await self._answer(response)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError) as error:
             raise EtcdFailed(self._why(error)) from error
 
     async def _log_in(self) -> None:

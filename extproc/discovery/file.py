@@ -28,8 +28,9 @@ from .source import Failed, Seen
 REST_S = 0.1  # without a change to the file, which an ordinary write of a megabyte takes a hundredth of
 RESTLESS_LOOKS = 10  # then it is read all the same: something writes all the time, or the file server's clock is ahead
 COARSE_NS = 2 * 10**9  # the coarsest time stamp of a file system (FAT): a younger file may change once more under the same stamp
-HANG_S = 10.0  # ten times what the largest file takes as YAML
+HANG_S = 10.0  # more than any file takes
 MAX_FILE_BYTES = 32 * 2**20  # MAX_ENTRIES of 300 bytes
+MAX_YAML_BYTES = 2**21  # ten thousand endpoints. At worst, as a list of nothing, it takes 6 s and 360 MB
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
 
 _Signature = tuple[int, int, int, int, int]
@@ -52,16 +53,23 @@ class FileSource:
     async def sets(self) -> AsyncGenerator[Seen, None]:
         """A set after each change of the file's content."""
         said: Seen | None = None
-        with Looks(self._look, self.name) as looks:
-            while True:
-                try:
-                    seen = await looks.next(HANG_S)
-                except TimeoutError:
-                    seen = Failed(f"has not been read for {HANG_S:g} s: its file system hangs")
-                if seen is not None and not (isinstance(seen, Failed) and seen == said):
-                    said = seen
-                    yield seen
-                await asyncio.sleep(REST_S if self._restless else self._poll_s)
+        hangs = False
+        self._forget()
+        looks = Looks(self._look, self.name)
+        while True:
+            try:
+                seen = await looks.next(HANG_S)
+            except TimeoutError:
+                hangs, seen = True, Failed(f"has not been read for {HANG_S:g} s: its file system hangs")
+            else:
+                was_late, hangs = hangs, False
+                if was_late and seen is None:  # it is news that the file says what it said before
+                    self._forget()
+                    continue
+            if seen is not None and not (isinstance(seen, Failed) and seen == said):
+                said = seen
+                yield seen
+            await asyncio.sleep(REST_S if self._restless else self._poll_s)
 
     def _look(self) -> Seen | None:
         """What the file says, if it may have changed. Blocks."""
@@ -94,9 +102,12 @@ class FileSource:
             return Failed(shortened(str(error)))
 
     def _unread(self, why: str) -> Failed:
+        self._forget()
+        return Failed(why)
+
+    def _forget(self) -> None:
         """Whatever is there next is read, be it what was there before."""
         self._signature, self._digest, self._restless = None, b"", 0
-        return Failed(why)
 
     def _listed(self, raw: Any) -> list[Any]:
         if isinstance(raw, dict):
@@ -125,9 +136,11 @@ def _parse(content: bytes, *, is_json: bool) -> Any:
         if is_json:
             place = f" at line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ": it is nested too deep"
             raise ValueError(f"is not JSON{place}") from None
+    if len(content) > MAX_YAML_BYTES:
+        raise ValueError(f"has {len(content)} bytes and is not JSON; as YAML {MAX_YAML_BYTES} is the limit, as JSON {MAX_FILE_BYTES}")
     try:
         return yaml.load(text, _YAML_LOADER)  # noqa: S506  # both are safe loaders
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:  # a tag of YAML with a value that is none of its kind
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark is not None else ""
         raise ValueError(f"is neither JSON nor YAML{place}: {getattr(error, 'problem', None) or type(error).__name__}") from None

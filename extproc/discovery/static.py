@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Sequence
 from ..config.pools import EndpointSettings
 from ..core.endpoint import Endpoint
 from ..core.fleet import Found
-from .entries import BadEntry, canonical
 from .source import Seen, Shown
 
 
@@ -17,17 +16,9 @@ class StaticSource:
     is_final = True
 
     def __init__(self, endpoints: Sequence[EndpointSettings]) -> None:
-        self._endpoints = tuple(Found(Endpoint(_spelled(e.address), e.node, e.stager, zone=e.zone)) for e in endpoints)
+        self._endpoints = tuple(Found(Endpoint(e.address, e.node, e.stager, zone=e.zone)) for e in endpoints)
 
     async def sets(self) -> AsyncGenerator[Seen, None]:
         """The one set."""
         yield Shown(self._endpoints)
         await asyncio.get_running_loop().create_future()
-
-
-def _spelled(address: str) -> str:
-    """As other sources spell it. Settings may name a host, which gateways can that resolve it themselves."""
-    try:
-        return canonical(address)
-    except BadEntry:
-        return address

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 
 from ..client import StagerClient
+from ..config.pools import looks_every_s
 from ..config.settings import Settings, build_pools
 from ..core.conformance import AnyPath
 from ..core.paths import Paths
@@ -67,7 +68,7 @@ class Server:
         self._models = Models(pools, self._clients, servable, shows_paths=router.shows_paths)
         popularity = Popularity()
         prefixes = Prefixes(router.prefix_blocks)
-        self.xds = Xds(clusters, self.metrics) if clusters is not None else None
+        self.xds = Xds(clusters, self.metrics, looks_every_s=looks_every_s(settings.pools)) if clusters is not None else None
         self.membership = Membership(
             pools,
             self._residency,
@@ -118,6 +119,7 @@ class Server:
                 self._residency,
                 self._admission,
                 self.metrics,
+                snapshot=lambda: self.membership.snapshot,
                 loads=self.membership.loads,
                 popularity=popularity,
                 prefixes=prefixes,

@@ -260,3 +260,19 @@ async def test_a_set_that_is_the_same_is_the_same_object() -> None:
 
     async with scripted_dns(answer) as server, aclosing(source(server.address).sets()) as sets:
         assert await anext(sets) is await anext(sets)
+
+
+@pytest.mark.parametrize("additional", [("a.test. 1 IN A 10.0.0.1", "a.test. 1 IN AAAA 2001:db8::1"), ("a.test. 1 IN AAAA 2001:db8::1",), ()])
+async def test_a_target_with_addresses_of_both_kinds_is_one_endpoint(additional: tuple[str, ...]) -> None:
+    """Whichever of them its name server sends along."""
+
+    def answer(query: dns.message.Message) -> dns.message.Message:
+        kind = query.question[0].to_text().split()[-1]
+        if kind != "SRV":
+            return reply(query, "a.test. 1 IN A 10.0.0.1" if kind == "A" else "a.test. 1 IN AAAA 2001:db8::1")
+        message = reply(query, "vllm.test. 1 IN SRV 0 0 8000 a.test.")
+        message.additional = reply(query, *additional).answer
+        return message
+
+    async with scripted_dns(answer) as server:
+        assert addresses(await seen_by(server.address, record="SRV")) == ["10.0.0.1:8000"]

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from extproc.config.discovery import EtcdSourceSettings
+from extproc.core.endpoint import Endpoint
 from extproc.core.fleet import Found
 from extproc.discovery import etcd as etcd_module
 from extproc.discovery.etcd import EtcdSource
@@ -198,7 +199,7 @@ async def test_a_watch_that_has_gone_deaf_is_noticed(etcd: EtcdServer, caplog: p
     """Its packets are dropped somewhere, while the member answers everything else."""
     caplog.set_level(logging.DEBUG)
     await etcd.put(PREFIX + "a", "10.0.0.1:8000")
-    async with Relay(etcd.port, mark=b"/v3/watch") as relay, listening(f"http://{relay.address}", timeout_s=0.3) as listener:
+    async with Relay(etcd.port, mark=b"/v3/watch") as relay, listening(f"http://{relay.address}", timeout_s=1.0) as listener:
         await listener.until("10.0.0.1:8000")
         await etcd.put(PREFIX + "b", "10.0.0.2:8000")
         await listener.until("10.0.0.1:8000", "10.0.0.2:8000")  # the watch is there
@@ -344,3 +345,21 @@ async def test_a_password_file_that_cannot_be_read_is_said(etcd: EtcdServer) -> 
 def test_a_value_is_an_endpoint() -> None:
     """As an entry of a file, written as JSON."""
     assert isinstance(etcd_module._read_value(b'"10.0.0.1:8000"'), Found)
+
+
+async def test_members_that_list_their_keys_and_watch_nothing_are_asked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy, or for want of a permission: all are asked in turn, then that is said, and then there is a pause."""
+    asked = 0
+
+    async def follow(self: EtcdSource, member: str) -> AsyncGenerator[Seen, None]:
+        nonlocal asked
+        asked += 1
+        yield Shown((Found(Endpoint("10.0.0.1:8000")),))
+        raise EtcdFailed(f"{member} ended the watch")
+
+    monkeypatch.setattr(EtcdSource, "_follow", follow)
+    async with listening("http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3", timeout_s=60) as listener:
+        await listener.until_failed("ended the watch")
+        before = asked
+        await asyncio.sleep(0.3)
+        assert (before, asked) == (3, 3)

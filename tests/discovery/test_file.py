@@ -237,3 +237,44 @@ async def test_ten_thousand_endpoints_are_read(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"address": f"10.0.{n // 250}.{n % 250 + 1}:8000", "instance": f"uid-{n}"} for n in range(10_000)]))
     async with reading(path) as reader:
         assert len(addresses(await reader.next())) == 10_000
+
+
+async def test_a_file_that_says_what_it_said_before_its_file_system_hung_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the source would count as failed until somebody changes the file."""
+    monkeypatch.setattr(file_module, "HANG_S", 0.05)
+    path = tmp_path / "fleet.yaml"
+    path.write_text("['10.0.0.1:8000']")
+    os.utime(path, (1000, 1000))
+    async with reading(path) as reader:
+        assert addresses(await reader.next()) == ["10.0.0.1:8000"]
+        gate = Gate(monkeypatch, file_module, "_signature")
+        assert await reader.failure() == "has not been read for 0.05 s: its file system hangs"
+        gate.open()
+        assert addresses(await reader.next()) == ["10.0.0.1:8000"]
+
+
+async def test_a_source_that_is_begun_again_says_what_the_file_has(tmp_path: Path) -> None:
+    """As after an error of what takes its sets."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text("['10.0.0.1:8000']")
+    os.utime(path, (1000, 1000))
+    source = FileSource(FileSourceSettings(type="file", path=str(path), poll_s=0.01), "p")
+    for _ in range(2):
+        async with aclosing(source.sets()) as sets:
+            assert addresses(await Reader(sets).next()) == ["10.0.0.1:8000"]
+
+
+@pytest.mark.parametrize("text", ["!!int ''", "!!bool x", "!!timestamp foo", "!!float ''"])
+async def test_a_tag_of_yaml_with_a_value_of_another_kind_is_the_files_fault(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(f"- {text}")
+    async with reading(path) as reader:
+        assert (await reader.failure()).startswith("is neither JSON nor YAML")
+
+
+async def test_more_yaml_than_can_be_read_in_time_is_refused(tmp_path: Path) -> None:
+    """As JSON it may have sixteen times as much."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text("- \n" * (file_module.MAX_YAML_BYTES // 3 + 1))
+    async with reading(path) as reader:
+        assert "as YAML 2097152 is the limit" in await reader.failure()
