@@ -66,6 +66,11 @@ class Observed:
     is_gone: bool = False  # from its source
     missed: int = 0  # requests in a row for which the proxy passed it over; MISSED at once where it left the list
 
+    @property
+    def is_emptied(self) -> bool:
+        """Whether what is leased there is to be made warm elsewhere, where it drains. A stager that is lost may be back in a moment."""
+        return self.is_leaving or self.stager is not Stager.LOST
+
     def standing(self) -> tuple[Standing, str]:
         """The table above."""
         if self.is_gone:

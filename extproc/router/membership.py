@@ -17,14 +17,15 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, 
 from dataclasses import dataclass, replace
 
 from ..client import StagerClient
-from ..core.endpoint import Endpoint
-from ..core.fleet import Fleet, Found
+from ..core.endpoint import Endpoint, is_ip
+from ..core.fleet import Fleet
 from ..core.load import Engine, Loads
 from ..core.maglev import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, LookupTable
 from ..core.placement import Pool, Snapshot
 from ..core.popularity import Popularity
 from ..core.prefix import Prefixes
-from ..core.standing import MISSED, Observed, Stager, Standing
+from ..core.standing import MISSED, Observed, Standing
+from ..errors import LoraExtprocError
 from ..metrics import RouterMetrics
 from .models import Models
 from .moving import Moves
@@ -39,7 +40,8 @@ MISSED_S = 5.0  # an endpoint that the proxy could not reach is tried again afte
 TIMER_S = 0.001  # the shortest time that event loops tell apart
 TICK_S = 0.25  # what is too old to count as load is dropped so often: some 0.3 ms of 1,000 endpoints
 _SIZES = (DEFAULT_TABLE_SIZE, 655_373, MAX_TABLE_SIZE)  # a table that the fleet has outgrown is replaced by the next, on every router alike
-WINDOW_TICKS = 120  # and after so many of those a window of popularity ends
+CONNECT_TICKS = 20  # after so many of those, stagers that could not be connected to are tried again
+WINDOW_TICKS = 120  # and a window of popularity ends
 
 
 @dataclass(slots=True)
@@ -123,9 +125,12 @@ class Membership:
         """The proxy says who served a request that it was to send to one of `named`, best first. Those before the one that served were passed over.
 
         Passed over twice in a row, an endpoint counts as unreachable. Where none of `named` served, all do at once: the proxy has tried each, and a
-        request that its client repeats must not be sent there again.
+        request that its client repeats must not be sent there again. An endpoint that is named by its host's name may be the one that served, since the
+        proxy tells addresses.
         """
         for endpoint in named:
+            if not is_ip(endpoint.address.rpartition(":")[0]):
+                continue
             if endpoint.address == served:
                 if self._missed(endpoint):
                     self.observe(endpoint, missed=0)
@@ -202,8 +207,9 @@ class Membership:
             before, before_why = standings.pop(endpoint.address, (Standing.READY, ""))
             if standing is not Standing.READY:
                 standings[endpoint.address] = (standing, why)
-            is_other = is_other or (standing, why) != (before, before_why)
-            if standing is not before:
+            moves = standing is not before or (standing is Standing.DRAINING and observed.is_emptied and not known.is_emptied)
+            is_other = is_other or moves or why != before_why
+            if moves:
                 others.append((endpoint, standing, why))
         if not is_other:
             return
@@ -212,6 +218,17 @@ class Membership:
             self.loads[self._pool_of[endpoint.address]].stand_one(endpoint.address, ready=standing is Standing.READY)
             self._tell(endpoint, standing, why)
             self._move(endpoint, standing)
+        for name in {self._pool_of[endpoint.address] for endpoint, standing, _ in others if standing is not Standing.READY}:
+            self._hasten(name)
+
+    def _hasten(self, name: str) -> None:
+        """Where nobody of a pool is ready any more, who joins it is given nothing more before: it is all that could serve."""
+        pool, standings = self.snapshot.pool(name), self.snapshot.standings
+        if pool is None or any(endpoint.address not in standings for endpoint in pool.table.endpoints):
+            return
+        for endpoint in pool.table.endpoints:
+            if standings[endpoint.address][0] is Standing.JOINING:
+                self._move(endpoint, Standing.JOINING)
 
     def _others_are_ready(self, endpoint: Endpoint, standings: Mapping[str, tuple[Standing, str]]) -> bool:
         pool = self.snapshot.pool(self._pool_of[endpoint.address])
@@ -222,7 +239,7 @@ class Membership:
         pool, observed = self._pool_of[endpoint.address], self._observed[endpoint.address]
         if standing is Standing.JOINING:
             self._moves.join(self, pool, endpoint, lambda: self.observe(endpoint, is_prepared=True))
-        elif standing is Standing.DRAINING and observed.stager is not Stager.LOST:  # one that is lost may be back in a moment
+        elif standing is Standing.DRAINING and observed.is_emptied:
             self._moves.leave(self, pool, endpoint)
         else:
             self._moves.stay(endpoint)
@@ -269,13 +286,15 @@ class Membership:
     async def _follow_fleet(self) -> None:
         assert self._fleet is not None
         now = self._clock()
+        shown: dict[str, str] = {}  # the pool of each address: the first that has it
         places: dict[str, list[Endpoint]] = {}
-        taken: dict[str, str] = {}
         for pool in self.snapshot.pools:
-            found = {f.endpoint.address: f for f in self._fleet.get(pool.name, ()) if taken.setdefault(f.endpoint.address, pool.name) == pool.name}
-            if pool.name not in self._fleet:
-                found = {e.address: Found(e) for e in pool.table.endpoints}
-            places[pool.name] = [*(f.endpoint for f in found.values()), *self._held(pool, found, now)]
+            named = [found.endpoint for found in self._fleet[pool.name]] if pool.name in self._fleet else pool.table.endpoints
+            places[pool.name] = list({e.address: e for e in named if shown.setdefault(e.address, pool.name) == pool.name}.values())
+        for address in shown.keys() & self._gone.keys():
+            del self._gone[address]
+        for pool in self.snapshot.pools:
+            places[pool.name] += self._held(pool, shown, now)
         others = [pool for pool in self.snapshot.pools if _differ(pool.table.endpoints, places[pool.name])]
         tables = await asyncio.to_thread(_tables, [(pool, places[pool.name]) for pool in others])
         old = {e.address for pool in others for e in pool.table.endpoints}
@@ -290,12 +309,13 @@ class Membership:
                 if (known.is_gone, known.is_leaving) != tuple(fields.values()):
                     seen.append((endpoint, fields))
         self._observe(seen)
+        for pool in self.snapshot.pools:
+            self._hasten(pool.name)
 
-    def _held(self, pool: Pool, found: Mapping[str, Found], now: float) -> Iterable[Endpoint]:
-        """The endpoints of the pool that the fleet shows no longer, and that keep their places yet."""
+    def _held(self, pool: Pool, shown: Collection[str], now: float) -> Iterable[Endpoint]:
+        """The endpoints of the pool that the fleet shows no longer, in whatever pool, and that keep their places yet."""
         for endpoint in pool.table.endpoints:
-            if endpoint.address in found:
-                self._gone.pop(endpoint.address, None)
+            if endpoint.address in shown:
                 continue
             until = self._gone.get(endpoint.address)
             if until is None:
@@ -315,11 +335,12 @@ class Membership:
         """Make the snapshot with these tables the one that counts, and follow its endpoints."""
         if not tables:
             return
-        old = {e.address: e for pool in self.snapshot.pools for e in pool.table.endpoints}
+        old, was_of = {e.address: e for pool in self.snapshot.pools for e in pool.table.endpoints}, self._pool_of
         pools = tuple(replace(pool, table=tables[pool.name][0]) if pool.name in tables else pool for pool in self.snapshot.pools)
-        new = {e.address: e for pool in pools for e in pool.table.endpoints}
-        left = [endpoint for address, endpoint in old.items() if new.get(address) != endpoint]
-        came = [endpoint for address, endpoint in new.items() if old.get(address) != endpoint]
+        new, is_of = {e.address: e for pool in pools for e in pool.table.endpoints}, _pool_of(pools)
+        stay = {address for address, endpoint in new.items() if old.get(address) == endpoint and was_of[address] == is_of[address]}
+        left = [endpoint for address, endpoint in old.items() if address not in stay]
+        came = [endpoint for address, endpoint in new.items() if address not in stay]
         for endpoint in left:
             self._moves.stay(endpoint)
             self.prefixes.forget(endpoint)
@@ -344,12 +365,21 @@ class Membership:
         if left or came:
             log.info("the fleet has %d endpoints: %d came, %d left", len(new), len(came), len(left))
         if self._is_started:
-            self._connect_all()
+            self._connect_those_left()
         if self._is_started or not is_first:
-            self._observe([(endpoint, {"is_prepared": False}) for endpoint in came])
+            moved = [new[address] for address in stay if old[address].stager != new[address].stager]
+            others = stay.difference(endpoint.address for endpoint in moved)
+            self._observe([(endpoint, {"is_prepared": False, **self._said_of(endpoint, others)}) for endpoint in came])
+            self._observe([(endpoint, self._said_of(endpoint, others)) for endpoint in moved])
+
+    def _said_of(self, endpoint: Endpoint, others: Collection[str]) -> Mapping[str, object]:
+        """What its stager has said, which was heard of those of the `others` that it fills, too; of one that was not heard of, as at first."""
+        heard = (self._observed.get(other.address) for other in self.at(endpoint.stager) if other.address in others)
+        known = next((observed for observed in heard if observed is not None), Observed())
+        return {"stager": known.stager, "why": known.why, "is_silent": known.is_silent, "engine_answers": None}
 
     def _index(self) -> None:
-        self._pool_of = {e.address: pool.name for pool in self.snapshot.pools for e in pool.table.endpoints}
+        self._pool_of = _pool_of(self.snapshot.pools)
         at: dict[str, tuple[Endpoint, ...]] = {}
         for pool in self.snapshot.pools:
             for endpoint in pool.table.endpoints:
@@ -376,13 +406,20 @@ class Membership:
         self._do(self._tick(), "loads")
 
     def _connect_all(self) -> None:
-        for stager in self._at:
+        """Raises what a stager's credentials are wrong by."""
+        for stager in self._at.keys() - self._stagers.keys():
             client = self._clients.get(stager)
             if client is None:
                 client = self._clients[stager] = self._connect(stager)
-            if stager not in self._stagers:
-                watch = Watch(client, self, self._residency, self._models, self._probe, self._beat_s)
-                self._stagers[stager] = _Stager(client, asyncio.create_task(watch.run(), name=f"watch {stager}"))
+            watch = Watch(client, self, self._residency, self._models, self._probe, self._beat_s)
+            self._stagers[stager] = _Stager(client, asyncio.create_task(watch.run(), name=f"watch {stager}"))
+
+    def _connect_those_left(self) -> None:
+        """The same while requests are served. A file of credentials that cannot be read now may be there in a moment, so it is tried again."""
+        try:
+            self._connect_all()
+        except LoraExtprocError as error:
+            log.warning("%d stagers are not connected to: %s", len(self._at.keys() - self._stagers.keys()), error.message)
 
     def _beat_s(self) -> float:
         return max(self._heartbeat_s, len(self._stagers) / WATCHES_PER_S)
@@ -401,6 +438,8 @@ class Membership:
             await asyncio.sleep(TICK_S)
             for loads in self.loads.values():
                 loads.sweep(self._clock())
+            if tick % CONNECT_TICKS == 0:
+                self._connect_those_left()
             if tick % WINDOW_TICKS == 0:
                 await asyncio.to_thread(self._popularity.roll)
 
@@ -429,7 +468,11 @@ class Membership:
 
 
 def _differ(old: Sequence[Endpoint], new: Sequence[Endpoint]) -> bool:
-    return {(e, e.node, e.stager) for e in old} != {(e, e.node, e.stager) for e in new}
+    return {(e, e.node, e.stager, e.zone) for e in old} != {(e, e.node, e.stager, e.zone) for e in new}
+
+
+def _pool_of(pools: Iterable[Pool]) -> dict[str, str]:
+    return {e.address: pool.name for pool in pools for e in pool.table.endpoints}
 
 
 def _tables(pools: Collection[tuple[Pool, Sequence[Endpoint]]]) -> dict[str, tuple[LookupTable, Mapping[str, int]]]:

@@ -25,6 +25,8 @@ MOST = 1_000  # adapters that a joining endpoint is given: more than engines kee
 MOST_BYTES = 64 * 2**30  # and what they may take on its disk together
 FEW = 1_000  # adapters that are ranked within a millisecond
 LOOK_AGAIN_S = 0.25  # at what is leased at a draining endpoint
+SUCCESSORS = 2  # are asked to take an adapter over, and then again after TRY_AGAIN_S
+TRY_AGAIN_S = 5.0
 OTHERS_STAY_S = 2.0  # for so long another endpoint is ready before what nobody asks for is given back: where all are told to end, they say so one after another
 
 
@@ -151,9 +153,10 @@ class Moves:
     async def _leave(self, fleet: Fleet, name: str, endpoint: Endpoint) -> None:
         now, moved = asyncio.get_running_loop().time, 0
         began = alone_until = now()
+        refused_until: dict[tuple[str, bool], float] = {}  # by adapter and whether plain: so that those that nobody takes do not keep the others waiting
         while now() - began < self._leave_s:
             leased = self._residency.leased_at(endpoint.stager)
-            if leased:
+            if leased and not self._shares_stager(fleet.snapshot, endpoint):
                 rank = {adapter: place for place, (adapter, _) in enumerate(await self._ranked())}
                 pool = fleet.snapshot.pool(name)
                 if pool is None or not pool.has_another_ready(endpoint, fleet.snapshot.standings):
@@ -161,9 +164,11 @@ class Moves:
                 elif now() - alone_until >= OTHERS_STAY_S:
                     for adapter, plain in [lease for lease in leased if lease[0] not in rank]:
                         self._residency.give_back(endpoint.stager, adapter, plain=plain)  # nobody asks for it: it needs no other place
-                leased = sorted((lease for lease in leased if lease[0] in rank), key=lambda lease: rank[lease[0]])
-                done = await asyncio.gather(*(self._succeed(fleet, name, endpoint, adapter, plain=plain) for adapter, plain in leased[:AT_ONCE]))
+                due = (lease for lease in leased if lease[0] in rank and refused_until.get(lease, 0.0) <= now())
+                tried = sorted(due, key=lambda lease: rank[lease[0]])[:AT_ONCE]
+                done = await asyncio.gather(*(self._succeed(fleet, name, endpoint, adapter, plain=plain) for adapter, plain in tried))
                 moved += sum(done)
+                refused_until |= {lease: now() + TRY_AGAIN_S for lease, is_done in zip(tried, done, strict=True) if not is_done}
                 if any(done):
                     continue
             await asyncio.sleep(LOOK_AGAIN_S)
@@ -178,8 +183,17 @@ class Moves:
         nodes = [stager for stager, warm in self._residency.copies.of(adapter) if warm]
         others = [e for node in nodes for e in pool.at(node) if e != endpoint and snapshot.standing(e) is Standing.READY]
         if not any(self._residency.known(e, adapter, plain=plain) for e in others):
-            successors = others or [e for e in snapshot.stageable(snapshot.candidates(pool, self._popularity.key(adapter))) if e.stager]
-            if not successors or await self._give(successors[0], adapter, plain=plain) is None:
+            candidates = [e for e in snapshot.stageable(snapshot.candidates(pool, self._popularity.key(adapter))) if e.stager and e not in others]
+            for successor in (*others, *candidates)[:SUCCESSORS]:
+                if await self._give(successor, adapter, plain=plain) is not None:
+                    break
+            else:
                 return False
         self._residency.give_back(endpoint.stager, adapter, plain=plain)
         return True
+
+    @staticmethod
+    def _shares_stager(snapshot: Snapshot, endpoint: Endpoint) -> bool:
+        """Whether another endpoint, which stays, is served by the same leases."""
+        others = (e for pool in snapshot.pools for e in pool.at(endpoint.stager) if e != endpoint)
+        return any(snapshot.standing(e) in (Standing.READY, Standing.JOINING) for e in others)

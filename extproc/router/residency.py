@@ -138,10 +138,10 @@ class Residency:
     def prepare(self, endpoint: Endpoint, adapter: str, *, plain: bool = False) -> None:
         """Ask the endpoint's stager in the background, while the adapter is served elsewhere. Nothing if that many are asked for already."""
         key = (endpoint.stager, adapter, plain)
-        preparing = self._preparing.setdefault(endpoint.stager, set())
+        preparing = self._preparing.get(endpoint.stager, ())
         if key in self._flights or len(preparing) >= MAX_PREPARATIONS or self._clock() < self._not_before.get(key, 0.0):
             return
-        preparing.add(key)
+        self._preparing.setdefault(endpoint.stager, set()).add(key)
         self._flights.start(key, lambda: self._prepare(key))
 
     def asked(self, endpoints: Sequence[Endpoint], adapter: str, *, plain: bool = False) -> list[Endpoint]:
@@ -233,8 +233,14 @@ class Residency:
             self._release_soon(stager, adapter, lease.digest, lease.until)
 
     def forget_stager(self, stager: str) -> None:
-        """Its engine has gone, and will know no adapter when it comes back."""
+        """It is no longer one of the fleet."""
         self.copies.forget(stager)
+        self._usual_gap_s.pop(stager, None)
+        self.forget_leases(stager)
+
+    def forget_leases(self, stager: str) -> None:
+        """Its engine has gone, and will know no adapter when it comes back. What the node has, its stager tells, and tells only what changes: an engine that
+        was merely cut off for a moment has it still."""
         self._forget([key for key in (*self._leases, *self._calls) if key[0] == stager])
 
     def _forget(self, keys: Sequence[Key]) -> None:
@@ -305,7 +311,10 @@ class Residency:
             self._not_before[key] = self._clock() + PREPARE_AGAIN_S
             raise
         finally:
-            self._preparing[key[0]].discard(key)
+            preparing = self._preparing[key[0]]
+            preparing.discard(key)
+            if not preparing:
+                del self._preparing[key[0]]
 
     async def _ask(self, key: Key) -> Staged:
         stager, adapter, plain = key
@@ -318,8 +327,8 @@ class Residency:
             staged = await client.ensure(adapter, loading=_loading(plain=plain), on_progress=lambda _: self._moved(call))
         except LoraExtprocError as error:
             log.info("%s on %s: %s: %s", adapter, stager, error.reason, error.message)
-            if isinstance(error, NodeDraining):
-                self.copies.drop(stager, adapter)  # it would serve what it has in memory
+            if isinstance(error, NodeDraining) and stager in before:
+                self.copies.put(stager, adapter, warm=False)  # it would serve what it has in memory
             raise
         finally:
             del self._calls[key]

@@ -179,7 +179,21 @@ class Watch:
             await asyncio.gather(asking, return_exceptions=True)
 
     async def _keep_asking(self) -> None:
-        await asyncio.gather(*(self._follow_engine(endpoint) for endpoint in self._observer.at(self._client.address)))
+        """Those of the endpoints that are there now: some come meanwhile, others go."""
+        following: dict[Endpoint, asyncio.Task[None]] = {}
+        try:
+            while True:
+                there = self._observer.at(self._client.address)
+                for endpoint in following.keys() - set(there):
+                    following.pop(endpoint).cancel()
+                for endpoint in there:
+                    if endpoint not in following or following[endpoint].done():
+                        following[endpoint] = asyncio.create_task(self._follow_engine(endpoint), name=f"engine {endpoint.address}")
+                await asyncio.sleep(PROBE_EVERY_S)
+        finally:
+            for task in following.values():
+                task.cancel()
+            await asyncio.gather(*following.values(), return_exceptions=True)
 
     async def _follow_engine(self, endpoint: Endpoint) -> None:
         """Ask the engine again and again, and notice when it goes: one that was started anew in between answers well, and knows no adapter.
@@ -191,11 +205,11 @@ class Watch:
             while True:
                 answers = await self._probe.answers(endpoint.address)
                 if not answers:
-                    self._residency.forget_stager(self._client.address)
+                    self._residency.forget_leases(self._client.address)
                     self._observer.engine_is_new(endpoint)
                 self._observer.observe(endpoint, engine_answers=answers)
                 if until_it_goes is None and answers:
-                    until_it_goes = asyncio.create_task(self._probe.until_it_hangs_up(endpoint.address), name=f"engine {endpoint.address}")
+                    until_it_goes = asyncio.create_task(self._probe.until_it_hangs_up(endpoint.address), name=f"end of {endpoint.address}")
                     await asyncio.wait({until_it_goes}, timeout=PROBE_EVERY_S)
                     await asyncio.sleep(HUNG_UP_S if until_it_goes.done() else 0)
                 elif until_it_goes is not None and not until_it_goes.done():

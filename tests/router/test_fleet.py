@@ -345,14 +345,14 @@ def test_what_nobody_asks_for_any_more_is_given_back_soon() -> None:
 
 
 async def test_a_node_that_drains_and_refuses_an_adapter_is_not_asked_for_it_again() -> None:
-    """What it was believed to have in memory it has not."""
+    """What it was believed to have in memory it has on its disk alone, where it is of use again after the drain."""
     router = Router(1)
     owner = router.owner("a")
     router.residency.copies.put(owner.stager, "a", warm=True)
     router.stager_of(owner).error = NodeDraining("this node drains")
     with pytest.raises(NodeDraining):
         await router.residency.ensure(owner, "a")
-    assert router.residency.copies.of("a") == []
+    assert router.residency.copies.of("a") == [(owner.stager, False)]
     await router.stop()
 
 

@@ -3,6 +3,8 @@
 import pytest
 
 from extproc.core.endpoint import Endpoint
+from extproc.core.maglev import LookupTable
+from extproc.core.placement import Pool
 from extproc.core.standing import Standing
 from extproc.pb import ext_proc_pb2 as pb
 from tests.fakes.wait import until
@@ -77,3 +79,14 @@ async def test_a_503_is_no_proof_that_an_endpoint_can_be_reached(status: int, ex
     await stream.end()
     router.membership.served((owner, other), other.address)
     assert standing(router, owner) is expected
+
+
+async def test_an_endpoint_that_the_settings_name_by_its_host_is_not_taken_for_passed_over() -> None:
+    """The proxy tells the address that served, and the name may be that."""
+    endpoints = [Endpoint(f"engine-{number}:8000", stager=f"10.0.0.{number}:9102") for number in (1, 2)]
+    router = Router(2, pools=[Pool("models", frozenset({"base"}), ("*",), LookupTable(endpoints, 251))])
+    for _ in range(3):
+        stream = await sent(router, "demo/sql")
+        stream.show(answer("10.0.0.1:8000", 200))
+        await stream.end()
+    assert router.membership.snapshot.standings == {}
