@@ -11,6 +11,7 @@ from .endpoint import Endpoint
 from .paths import Kind, Path
 from .placement import Pool, Snapshot
 from .prefix import MIN_BLOCKS
+from .standing import Standing
 
 PLACES = 16  # of a base model's request, among which its session or its prompt chooses: a look at each costs a quarter of a microsecond
 _LISTING = Kind.LISTING  # as the states of core/exchange.py
@@ -202,8 +203,10 @@ def _pass_through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None,
 def _through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, session: str, subset: Sequence[str] | None) -> PassThrough | None:
     """To this pool; None if nobody in it can serve. The places are all of few candidates, and of many always the same for what begins alike."""
     usable = snapshot.candidates(pool, key, subset) if key else snapshot.usable(pool.table.endpoints, subset)
-    if key or not usable:
-        return PassThrough(pool, key, usable) if usable else None
+    if not usable:
+        return None
+    if key:  # stays where it is while its place drains
+        return PassThrough(pool, key, tuple(e for e in usable if snapshot.standing(e) is not Standing.JOINING) or usable)
     candidates = snapshot.stageable(usable) or usable
     if not session and len(facts.blocks) < MIN_BLOCKS:
         return PassThrough(pool, key, candidates)

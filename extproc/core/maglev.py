@@ -9,6 +9,7 @@ from .endpoint import Endpoint
 
 DEFAULT_TABLE_SIZE = 65_537  # the paper's small table and Envoy's default; at 100x the endpoints shares differ by about 1 %
 MAX_TABLE_SIZE = 5_000_011  # Envoy refuses larger ones
+MAX_KEY_CHARS = 512  # of a key that is remembered: an adapter's name has 256 bytes; a header that is hashed may have 60 KB, and a client invents them
 FIRST = 4  # places of a key that are looked at for a request: the two where its copy belongs, and two for when those are away or too busy
 _STEPS_PER_PLACE = 8  # looks for another endpoint; with two of equal shares, eight find the second in 255 of 256 keys
 _OFFSET_SEED, _SKIP_SEED, _KEY_SEED = 0x6F66, 0x736B, 0x6B65  # three independent hash functions

@@ -7,11 +7,10 @@ from functools import lru_cache
 
 from .choice import HOME
 from .endpoint import Endpoint
-from .maglev import FIRST, LookupTable
+from .maglev import FIRST, MAX_KEY_CHARS, LookupTable
 from .standing import Standing
 
 _REMEMBERED_KEYS = 65_536  # orders kept per pool; one costs some 4 us to compute and 300 bytes to keep
-_REMEMBERED_KEY_CHARS = 512  # an adapter's name has 256 bytes; a header that is hashed may have 60 KB, and a client invents them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Pool:
 
     def candidates(self, key: str, count: int = FIRST) -> tuple[Endpoint, ...]:
         """The first `count` endpoints in the key's order, remembered."""
-        if len(key) > _REMEMBERED_KEY_CHARS:
+        if len(key) > MAX_KEY_CHARS:
             return self.table.by_weight(key)[:count] if self.by_weight else self.table.first(key, count)
         return self._first(key, count)
 
@@ -109,13 +108,15 @@ class Snapshot:
         return Standing.READY if known is None else known[0]
 
     def candidates(self, pool: Pool, key: str, subset: Sequence[str] | None = None) -> tuple[Endpoint, ...]:
-        """The first endpoints in the key's order that are not down, within the gateway's subset hint if it gave one. Only where the key's own first places
-        are away, or the hint leaves few, are all endpoints looked at."""
+        """The first endpoints in the key's order that are not down, HOME of which may be given something new if there are so many, within the gateway's
+        subset hint if it gave one. Only where the key's own first places are away, or the hint leaves few, are all endpoints looked at."""
         if subset is None:
             usable = self.usable(pool.candidates(key))
-            if len(usable) >= min(HOME, len(pool.table.endpoints)):
+            if not self.standings or len(self.stageable(usable)) >= min(HOME, len(pool.table.endpoints)):
                 return usable
-        return self.usable(pool.order(key), subset)[:FIRST]
+        usable = self.usable(pool.order(key), subset)
+        first = usable[:FIRST]
+        return (*first, *(endpoint for endpoint in self.stageable(usable)[:HOME] if endpoint not in first))
 
     def usable(self, order: Iterable[Endpoint], subset: Sequence[str] | None = None) -> tuple[Endpoint, ...]:
         """`order` without the endpoints that are down, and within the gateway's subset hint (`ip:port` or `ip`) if it gave one."""

@@ -6,6 +6,8 @@ fit into a window is not counted: by then so many others were asked for that it 
 
 from heapq import nlargest
 
+from .maglev import MAX_KEY_CHARS
+
 MAX_COUNTED = 32_768  # adapters per window, some 5 MB
 HOT_SHARE = 10  # one in so many of the adapters that are asked for is hot: by Zipf 1.0 of 2,000, three quarters of the requests
 STAYS_HOT = 1.5  # an adapter that is hot stays so within this many times that rank, so that nothing is copied because of noise
@@ -29,7 +31,7 @@ class Popularity:
         if times is None and len(self._now) >= MAX_COUNTED:
             return
         self._now[adapter] = (times or 0) + 1
-        if key != adapter:
+        if key != adapter and len(key) <= MAX_KEY_CHARS:
             self._keys[adapter] = key
 
     def roll(self) -> None:

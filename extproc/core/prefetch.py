@@ -24,6 +24,8 @@ yesterday would add a tenth to what is found and a third to what is brought, so 
 from dataclasses import dataclass
 from enum import Enum
 
+from .maglev import MAX_KEY_CHARS
+
 COUNTERS = 240  # of one minute each, as in the paper
 FLOOR_S = 300.0  # `stager.lease_s`: what is idle for less is where it was
 MINUTE_S = 60.0
@@ -34,7 +36,6 @@ REPEATS = 2.0
 VARIATION = 2.0  # of the counters, as in the paper
 MOST = 200  # idle times in one histogram: then all are halved, so that a counter fits into a byte, and what was long ago counts less
 MAX_ADAPTERS = 16_384  # the ones seen last; with all they need 12 MB
-MAX_KEY_CHARS = 512  # of a key that is not the adapter's name: a header that is hashed may have 60 KB
 
 BUCKET_S = 600.0  # in which an adapter was active, or was not
 DAY = 144  # buckets
@@ -157,6 +158,9 @@ class Histories:
     def __len__(self) -> int:
         return len(self._of)
 
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._of
+
     def see(self, adapter: str, now: float, key: str = "") -> float | None:
         """It is asked for, hashed by `key` (empty: not known); seconds since it was the last time, None if that is not known."""
         history, idle_s = self._of.pop(adapter, None), None
@@ -183,6 +187,10 @@ class Histories:
             if history is not None and expected is not None:
                 found.append(Expected(adapter, history.key or adapter, *expected))
         return found
+
+    def forget(self, adapter: str) -> None:
+        """It is asked for no more, or would be in vain."""
+        self._of.pop(adapter, None)
 
     def not_done(self, adapter: str) -> None:
         """Nothing came of what was expected of it: say so again when it is looked at the next time."""

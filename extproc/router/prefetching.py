@@ -71,7 +71,8 @@ class Prefetching:
         self._plain = False  # how engines have to know adapters, as with the last request
         self._left = 0.0  # of what may be asked for now
         self._asking: dict[str, asyncio.Task[None]] = {}  # by stager
-        self._unused: dict[tuple[str, str], By] = {}  # adapter and stager -> what it was brought for
+        self._unused: dict[tuple[str, str], tuple[By, ...]] = {}  # adapter and stager -> what it was brought for: to the disk, and then to the engine
+        self._begun: dict[str, tuple[float, frozenset[str]]] = {}  # of what some pool waits for yet: until when it is expected, and who has been asked
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -87,29 +88,38 @@ class Prefetching:
     # -- what is asked for
 
     def asked(self, adapter: str, key: str, *, plain: bool) -> None:
-        """A request of this router's has come for the adapter; nothing has been done for it yet."""
+        """A request of this router's has come for the adapter; nothing has been done for it yet. One that was not seen before may be none: it is seen when
+        it is served."""
         self._plain = plain
+        if adapter not in self._histories:
+            return
         idle_s = self._histories.see(adapter, self._clock(), key)
         if idle_s is not None and idle_s >= FLOOR_S:
             self._metrics.wakeups.labels("long" if idle_s >= LONG_S else "short", self._found(adapter)).inc()
 
-    def served(self, adapter: str, stager: str) -> None:
+    def served(self, adapter: str, key: str, stager: str) -> None:
         """A request has been sent to that node."""
-        if self._unused and (by := self._unused.pop((adapter, stager), None)) is not None:
-            self._end(by, "used")
+        if adapter not in self._histories:
+            self._histories.see(adapter, self._clock(), key)
+        self._end(adapter, stager, "used")
+
+    def is_none(self, adapter: str) -> None:
+        """There is no such adapter, or no longer."""
+        self._histories.forget(adapter)
 
     def woken(self, stager: str, adapter: str) -> None:
         """A request, of whichever router, has asked that node for the adapter."""
         self._histories.see(adapter, self._clock())
-        self.served(adapter, stager)
+        self._end(adapter, stager, "used")
 
     def _found(self, adapter: str) -> str:
         """Where the adapter is now."""
         copies = self._residency.copies.of(adapter)
         return "memory" if any(warm for _, warm in copies) else "disk" if copies else "nowhere"
 
-    def _end(self, by: By, result: str) -> None:
-        self._metrics.prefetches_ended.labels(by.value, result).inc()
+    def _end(self, adapter: str, stager: str, result: str) -> None:
+        for by in self._unused.pop((adapter, stager), ()):
+            self._metrics.prefetches_ended.labels(by.value, result).inc()
 
     # -- what is expected
 
@@ -125,9 +135,7 @@ class Prefetching:
         """Look at as many adapters as are due in TICK_S, and ask for what is expected of them."""
         self._left = min(self._left + self._per_s * TICK_S, max(1.0, self._per_s))
         for expected in self._histories.look(self._clock(), math.ceil(len(self._histories) * TICK_S / LOOK_S)):
-            for pool in self._pools(expected.adapter):
-                if not self._bring(expected, pool):
-                    self._histories.not_done(expected.adapter)
+            self._bring_to_all(expected)
         self._forget_what_has_left(math.ceil(len(self._unused) * TICK_S / LOOK_S))
 
     def _pools(self, adapter: str) -> Iterator[Pool]:
@@ -137,6 +145,28 @@ class Prefetching:
         for needed in (pool, snapshot.pool(pool.prefill) if pool is not None and pool.prefill else None):
             if needed is not None:
                 yield needed
+
+    def _bring_to_all(self, expected: Expected) -> None:
+        """To each pool once, also where one of them has to wait: a node that has refused it would be asked again and again."""
+        now, adapter = self._clock(), expected.adapter
+        until, begun = self._begun.pop(adapter, (math.inf, frozenset()))
+        if now >= until:
+            begun = frozenset()
+        waiting = False
+        for pool in self._pools(adapter):
+            if pool.name in begun:
+                continue
+            if self._bring(expected, pool):
+                begun |= {pool.name}
+            else:
+                waiting = True
+        if not waiting:
+            return
+        self._histories.not_done(adapter)
+        if begun:
+            if len(self._begun) >= MAX_UNUSED:
+                del self._begun[next(iter(self._begun))]
+            self._begun[adapter] = (min(until, now + expected.for_s), begun)
 
     def _bring(self, expected: Expected, pool: Pool) -> bool:
         """Ask for it where a request would have to wait for it; False if that has to wait itself."""
@@ -184,15 +214,14 @@ class Prefetching:
         log.debug("%s on %s: prefetched (%s): %s, %d bytes", adapter, client.address, by.value, result, staged.bytes)
         self._residency.published(client.address, adapter)  # which its Watch may tell later than this answer
         if len(self._unused) >= MAX_UNUSED:
-            self._end(self._unused.pop(next(iter(self._unused))), "unused")
-        self._unused[adapter, client.address] = by
+            self._end(*next(iter(self._unused)), "unused")
+        self._unused[adapter, client.address] = (*self._unused.get((adapter, client.address), ()), by)
 
     def _forget_what_has_left(self, count: int) -> None:
         """Look at the next `count` that were brought and not used, whether they are still on their nodes."""
         for _ in range(count):
-            adapter, stager = next(iter(self._unused))
-            by = self._unused.pop((adapter, stager))
+            adapter, stager = key = next(iter(self._unused))
             if any(node == stager for node, _ in self._residency.copies.of(adapter)):
-                self._unused[adapter, stager] = by  # as the last one to be looked at again
+                self._unused[key] = self._unused.pop(key)  # as the last one to be looked at again
             else:
-                self._end(by, "unused")
+                self._end(adapter, stager, "unused")

@@ -27,6 +27,7 @@ from ..core.events import (
     TrailersReply,
 )
 from ..core.exchange import Exchange, State
+from ..core.maglev import MAX_KEY_CHARS
 from ..core.paths import Paths
 from ..core.placement import Pool
 from ..core.steering import Steering
@@ -342,7 +343,7 @@ class Processor:
         self._named = placed.endpoints[: self._s.steering.max_endpoints]
         self._account.outcome, self._account.destination = placed.outcome, placed.endpoints[0].address
         lease = placed.lease
-        if lease is None or self._account.waits_since:  # what others are answered, too, says that they did not wait
+        if lease is None or self._account.waits_since or len(forward.key) > MAX_KEY_CHARS:  # what others are answered, too, says that they did not wait
             return self._mutation(forward, placed)
         reply = lease.reply
         if reply is None or reply.key != forward.key or reply.endpoints != placed.endpoints or reply.prefiller is not placed.prefiller:

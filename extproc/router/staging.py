@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from ..client import Staged
@@ -15,10 +15,11 @@ from ..core.decision import Forward, PassThrough
 from ..core.endpoint import Endpoint
 from ..core.load import HELD_S, Loads
 from ..core.maglev import FIRST
+from ..core.placement import Snapshot
 from ..core.popularity import Popularity
 from ..core.prefix import Prefixes
 from ..core.standing import Standing
-from ..errors import LoraExtprocError, NoEndpoint, NoSpace, StageDeadline
+from ..errors import LoraExtprocError, ModelNotFound, NoEndpoint, NoSpace, StageDeadline
 from ..metrics import RouterMetrics
 from .admission import Admission
 from .prefetching import Prefetching
@@ -60,6 +61,7 @@ class Staging:
         admission: Admission,
         metrics: RouterMetrics,
         *,
+        snapshot: Callable[[], Snapshot],
         loads: Mapping[str, Loads],
         popularity: Popularity,
         prefixes: Prefixes,
@@ -71,6 +73,7 @@ class Staging:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._residency = residency
+        self._snapshot = snapshot
         self._loads = loads
         self._hot = popularity
         self._prefixes = prefixes
@@ -94,7 +97,16 @@ class Staging:
         return None if prefiller is None and self.can_stage(forward.prefill) else _with_prefiller(placed, prefiller)
 
     def _now(self, forward: Forward) -> Placed | None:
+        forward = self._up_to_date(forward)
         return self._by_leases(forward) or self._by_all(forward)
+
+    def _up_to_date(self, forward: Forward) -> Forward:
+        """The same by the fleet that there is now: of one that is held, endpoints may have gone, and others come. It may have no candidates any more."""
+        snapshot = self._snapshot()
+        if snapshot is forward.snapshot:
+            return forward
+        pool = snapshot.pool(forward.pool.name) or forward.pool
+        return replace(forward, snapshot=snapshot, pool=pool, candidates=snapshot.candidates(pool, forward.key, forward.subset))
 
     def _by_leases(self, forward: Forward) -> Placed | None:
         """The usual case: the leased copies are all that is looked at."""
@@ -124,7 +136,7 @@ class Staging:
 
     def _look(self, forward: Forward) -> None:
         """Have prepared what `choose` says, or would wait for."""
-        choice = self._choose(forward)
+        choice = self._choose(self._up_to_date(forward))
         for endpoint in (choice.prepare, *choice.wait_for[:1]):
             self._prepare(endpoint, forward)
 
@@ -155,7 +167,7 @@ class Staging:
         if self._prefetching is not None:
             if not placed.waited_s:
                 self._prefetching.asked(forward.adapter, forward.key, plain=forward.plain)
-            self._prefetching.served(forward.adapter, placed.endpoints[0].stager)
+            self._prefetching.served(forward.adapter, forward.key, placed.endpoints[0].stager)
         self.sent(forward.blocks, placed.endpoints[0], placed.prefiller)
 
     def sent(self, blocks: Sequence[int], endpoint: Endpoint, prefiller: Endpoint | None) -> None:
@@ -239,9 +251,8 @@ class Staging:
 
     def again(self, forward: Forward, before: Placed) -> Placed | None:
         """The place that was waited for while the body arrived, if it is still one, by the name that its engine knows the adapter by now."""
-        endpoint = before.endpoints[0]
-        is_usable = bool(forward.snapshot.usable((endpoint,), forward.subset)) and endpoint in forward.pool.at(endpoint.stager)
-        lease = self._lease(forward, endpoint) if is_usable else None
+        endpoint, forward = before.endpoints[0], self._up_to_date(forward)
+        lease = self._lease(forward, endpoint) if _is_usable(endpoint, forward) else None
         if lease is None:
             return None
         placed = Placed(self._having(forward, endpoint, lease.model), before.outcome, before.origin, before.waited_s, lease.model, sent=before.sent)
@@ -260,8 +271,14 @@ class Staging:
             self._prefetching.asked(forward.adapter, forward.key, plain=forward.plain)
         with self._admission.waiting(forward.adapter):
             try:
+                if forward.prefill is not None:
+                    return await self._both_sides(forward, forward.prefill, began)
                 async with asyncio.timeout(forward.wait_s):
-                    return await (self._one_side(forward, began) if forward.prefill is None else self._both_sides(forward, forward.prefill, began))
+                    return await self._one_side(forward, began)
+            except ModelNotFound:
+                if self._prefetching is not None:
+                    self._prefetching.is_none(forward.adapter)
+                raise
             except TimeoutError:
                 failure = StageDeadline(f"{forward.adapter} is still being fetched after {forward.wait_s:g} s")
             finally:
@@ -269,17 +286,49 @@ class Staging:
         raise failure
 
     async def _both_sides(self, forward: Forward, prefill: Forward, began: float) -> Placed:
-        prefilling = asyncio.create_task(self._one_side(prefill, began), name=f"prefill {forward.adapter}")
+        """The side that was ready first may not be any more when the other one is. At the deadline, or where the other one fails, the one that decodes goes
+        alone. Raises TimeoutError if it is not ready by then."""
+        prefilling = self._prefill(prefill, began)
+        placed: Placed | None = None
+        prefiller: Placed | None = None
         try:
-            placed = self._now(forward) or await self._one_side(forward, began)
-            try:
-                return _with_prefiller(placed, await prefilling)
-            except LoraExtprocError as error:
-                log.warning("%s: no engine of pool %s can compute its prompts: %s", forward.adapter, prefill.pool.name, error.message)
-                return placed
+            async with asyncio.timeout(forward.wait_s):
+                placed = self._now(forward) or await self._one_side(forward, began)
+                prefiller = await prefilling
+                for _ in range(CHOSEN_AGAIN):
+                    if not self._is_ready(forward, placed):
+                        placed = None
+                        placed = self._now(forward) or await self._one_side(forward, began)
+                    elif prefiller is not None and not self._is_ready(prefill, prefiller):
+                        prefiller, prefilling = None, self._prefill(prefill, began)
+                        prefiller = await prefilling
+                    else:
+                        break
+        except TimeoutError:
+            if placed is None:
+                raise
+            log.warning("%s: the engines of pool %s that would compute its prompts have it not yet", forward.adapter, prefill.pool.name)
         finally:
             prefilling.cancel()
             await asyncio.gather(prefilling, return_exceptions=True)
+        return _with_prefiller(placed, prefiller)
+
+    def _prefill(self, prefill: Forward, began: float) -> asyncio.Task[Placed | None]:
+        """Have it made ready there. None if that fails, and at once where there is no room: the other side does without."""
+
+        async def place() -> Placed | None:
+            try:
+                return self._now(prefill) or await self._walk(prefill, began)
+            except LoraExtprocError as error:
+                log.warning("%s: no engine of pool %s can compute its prompts: %s", prefill.adapter, prefill.pool.name, error.message)
+                return None
+
+        return asyncio.create_task(place(), name=f"prefill {prefill.adapter}")
+
+    def _is_ready(self, forward: Forward, placed: Placed) -> bool:
+        """Whether the adapter is still where it was found."""
+        endpoint = placed.endpoints[0]
+        return _is_usable(endpoint, self._up_to_date(forward)) and self._residency.known(endpoint, forward.adapter, plain=forward.plain) is not None
 
     async def _one_side(self, forward: Forward, began: float) -> Placed:
         try:
@@ -303,12 +352,16 @@ class Staging:
             raise failure from None
 
     async def _walk(self, forward: Forward, began: float) -> Placed:
-        """Wait for the place that is chosen, and choose again where it has too much by then: all who come while the first copy of an adapter is fetched
-        wait for that one."""
+        """Wait for the place that is chosen, and choose again where it has gone or has too much by then: all who come while the first copy of an adapter is
+        fetched wait for that one."""
         loads, rule = self._loads[forward.pool.name], self._rules.of(forward.adapter)
         for chosen in count(1):
+            forward = self._up_to_date(forward)
             choice = self._choose(forward)
             placed = await self._ask(forward, choice, began)
+            forward = self._up_to_date(forward)
+            if not _is_usable(placed.endpoints[0], forward):
+                continue
             has_waited_enough = choice.within_s < math.inf and placed.endpoints[0] not in choice.wait_for[:1]
             if has_waited_enough or chosen > CHOSEN_AGAIN or is_below(placed.endpoints[0], loads, rule):
                 break
@@ -331,7 +384,12 @@ class Staging:
         failure: LoraExtprocError = NoEndpoint(f"{forward.adapter}: no candidate can be given it now")
         asked: dict[asyncio.Task[Staged], Endpoint] = {}
         entered, asked_at, loop = 0, self._clock(), asyncio.get_running_loop()
-        held: list[asyncio.TimerHandle] = []  # each releases what is held at the candidate of the same place
+        held: dict[str, asyncio.TimerHandle] = {}  # by address, until it is released there
+
+        def release(address: str) -> None:
+            if held.pop(address, None) is not None:
+                loads.release(address)
+
         try:
             while asked or entered < len(candidates):
                 next_in_s = self._next_in_s(forward, asked, asked_at + choice.within_s if entered == 1 else math.inf)
@@ -345,7 +403,7 @@ class Staging:
                         return Placed(self._having(forward, endpoint, lease.model), outcome, "", self._clock() - began, lease.model)
                     entered += 1
                     loads.hold(endpoint.address)
-                    held.append(loop.call_later(HELD_S, loads.release, endpoint.address))
+                    held[endpoint.address] = loop.call_later(HELD_S, release, endpoint.address)
                     asked.setdefault(self._residency.ask(endpoint, forward.adapter, plain=forward.plain), endpoint)  # endpoints of one stager share a call
                     continue
                 done, _ = await asyncio.wait(asked, timeout=next_in_s if entered < len(candidates) else None, return_when=asyncio.FIRST_COMPLETED)
@@ -359,10 +417,10 @@ class Staging:
                     self._metrics.failovers.inc()
                     failure = error.bare()
         finally:
-            for endpoint, release in zip(candidates, held, strict=False):
-                if release.when() > loop.time():
-                    release.cancel()
-                    loads.release(endpoint.address)
+            for address, later in tuple(held.items()):
+                later.cancel()
+                release(address)
+            for endpoint in candidates[:entered]:
                 self._residency.leave(endpoint, forward.adapter, plain=forward.plain)
         raise failure
 
@@ -403,13 +461,21 @@ class Staging:
         nodes = self._residency.copies.of(forward.adapter)
         if len(nodes) < 2:
             return (chosen,)
-        others = (e for stager, _ in nodes for e in forward.pool.at(stager) if e is not chosen)
+        forward = self._up_to_date(forward)
+        snapshot = forward.snapshot
+        others = (e for stager, _ in nodes for e in forward.pool.at(stager) if e != chosen)
         leases = ((e, self._residency.known(e, forward.adapter, plain=forward.plain)) for e in others)
-        knowing = (e for e, lease in leases if lease is not None and lease.model == model and forward.snapshot.usable((e,), forward.subset))
+        serving = (e for e, lease in leases if lease is not None and lease.model == model and snapshot.standing(e) in (_READY, _DRAINING))
+        knowing = (e for e in serving if forward.subset is None or snapshot.usable((e,), forward.subset))
         return (chosen, *islice(knowing, self._max_others))
 
     def _lease(self, forward: Forward, endpoint: Endpoint) -> Lease | None:
         return self._residency.lease(endpoint, forward.adapter, plain=forward.plain)
+
+
+def _is_usable(endpoint: Endpoint, forward: Forward) -> bool:
+    """Whether it is one of the pool that may be sent this request."""
+    return endpoint in forward.pool.at(endpoint.stager) and bool(forward.snapshot.usable((endpoint,), forward.subset))
 
 
 def _with_prefiller(placed: Placed, prefiller: Placed | None) -> Placed:

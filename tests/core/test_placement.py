@@ -6,7 +6,7 @@ import pytest
 
 from extproc.core import placement
 from extproc.core.endpoint import Endpoint
-from extproc.core.maglev import FIRST, LookupTable
+from extproc.core.maglev import FIRST, MAX_KEY_CHARS, LookupTable
 from extproc.core.placement import Pool, Snapshot
 from extproc.core.standing import Standing
 
@@ -66,7 +66,7 @@ def test_the_orders_that_are_remembered_are_bounded() -> None:
     one = pool(endpoints=ENDPOINTS[:2])
     for i in range(placement._REMEMBERED_KEYS + 10):
         one.candidates(str(i))
-    one.candidates("x" * (placement._REMEMBERED_KEY_CHARS + 1))
+    one.candidates("x" * (MAX_KEY_CHARS + 1))
     assert one._first.cache_info().currsize == placement._REMEMBERED_KEYS  # type: ignore[attr-defined]
 
 

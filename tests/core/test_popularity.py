@@ -1,6 +1,7 @@
 """What is asked for most."""
 
 from extproc.core import popularity as module
+from extproc.core.maglev import MAX_KEY_CHARS
 from extproc.core.popularity import Popularity
 
 
@@ -58,3 +59,11 @@ def test_what_is_counted_is_bounded() -> None:
     popularity.count("a1", "key-1")
     assert len(popularity) == module.MAX_COUNTED
     assert popularity.ranked(1) == [("a1", 2)]
+
+
+def test_a_key_that_a_client_made_long_is_not_remembered() -> None:
+    """A header that is hashed may have 60 KB, for each of thousands of adapters."""
+    popularity = Popularity()
+    popularity.count("a", "k" * MAX_KEY_CHARS)
+    popularity.count("b", "k" * (MAX_KEY_CHARS + 1))
+    assert (len(popularity.key("a")), popularity.key("b")) == (MAX_KEY_CHARS, "b")

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extproc.core.maglev import MAX_KEY_CHARS
 from extproc.core.prefetch import (
     BUCKET_S,
     COUNTERS,
     FLOOR_S,
     LEAD_S,
     MARGIN_S,
-    MAX_KEY_CHARS,
     MINUTE_S,
     MOST,
     YESTERDAY_S,

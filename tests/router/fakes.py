@@ -302,6 +302,7 @@ class Router:
             self.residency,
             self.admission,
             self.metrics,
+            snapshot=lambda: self.membership.snapshot,
             loads=self.membership.loads,
             popularity=self.popularity,
             prefixes=self.prefixes,

@@ -12,7 +12,7 @@ from extproc.core.endpoint import Endpoint
 from extproc.core.load import Engine
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
-from extproc.errors import PrefetchGivenUp
+from extproc.errors import ModelNotFound, PrefetchGivenUp
 from extproc.router.prefetching import LOOK_S, TICK_S
 from tests.fakes.wait import VirtualLoop
 
@@ -264,6 +264,55 @@ def test_nothing_is_brought_and_no_wake_up_told_where_it_is_off() -> None:
         await asyncio.sleep(PERIOD_S)
         assert brought(router) == []
         assert not stager(router).wakes
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+# ---- names that are none, and what goes on twice
+
+
+def test_names_that_no_origin_has_are_not_remembered() -> None:
+    """However many are invented: neither do they push out what is known, nor are they expected, nor do they count as asleep."""
+
+    async def main() -> None:
+        router = router_of()
+        await wake_up(router)
+        for each in router.stagers.values():
+            each.error = ModelNotFound("no origin has it")
+        for number in range(50):
+            await serve(router, chat(f"invented/{number}"))
+        for _ in range(5):
+            await serve(router, chat("invented/again"))
+            await asyncio.sleep(300)
+        assert len(router.prefetching._histories) == 1
+        assert router.value("lora_extproc_wakeups_total", idle="short", found="nowhere") == 3
+        assert set(brought(router)) <= {"a"}
+        await serve(router, chat("a"))  # it has been deleted
+        assert len(router.prefetching._histories) == 0
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+@pytest.mark.parametrize("error", [ModelNotFound, PrefetchGivenUp])
+def test_of_two_engines_nodes_one_that_fails_is_not_asked_again_for_the_others_sake(error: type[ModelNotFound | PrefetchGivenUp]) -> None:
+    """The other's turn comes with the next look, since one prefetch a second is all that may be asked for."""
+
+    async def main() -> None:
+        decode, prefill = ([Endpoint(f"10.0.0.{number}:8000", "", f"10.0.0.{number}:9102")] for number in (1, 2))
+        pools = [
+            Pool("decode", frozenset({"base"}), ("*",), LookupTable(decode, 251), prefill="prefill"),
+            Pool("prefill", frozenset(), (), LookupTable(prefill, 251), is_prefill=True),
+        ]
+        router = router_of(pools=pools)
+        for _ in range(4):
+            await asyncio.sleep(PERIOD_S)
+            router.prefetching.woken(decode[0].stager, "a")
+        for each in router.stagers.values():
+            each.error = error("as its origin says")
+        await asyncio.sleep(PERIOD_S + 600)
+        assert [len(router.stager_of(endpoint).prefetched) for endpoint in (*decode, *prefill)] == [1, 1]
         await router.stop()
 
     in_virtual_time(main)

@@ -1,10 +1,12 @@
 """Pools whose engines only decode: a request goes on when both of its engines have the adapter, and names the one that computes the prompt."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
+from extproc.client import Evicted
 from extproc.core.endpoint import Endpoint
 from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
@@ -14,6 +16,7 @@ from extproc.pb import ext_proc_pb2 as pb
 from tests.fakes.wait import turns, until
 
 from .fakes import Gateway, Router, body, chat, get, headers, serve
+from .test_fleet import in_virtual_time, now
 
 HEADERS = ("x-llm-d-prefiller-host-port", "x-prefiller-host-port")
 WORDS = "lorem ipsum dolor sit amet " * 60
@@ -199,3 +202,85 @@ async def test_no_request_is_for_a_pool_that_computes_prompts() -> None:
     router = split()
     stream = await serve(router, [headers({":method": "GET", ":path": "/version", "x-lora-extproc-pool": "prefill"}, end=True)])
     assert stream.immediate().details == "no_endpoint"
+
+
+# ---- while one side is waited for
+
+
+def both_decided(router: Router, adapter: str) -> tuple[Endpoint, Endpoint]:
+    router.membership.start()
+    for stager in router.stagers.values():
+        stager.progress = [step / 2 for step in range(1, 400)]
+    return owner(router, 0, adapter), owner(router, 1, adapter)
+
+
+@pytest.mark.parametrize("how", ["evicted", "its lease ends", "down"])
+def test_a_decoding_side_that_is_ready_no_more_is_made_ready_again(how: str) -> None:
+    """It was so first, and the other side took its time."""
+
+    async def main() -> None:
+        router = split(clock=now, deadline_s=120.0)
+        decode, prefill = both_decided(router, "a")
+        router.stager_of(decode).lease_s = 30.0
+        await turns()
+        router.stager_of(prefill).gate.clear()
+        stream = Gateway(router, chat("a"))
+        await asyncio.sleep(5)
+        assert router.residency.known(decode, "a")
+        if how == "evicted":
+            router.stager_of(decode).known.discard("a")
+            router.stager_of(decode).events.put_nowait(Evicted("a"))
+        elif how == "down":
+            router.membership.observe(decode, stager=Stager.NOT_READY, why="its engine fails")
+        await asyncio.sleep(60)
+        router.stager_of(prefill).gate.set()
+        await stream.end()
+        decodes, prefills = told(stream)
+        chosen = next(endpoint for endpoint in router.pools[0].table.endpoints if endpoint.address == decodes)
+        assert (chosen == decode) is (how != "down")
+        assert router.residency.known(chosen, "a")
+        assert prefills == prefill.address
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+def test_one_that_computes_prompts_and_is_down_by_then_is_not_named() -> None:
+    """The other of its pool is."""
+
+    async def main() -> None:
+        router = split(clock=now, deadline_s=120.0)
+        decode, prefill = both_decided(router, "a")
+        await turns()
+        router.stager_of(decode).gate.clear()
+        stream = Gateway(router, chat("a"))
+        await asyncio.sleep(5)
+        router.membership.observe(prefill, stager=Stager.NOT_READY, why="its engine fails")
+        router.stager_of(decode).gate.set()
+        await stream.end()
+        assert told(stream)[1] == next(e.address for e in router.pools[1].table.endpoints if e != prefill)
+        await router.stop()
+
+    in_virtual_time(main)
+
+
+@pytest.mark.parametrize("how", ["fetched for too long", "full"])
+def test_a_decoding_side_that_is_ready_goes_alone_where_the_other_is_not(how: str) -> None:
+    """At the deadline, or at once where that pool has no room."""
+
+    async def main() -> None:
+        router = split(clock=now, deadline_s=20.0)
+        decode, _ = both_decided(router, "a")
+        await turns()
+        await router.residency.ensure(decode, "a")
+        for endpoint in router.pools[1].table.endpoints:
+            if how == "full":
+                router.stager_of(endpoint).error = NoSpace("full")
+            else:
+                router.stager_of(endpoint).gate.clear()
+        began = now()
+        assert told(await serve(router, chat("a"))) == (decode.address, "")
+        assert now() - began == (0 if how == "full" else 20)
+        await router.stop()
+
+    in_virtual_time(main)

@@ -70,8 +70,8 @@ class Prefetches:
         self._turns = asyncio.Semaphore(settings.at_once)
         self._max_bytes_per_s = settings.max_bytes_per_s
         self._next_at = 0.0  # when the next may begin, as the loop's time
-        self._runs: SingleFlight[AdapterName, Named] = SingleFlight()
-        self._on_their_way: dict[AdapterName, _Flight] = {}  # at most MAX_WAITING
+        self._runs: SingleFlight[AdapterName, Named] = SingleFlight()  # at most MAX_WAITING
+        self._on_their_way: dict[AdapterName, _Flight] = {}
         self._requests = 0  # their flights in progress
         self._no_requests = asyncio.Event()
         self._no_requests.set()
@@ -114,7 +114,7 @@ class Prefetches:
 
     async def fetch(self, name: AdapterName, sha256: str, keep_s: float) -> Named:
         """Bring it to this node's disk, when nobody else needs anything. Raises PrefetchGivenUp, Overloaded, or what any flight raises."""
-        if name not in self._runs and len(self._on_their_way) >= MAX_WAITING:
+        if name not in self._runs and len(self._runs) >= MAX_WAITING:
             raise Overloaded(f"{name}: {MAX_WAITING} prefetches wait for their turn on this node already")
         return await self._runs.join(name, lambda: self._run(name, sha256, keep_s))
 
@@ -160,13 +160,14 @@ class Prefetches:
                 try:
                     if not self._node.holdings.names_of(named.id):  # content that another name leads to has its own place in the order of use
                         self._node.holdings.index.expect(named.id, until)
-                    await to_the_end(self._show(name, named))
+                    with contextlib.suppress(asyncio.CancelledError):  # the name is shown all the same, and a request has it
+                        await to_the_end(self._show(name, named))
                 finally:
                     await self._let_go(named)
                 return named
             finally:
                 if self._max_bytes_per_s:
-                    self._next_at = asyncio.get_running_loop().time() + job.done_bytes / self._max_bytes_per_s
+                    self._next_at = max(self._next_at, asyncio.get_running_loop().time()) + job.done_bytes / self._max_bytes_per_s
 
     # -- into the engine
 

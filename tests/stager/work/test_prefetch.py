@@ -11,6 +11,7 @@ from extproc.client import Loading
 from extproc.config.stager import EngineSettings, StagerPrefetchSettings
 from extproc.core.artifact import AdapterName
 from extproc.errors import EngineUnreachable, ModelNotFound, NodeDraining, OriginFailed, Overloaded, PrefetchGivenUp
+from extproc.stager.books.holdings import Named
 from extproc.stager.stager import Ensured, Stager
 from extproc.stager.supply.job import Job
 from extproc.stager.work import prefetch as module
@@ -485,3 +486,49 @@ async def test_an_engine_that_cannot_load_leaves_it_on_disk(open_stager: OpenSta
         await prefetch(stager, "acme/0", loading=Loading.VERSIONED)
     assert stager._prefetches._loaded == {}
     assert adapters(stager) == ["acme/0"]
+
+
+# ---- several at once
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+async def test_all_together_keep_within_the_bytes_per_second(open_stager: OpenStager, origin: FakeOrigin, at_once: int) -> None:
+    """What was brought is paid for, whoever ends last. One that begins is not paid for yet."""
+    each = sum(map(len, small_files().values()))
+    stager = await open_stager(origin, prefetch=StagerPrefetchSettings(max_bytes_per_s=20 * each, at_once=at_once))
+    began = asyncio.get_running_loop().time()
+    await asyncio.gather(*(prefetch(stager, f"acme/{number}") for number in range(13)))
+    assert asyncio.get_running_loop().time() - began >= (13 - at_once) / 20
+
+
+async def test_no_more_wait_than_may_also_if_all_come_at_once(open_stager: OpenStager, origin: FakeOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first of them has begun."""
+    monkeypatch.setattr(module, "MAX_WAITING", 4)
+    stager = await open_stager(origin)
+    stall = origin.stall("acme/0", WEIGHTS)
+    asked = [asyncio.create_task(prefetch(stager, f"acme/{number}")) for number in range(20)]
+    await stall.reached.wait()
+    assert sum(task.done() and isinstance(task.exception(), Overloaded) for task in asked) == 16
+    stall.release()
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    assert sum(isinstance(result, Ensured) for result in results) == 4
+
+
+async def test_one_that_has_arrived_when_a_request_begins_is_not_given_up(open_stager: OpenStager, origin: FakeOrigin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is shown to the end, and who asked for it is told so."""
+    stager = await open_stager(origin)
+    shows, may_show, show = asyncio.Event(), asyncio.Event(), stager._prefetches._show
+
+    async def slowly(name: AdapterName, named: Named) -> None:
+        shows.set()
+        await may_show.wait()
+        await show(name, named)
+
+    monkeypatch.setattr(stager._prefetches, "_show", slowly)
+    task = asyncio.create_task(prefetch(stager, "acme/0"))
+    await shows.wait()
+    request = asyncio.create_task(stager.ensure("acme/1", holder="router"))
+    await until(lambda: stager._prefetches._requests)
+    may_show.set()
+    assert (await task).staged
+    await request
