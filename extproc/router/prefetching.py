@@ -3,7 +3,8 @@
 Every router expects for itself, by its own requests and by what stagers tell of others': a stager says over Watch when a request asks for an adapter
 that nobody leased on its node. So each router knows of every wake-up in the fleet, though it serves only a part of the requests; a history that knew only
 that part would take every idle time for a multiple of what it is. What others ask for while an adapter is leased anyway is not told, and not missed:
-idle times are counted from the same sightings as the wait for the next (core/prefetch.py).
+idle times are counted from the same sightings as the wait for the next (core/prefetch.py). So to one of several routers, or workers, an adapter may look
+asleep that others use all the time: that wake-up is counted as one that found it in memory.
 
 So all routers expect the same at about the same time, and each asks; the stager brings it once, and who asked first counts it. What is asked for is bounded
 per second, and per node to one at a time; what does not come to its turn is looked at again a minute later. A prefetch that a node gives up is not urgent
