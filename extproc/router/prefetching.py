@@ -150,9 +150,9 @@ class Prefetching:
     def _bring_to_all(self, expected: Expected) -> None:
         """To each pool once, also where one of them has to wait: a node that has refused it would be asked again and again."""
         now, adapter = self._clock(), expected.adapter
-        until, begun = self._begun.pop(adapter, (math.inf, frozenset()))
+        until, begun = self._begun.pop(adapter, (now, frozenset()))
         if now >= until:
-            begun = frozenset()
+            until, begun = now + expected.for_s, frozenset()
         waiting = False
         for pool in self._pools(adapter):
             if pool.name in begun:
@@ -167,7 +167,7 @@ class Prefetching:
         if begun:
             if len(self._begun) >= MAX_UNUSED:
                 del self._begun[next(iter(self._begun))]
-            self._begun[adapter] = (min(until, now + expected.for_s), begun)
+            self._begun[adapter] = (until, begun)
 
     def _bring(self, expected: Expected, pool: Pool) -> bool:
         """Ask for it where a request would have to wait for it; False if that has to wait itself."""
