@@ -51,9 +51,9 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)  # what a command's typer.Exit carries is returned here, not raised
     except StartError as error:
-        _fail(str(error), 2)
+        _fail(_in_words(error), 2)
     except LoraExtprocError as error:
-        _fail(f"{error.reason}: {error.message}", 1)
+        _fail(_in_words(error), 1)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
@@ -61,6 +61,12 @@ def main() -> NoReturn:
             _fail(error.format_message(), 2)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, LoraExtprocError) and not isinstance(error, StartError):
+        return f"{error.reason}: {error.message}"
+    return str(error)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -449,7 +455,7 @@ def _ask_all(addresses: Sequence[str], config: Path | None, ask: "Callable[[Stag
     failures = [failure for failure in asyncio.run(talk_to_all()) if failure is not None]
     for failure in failures[1:]:
         if not isinstance(failure, typer.Exit):
-            typer.echo(f"lora-extproc: {failure}", err=True)
+            typer.echo(f"lora-extproc: {_in_words(failure)}", err=True)
     if failures:
         raise failures[0]
 

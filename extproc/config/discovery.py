@@ -11,7 +11,14 @@ from .values import Address, Group, Seconds
 _KUBERNETES_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
-class FileSourceSettings(Group):
+class _Source(Group):
+    @property
+    def looks_every_s(self) -> float:
+        """So much later than another process one may see what has changed; 0: it is told."""
+        return 0.0
+
+
+class FileSourceSettings(_Source):
     type: Literal["file"]
     """Endpoints from a file that something else writes: a ConfigMap, a configuration tool, a script."""
     path: str = Field(min_length=1)
@@ -27,11 +34,10 @@ class FileSourceSettings(Group):
 
     @property
     def looks_every_s(self) -> float:
-        """So much later than another process one may see what has changed."""
         return self.poll_s
 
 
-class DnsSourceSettings(Group):
+class DnsSourceSettings(_Source):
     type: Literal["dns"]
     """Endpoints from a name: a headless service, Consul, a zone file."""
     name: str = Field(min_length=1, max_length=253)
@@ -71,7 +77,6 @@ class DnsSourceSettings(Group):
 
     @property
     def looks_every_s(self) -> float:
-        """As of a file."""
         return self.max_ttl_s
 
     @property
@@ -79,7 +84,7 @@ class DnsSourceSettings(Group):
         return f"dns {self.record} {self.name}" + (f":{self.port}" if self.port else "")
 
 
-class EtcdSourceSettings(Group):
+class EtcdSourceSettings(_Source):
     type: Literal["etcd"]
     """Endpoints from the keys below a prefix, one endpoint each, as nodes register themselves with a lease."""
     endpoints: tuple[str, ...] = Field(min_length=1)
@@ -126,16 +131,11 @@ class EtcdSourceSettings(Group):
         return self
 
     @property
-    def looks_every_s(self) -> float:
-        """As of a file; 0: it is told."""
-        return 0.0
-
-    @property
     def label(self) -> str:
         return f"etcd {self.prefix}"
 
 
-class KubernetesSourceSettings(Group):
+class KubernetesSourceSettings(_Source):
     type: Literal["kubernetes"]
     """Endpoints from the Kubernetes API: the ready pods of an InferencePool, of a Service or of a label selector. One of the three is set. A pod that
     terminates is shown as leaving while it is ready."""
@@ -180,11 +180,6 @@ class KubernetesSourceSettings(Group):
         if self.port_names and not self.service:
             raise ValueError("port_names belongs to service")
         return self
-
-    @property
-    def looks_every_s(self) -> float:
-        """As of a file; 0: it is told."""
-        return 0.0
 
     @property
     def label(self) -> str:

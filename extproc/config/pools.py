@@ -1,6 +1,5 @@
 """The pools: which names they serve, and which model servers they have."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -13,9 +12,6 @@ from .values import Address, Group, OptionalAddress
 class EndpointSettings(Group):
     address: Address
     """`ip:port` of the model server, as Envoy's cluster has it."""
-
-    _spell = field_validator("address")(spelled)
-
     stager: OptionalAddress = ""
     """`host:port` of the stager that fills this server's directory. Empty: nothing is staged, the server is used for base models only."""
     node: str = ""
@@ -23,10 +19,7 @@ class EndpointSettings(Group):
     zone: str = ""
     """What fails together with this server: an availability zone, a rack. A copy that is made for the case that another's node dies is made in another zone."""
 
-
-def looks_every_s(pools: Sequence["PoolSettings"]) -> dict[str, float]:
-    """By pool, how often its sources are looked at; the one of them that is looked at least often counts."""
-    return {pool.name: max((source.looks_every_s for source in pool.discovery), default=0.0) for pool in pools}
+    _spell = field_validator("address")(spelled)
 
 
 class PoolSettings(Group):
@@ -56,6 +49,11 @@ class PoolSettings(Group):
         if repeated := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"source {repeated[0]!r} appears more than once")
         return values
+
+    @property
+    def looks_every_s(self) -> float:
+        """How often its sources are looked at: the one of them counts that is looked at least often."""
+        return max((source.looks_every_s for source in self.discovery), default=0.0)
 
     def members(self) -> tuple[Endpoint, ...]:
         return tuple(Endpoint(e.address, e.node or e.address, e.stager, zone=e.zone) for e in self.endpoints)

@@ -11,7 +11,6 @@ from .endpoint import Endpoint
 from .paths import Kind, Path
 from .placement import Pool, Snapshot
 from .prefix import MIN_BLOCKS
-from .standing import Standing
 
 PLACES = 16  # of a base model's request, among which its session or its prompt chooses: a look at each costs a quarter of a microsecond
 _LISTING = Kind.LISTING  # as the states of core/exchange.py
@@ -206,7 +205,7 @@ def _through(facts: Facts, snapshot: Snapshot, pool: Pool, key: str | None, sess
     if not usable:
         return None
     if key:  # stays where it is while its place drains
-        return PassThrough(pool, key, tuple(e for e in usable if snapshot.standing(e) is not Standing.JOINING) or usable)
+        return PassThrough(pool, key, tuple(filter(snapshot.serves, usable)) or usable)
     candidates = snapshot.stageable(usable) or usable
     if not session and len(facts.blocks) < MIN_BLOCKS:
         return PassThrough(pool, key, candidates)

@@ -107,6 +107,10 @@ class Snapshot:
         known = self.standings.get(endpoint.address)
         return Standing.READY if known is None else known[0]
 
+    def serves(self, endpoint: Endpoint) -> bool:
+        """Whether `endpoint` may be sent what it has: it need not be given anything new."""
+        return self.standing(endpoint) in (Standing.READY, Standing.DRAINING)
+
     def candidates(self, pool: Pool, key: str, subset: Sequence[str] | None = None) -> tuple[Endpoint, ...]:
         """The first endpoints in the key's order that are not down, HOME of which may be given something new if there are so many, within the gateway's
         subset hint if it gave one. Only where the key's own first places are away, or the hint leaves few, are all endpoints looked at."""

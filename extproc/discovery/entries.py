@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ipaddress import IPv6Address, ip_address
 
 from ..config.values import host_port
-from ..core.endpoint import Endpoint
+from ..core.endpoint import Endpoint, spelled
 from ..core.fleet import Found
 from ..errors import shortened
 from .source import Failed, Seen, Shown
@@ -43,7 +43,7 @@ def canonical(address: str) -> str:
         raise BadEntry(f"{_shown(address)} has brackets around an IPv4 address")
     if ip.is_unspecified or ip.is_multicast:
         raise BadEntry(f"{_shown(address)} is no machine's address")
-    return f"{ip}:{int(port)}" if ip.version == 4 else f"[{ip}]:{int(port)}"
+    return spelled(address)
 
 
 def read_entry(raw: object) -> Found:

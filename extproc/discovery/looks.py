@@ -33,15 +33,8 @@ class Looks(Generic[T]):
     def _run(self, running: "asyncio.Future[T]") -> None:
         tell: Callable[[], None]
         try:
-            found = self._look()
+            tell = partial(running.set_result, self._look())
         except Exception as error:
             tell = partial(running.set_exception, error)
-        else:
-            tell = partial(running.set_result, found)
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            running.get_loop().call_soon_threadsafe(_unless_done, running, tell)
-
-
-def _unless_done(running: "asyncio.Future[T]", tell: Callable[[], None]) -> None:
-    if not running.done():
-        tell()
+            running.get_loop().call_soon_threadsafe(tell)

@@ -369,8 +369,8 @@ class Membership:
         if self._is_started or not is_first:
             moved = [new[address] for address in stay if old[address].stager != new[address].stager]
             others = stay.difference(endpoint.address for endpoint in moved)
-            self._observe([(endpoint, {"is_prepared": False, **self._said_of(endpoint, others)}) for endpoint in came])
-            self._observe([(endpoint, self._said_of(endpoint, others)) for endpoint in moved])
+            seen = [(endpoint, {"is_prepared": False, **self._said_of(endpoint, others)}) for endpoint in came]
+            self._observe([*seen, *((endpoint, self._said_of(endpoint, others)) for endpoint in moved)])
 
     def _said_of(self, endpoint: Endpoint, others: Collection[str]) -> Mapping[str, object]:
         """What its stager has said, which was heard of those of the `others` that it fills, too; of one that was not heard of, as at first."""

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 
 from ..client import StagerClient
-from ..config.pools import looks_every_s
 from ..config.settings import Settings, build_pools
 from ..core.conformance import AnyPath
 from ..core.paths import Paths
@@ -68,7 +67,8 @@ class Server:
         self._models = Models(pools, self._clients, servable, shows_paths=router.shows_paths)
         popularity = Popularity()
         prefixes = Prefixes(router.prefix_blocks)
-        self.xds = Xds(clusters, self.metrics, looks_every_s=looks_every_s(settings.pools)) if clusters is not None else None
+        looks_every_s = {pool.name: pool.looks_every_s for pool in settings.pools}
+        self.xds = Xds(clusters, self.metrics, looks_every_s=looks_every_s) if clusters is not None else None
         self.membership = Membership(
             pools,
             self._residency,

@@ -293,16 +293,14 @@ class Staging:
         prefiller: Placed | None = None
         try:
             async with asyncio.timeout(forward.wait_s):
-                placed = self._now(forward) or await self._one_side(forward, began)
-                prefiller = await prefilling
                 for _ in range(CHOSEN_AGAIN):
-                    if not self._is_ready(forward, placed):
-                        placed = None
-                        placed = self._now(forward) or await self._one_side(forward, began)
-                    elif prefiller is not None and not self._is_ready(prefill, prefiller):
+                    placed = None
+                    placed = self._now(forward) or await self._one_side(forward, began)
+                    prefiller = await prefilling
+                    if prefiller is not None and not self._is_ready(prefill, prefiller):
                         prefiller, prefilling = None, self._prefill(prefill, began)
                         prefiller = await prefilling
-                    else:
+                    if self._is_ready(forward, placed):
                         break
         except TimeoutError:
             if placed is None:
@@ -311,6 +309,7 @@ class Staging:
         finally:
             prefilling.cancel()
             await asyncio.gather(prefilling, return_exceptions=True)
+        assert placed is not None
         return _with_prefiller(placed, prefiller)
 
     def _prefill(self, prefill: Forward, began: float) -> asyncio.Task[Placed | None]:
@@ -355,8 +354,8 @@ class Staging:
         """Wait for the place that is chosen, and choose again where it has gone or has too much by then: all who come while the first copy of an adapter is
         fetched wait for that one."""
         loads, rule = self._loads[forward.pool.name], self._rules.of(forward.adapter)
+        forward = self._up_to_date(forward)
         for chosen in count(1):
-            forward = self._up_to_date(forward)
             choice = self._choose(forward)
             placed = await self._ask(forward, choice, began)
             forward = self._up_to_date(forward)
@@ -465,7 +464,7 @@ class Staging:
         snapshot = forward.snapshot
         others = (e for stager, _ in nodes for e in forward.pool.at(stager) if e != chosen)
         leases = ((e, self._residency.known(e, forward.adapter, plain=forward.plain)) for e in others)
-        serving = (e for e, lease in leases if lease is not None and lease.model == model and snapshot.standing(e) in (_READY, _DRAINING))
+        serving = (e for e, lease in leases if lease is not None and lease.model == model and snapshot.serves(e))
         knowing = (e for e in serving if forward.subset is None or snapshot.usable((e,), forward.subset))
         return (chosen, *islice(knowing, self._max_others))
 
