@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -131,11 +131,15 @@ class Seen:
 
     def uneven(self) -> list[float]:
         """Of each of those windows, the most by the mean."""
-        return [max(means.values()) / statistics.mean(means.values()) for _, means in self.windows() if any(means.values())]
+        return [_most_by_mean(means.values()) for _, means in self.windows() if any(means.values())]
 
     def late(self) -> list[Mapping[str, Any]]:
         """Requests of warm adapters that were held for longer than LATE_MS."""
         return [record for record, waited_ms, is_warm in self.waits() if is_warm and waited_ms > LATE_MS and record["at"] >= self.began]
+
+
+def _most_by_mean(counts: Collection[float]) -> float:
+    return max(counts) / statistics.mean(counts)
 
 
 async def measure(size: Size, balance: str, directory: Path, say: Callable[[str], None] = lambda _: None) -> Seen:
@@ -274,7 +278,7 @@ async def _look(fleet: Fleet, busy: Sequence[Node], seen: Seen) -> None:
         counts = await asyncio.gather(*map(fleet.in_flight, tuple(busy)), return_exceptions=True)
         found = [count for count in counts if isinstance(count, float)]
         if sum(found):
-            seen.looks.append(max(found) / statistics.mean(found))
+            seen.looks.append(_most_by_mean(found))
         due += LOOK_S
         await asyncio.sleep(max(0.0, due - loop.time()))
 
@@ -372,7 +376,7 @@ def timeline(seen: Seen) -> Iterator[str]:
         yield f"{number * WINDOW_S:4.0f} s: {len(records)} requests, {took}; the slowest tenth at {dict(slowest.most_common(3))}"
     for begins, means in seen.windows():
         shown = " ".join(f"{node} {mean:.2f}" for node, mean in sorted(means.items()))
-        yield f"{begins - seen.began:6.1f} s: max/mean {max(means.values()) / statistics.mean(means.values()):.2f}, in flight {shown}"
+        yield f"{begins - seen.began:6.1f} s: max/mean {_most_by_mean(means.values()):.2f}, in flight {shown}"
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 PATIENCE_S = 60.0  # only a test that would hang reaches it
@@ -86,3 +86,9 @@ class _Jumping(selectors.DefaultSelector):
         if timeout:
             self._loop.jump(timeout)
         return super().select(None if timeout is None else 0)
+
+
+def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run `main` on a VirtualLoop."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())

@@ -38,6 +38,7 @@ from extproc.router.staging import Staging
 from extproc.router.tracing import Tracing
 from extproc.router.watchdog import Watchdog
 
+SLOWLY = [step / 2 for step in range(1, 400)]  # the `progress` of a fetch that goes on for minutes
 MAX_BODY_BYTES = 2**22  # of a router, unless a test says otherwise: more than what is judged in its own process
 
 

@@ -17,12 +17,10 @@ from extproc.core.placement import Pool
 from extproc.core.standing import Stager, Standing
 from extproc.errors import ModelNotFound, NoSpace, StagerUnavailable, StartError
 from extproc.heartbeat import Heard, Silent
-from tests.fakes.wait import turns
+from tests.fakes.wait import in_virtual_time, turns
 
-from .fakes import Gateway, Router, ScriptedStager, chat, serve
-from .test_fleet import DOWN, DRAINING, JOINING, READY, addresses, fifth, fleet, in_time, in_virtual_time, now, owned_by, standing, started
-
-SLOWLY = [step / 2 for step in range(1, 400)]  # a fetch that makes progress all the time
+from .fakes import SLOWLY, Gateway, Router, ScriptedStager, chat, serve
+from .test_fleet import DOWN, DRAINING, JOINING, READY, addresses, fifth, fleet, in_time, now, owned_by, standing, started
 
 
 def at(number: int, *, port: int = 8000, instance: str = "", stager: str = "") -> Endpoint:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -17,16 +17,11 @@ from extproc.core.standing import MISSED, Standing
 from extproc.errors import NodeDraining, NoSpace, StagerUnavailable
 from extproc.router import membership as membership_module
 from extproc.router import moving
-from tests.fakes.wait import VirtualLoop, turns, until
+from tests.fakes.wait import in_virtual_time, turns, until
 
 from .fakes import Router, ScriptedStager, chat, serve
 
 READY, JOINING, DRAINING, DOWN = Standing.READY, Standing.JOINING, Standing.DRAINING, Standing.DOWN
-
-
-def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
 
 
 def now() -> float:

@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
@@ -13,16 +11,11 @@ from extproc.core.standing import Stager, Standing
 from extproc.errors import LoraExtprocError, NoSpace, StagerUnavailable
 from extproc.heartbeat import Heard, Silent
 from extproc.router.membership import WATCHES_PER_S
-from tests.fakes.wait import VirtualLoop, turns, until
+from tests.fakes.wait import in_virtual_time, turns, until
 
 from .fakes import Router, ScriptedStager, chat, serve
 
 READY, DRAINING, DOWN = Standing.READY, Standing.DRAINING, Standing.DOWN
-
-
-def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
 
 
 async def watched(router: Router) -> tuple[Endpoint, ScriptedStager]:

@@ -1,7 +1,6 @@
 """What is brought before it is asked for: when, where, how much of it, and whether it was worth it. In virtual time."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,7 @@ from extproc.core.maglev import LookupTable
 from extproc.core.placement import Pool
 from extproc.errors import ModelNotFound, PrefetchGivenUp
 from extproc.router.prefetching import LOOK_S, TICK_S
-from tests.fakes.wait import VirtualLoop
+from tests.fakes.wait import in_virtual_time
 
 from .fakes import Router, ScriptedStager, chat, serve
 
@@ -22,16 +21,21 @@ PERIOD_S = 1830.0
 DAY_S = 86_400.0
 
 
-def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
-
-
 def router_of(**settings: Any) -> Router:
     router = Router(3, clock=lambda: asyncio.get_running_loop().time(), **{"prefetch": "disk", **settings})
     router.membership.start()
     router.prefetching.start()
     return router
+
+
+def router_of_two() -> Router:
+    """One endpoint decodes, and one computes its prompts."""
+    decode, prefill = (Endpoint(f"10.0.0.{number}:8000", "", f"10.0.0.{number}:9102") for number in (1, 2))
+    pools = [
+        Pool("decode", frozenset({"base"}), ("*",), LookupTable([decode], 251), prefill="prefill"),
+        Pool("prefill", frozenset(), (), LookupTable([prefill], 251), is_prefill=True),
+    ]
+    return router_of(pools=pools)
 
 
 def stager(router: Router, adapter: str = "a") -> ScriptedStager:
@@ -223,12 +227,7 @@ def test_where_prompts_are_computed_elsewhere_both_engines_nodes_are_given_it() 
     """A request waits for both."""
 
     async def main() -> None:
-        decode, prefill = ([Endpoint(f"10.0.0.{number}:8000", "", f"10.0.0.{number}:9102")] for number in (1, 2))
-        pools = [
-            Pool("decode", frozenset({"base"}), ("*",), LookupTable(decode, 251), prefill="prefill"),
-            Pool("prefill", frozenset(), (), LookupTable(prefill, 251), is_prefill=True),
-        ]
-        router = router_of(pools=pools)
+        router = router_of_two()
         for _ in range(4):
             router.prefetching.woken("10.0.0.1:9102", "a")
             await asyncio.sleep(PERIOD_S)
@@ -300,19 +299,14 @@ def test_of_two_engines_nodes_one_that_fails_is_not_asked_again_for_the_others_s
     """The other's turn comes with the next look, since one prefetch a second is all that may be asked for."""
 
     async def main() -> None:
-        decode, prefill = ([Endpoint(f"10.0.0.{number}:8000", "", f"10.0.0.{number}:9102")] for number in (1, 2))
-        pools = [
-            Pool("decode", frozenset({"base"}), ("*",), LookupTable(decode, 251), prefill="prefill"),
-            Pool("prefill", frozenset(), (), LookupTable(prefill, 251), is_prefill=True),
-        ]
-        router = router_of(pools=pools)
+        router = router_of_two()
         for _ in range(4):
             await asyncio.sleep(PERIOD_S)
-            router.prefetching.woken(decode[0].stager, "a")
+            router.prefetching.woken("10.0.0.1:9102", "a")
         for each in router.stagers.values():
             each.error = error("as its origin says")
         await asyncio.sleep(PERIOD_S + 600)
-        assert [len(router.stager_of(endpoint).prefetched) for endpoint in (*decode, *prefill)] == [1, 1]
+        assert [len(router.stagers[f"10.0.0.{number}:9102"].prefetched) for number in (1, 2)] == [1, 1]
         await router.stop()
 
     in_virtual_time(main)

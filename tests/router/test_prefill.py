@@ -13,10 +13,10 @@ from extproc.core.placement import Pool
 from extproc.core.standing import Stager, Standing
 from extproc.errors import NoSpace, OriginFailed
 from extproc.pb import ext_proc_pb2 as pb
-from tests.fakes.wait import turns, until
+from tests.fakes.wait import in_virtual_time, turns, until
 
-from .fakes import Gateway, Router, body, chat, get, headers, serve
-from .test_fleet import in_virtual_time, now
+from .fakes import SLOWLY, Gateway, Router, body, chat, get, headers, serve
+from .test_fleet import now
 
 HEADERS = ("x-llm-d-prefiller-host-port", "x-prefiller-host-port")
 WORDS = "lorem ipsum dolor sit amet " * 60
@@ -207,10 +207,11 @@ async def test_no_request_is_for_a_pool_that_computes_prompts() -> None:
 # ---- while one side is waited for
 
 
-def both_decided(router: Router, adapter: str) -> tuple[Endpoint, Endpoint]:
+def watched(router: Router, adapter: str) -> tuple[Endpoint, Endpoint]:
+    """The adapter's owner on each side. All stagers are watched, and slow where their gates are shut."""
     router.membership.start()
     for stager in router.stagers.values():
-        stager.progress = [step / 2 for step in range(1, 400)]
+        stager.progress = SLOWLY
     return owner(router, 0, adapter), owner(router, 1, adapter)
 
 
@@ -220,7 +221,7 @@ def test_a_decoding_side_that_is_ready_no_more_is_made_ready_again(how: str) -> 
 
     async def main() -> None:
         router = split(clock=now, deadline_s=120.0)
-        decode, prefill = both_decided(router, "a")
+        decode, prefill = watched(router, "a")
         router.stager_of(decode).lease_s = 30.0
         await turns()
         router.stager_of(prefill).gate.clear()
@@ -250,7 +251,7 @@ def test_one_that_computes_prompts_and_is_down_by_then_is_not_named() -> None:
 
     async def main() -> None:
         router = split(clock=now, deadline_s=120.0)
-        decode, prefill = both_decided(router, "a")
+        decode, prefill = watched(router, "a")
         await turns()
         router.stager_of(decode).gate.clear()
         stream = Gateway(router, chat("a"))
@@ -270,7 +271,7 @@ def test_a_decoding_side_that_is_ready_goes_alone_where_the_other_is_not(how: st
 
     async def main() -> None:
         router = split(clock=now, deadline_s=20.0)
-        decode, _ = both_decided(router, "a")
+        decode, _ = watched(router, "a")
         await turns()
         await router.residency.ensure(decode, "a")
         for endpoint in router.pools[1].table.endpoints:

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
-from typing import Any
 
 import pytest
 
@@ -19,15 +17,9 @@ from extproc.router import processor as processor_module
 from extproc.router.account import Account
 from extproc.router.http2.calls import Message
 from extproc.router.processor import Processor
-from tests.fakes.wait import VirtualLoop, turns, until
+from tests.fakes.wait import in_virtual_time, turns, until
 
 from .fakes import MAX_BODY_BYTES, Gateway, Router, body, chat, get, headers, no_cycles, serve
-
-
-def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run `main` on a loop whose time jumps: waits pass at once, and to the digit."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
 
 
 def now() -> float:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -16,18 +15,13 @@ from extproc.core.load import HELD_S, Engine
 from extproc.core.standing import Stager
 from extproc.errors import ModelNotFound, NoSpace, OriginDown, StageDeadline, StagerUnavailable
 from extproc.router.staging import MAX_CANDIDATES, Placed
-from tests.fakes.wait import VirtualLoop, turns, until
+from tests.fakes.wait import in_virtual_time, turns, until
 
 from .fakes import Gateway, Router, ScriptedStager, chat, serve
 
 
 def now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def in_virtual_time(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
 
 
 def router_of(count: int = 3, **settings: Any) -> tuple[Router, list[Endpoint], list[ScriptedStager]]:
